@@ -1,0 +1,132 @@
+//! Which endpoint takes the next connection: power of two choices on a peak-sensitive moving average of connect time,
+//! weighted by the connections in flight; endpoints that refuse are ejected for a while.
+//!
+//! Pure: the caller brings the time and the random numbers, and keeps one [`Load`] per endpoint.
+
+use std::time::Duration;
+
+/// How fast the average forgets: after this long without a sample, about a third of the old value is left.
+const DECAY: Duration = Duration::from_secs(10);
+/// What an endpoint without any sample is assumed to take, so that new ones are tried soon but not all at once.
+const UNMEASURED: Duration = Duration::from_millis(1);
+/// First time of ejection; doubled at each further failure in a row.
+pub const EJECTION_BASE: Duration = Duration::from_secs(1);
+/// Longest ejection.
+pub const EJECTION_MAX: Duration = Duration::from_secs(30);
+
+/// What is known of one endpoint. Times are since an epoch that the caller chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Load {
+    /// Connections in flight.
+    pub active: u32,
+    connect_time: Option<(f64, Duration)>,
+    failures: u32,
+    ejected_until: Option<Duration>,
+}
+
+impl Load {
+    /// A connection was made within `took`, seen at `now`.
+    pub fn connected(&mut self, took: Duration, now: Duration) {
+        let sample = took.as_secs_f64();
+        let average = match self.connect_time {
+            // A peak counts at once; only recovery is slow.
+            Some((old, _)) if sample > old => sample,
+            Some((old, at)) => {
+                let weight = (-(now.saturating_sub(at).as_secs_f64().max(0.001)) / DECAY.as_secs_f64()).exp();
+                old * weight + sample * (1.0 - weight)
+            }
+            None => sample,
+        };
+        self.connect_time = Some((average, now));
+        self.failures = 0;
+        self.ejected_until = None;
+    }
+
+    /// A connection attempt failed at `now`: ejects the endpoint, longer each time.
+    pub fn failed(&mut self, now: Duration) {
+        let factor = 1u32 << self.failures.min(5);
+        self.failures = self.failures.saturating_add(1);
+        self.ejected_until = Some(now + (EJECTION_BASE * factor).min(EJECTION_MAX));
+    }
+
+    /// Whether it is passed over at `now`.
+    pub fn ejected(&self, now: Duration) -> bool {
+        self.ejected_until.is_some_and(|until| now < until)
+    }
+
+    fn cost(&self) -> f64 {
+        let time = self.connect_time.map_or(UNMEASURED.as_secs_f64(), |(average, _)| average);
+        time * f64::from(self.active + 1)
+    }
+}
+
+/// Picks an index of `loads`, or `None` if it is empty. `random` gives two independent numbers.
+///
+/// Ejected endpoints are chosen only if all are ejected: refusing everything would be worse than trying.
+pub fn pick(loads: &[Load], now: Duration, random: (u32, u32)) -> Option<usize> {
+    let mut candidates: Vec<usize> = (0..loads.len()).filter(|&i| !loads[i].ejected(now)).collect();
+    if candidates.is_empty() {
+        candidates = (0..loads.len()).collect();
+    }
+    let count = candidates.len();
+    if count <= 1 {
+        return candidates.first().copied();
+    }
+    let first = random.0 as usize % count;
+    let second = (first + 1 + random.1 as usize % (count - 1)) % count;
+    let (a, b) = (candidates[first], candidates[second]);
+    Some(if loads[b].cost() < loads[a].cost() { b } else { a })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_slower_of_two_is_avoided_and_the_faster_never_starves() {
+        let mut loads = [Load::default(), Load::default()];
+        loads[0].connected(MS, MS);
+        loads[1].connected(MS * 50, MS);
+        assert_eq!(pick(&loads, MS, (0, 0)), Some(0));
+        assert_eq!(pick(&loads, MS, (1, 0)), Some(0));
+        loads[0].active = 100;
+        assert_eq!(pick(&loads, MS, (0, 0)), Some(1));
+    }
+
+    #[test]
+    fn a_refusing_endpoint_is_ejected_and_comes_back() {
+        let mut loads = [Load::default(), Load::default()];
+        loads[0].failed(Duration::ZERO);
+        assert!((0..10).all(|r| pick(&loads, MS, (r, r)) == Some(1)));
+        assert!(!loads[0].ejected(EJECTION_BASE));
+        loads[1].failed(Duration::ZERO);
+        assert!(pick(&loads, MS, (0, 0)).is_some(), "all ejected: still one is tried");
+    }
+
+    #[test]
+    fn ejection_grows_and_is_bounded() {
+        let mut load = Load::default();
+        for _ in 0..100 {
+            load.failed(Duration::ZERO);
+        }
+        assert!(load.ejected(EJECTION_MAX - MS) && !load.ejected(EJECTION_MAX));
+    }
+
+    proptest! {
+        #[test]
+        fn a_pick_is_always_one_of_them(n in 0usize..10, a: u32, b: u32) {
+            let loads = vec![Load::default(); n];
+            prop_assert_eq!(pick(&loads, MS, (a, b)).is_some_and(|i| i < n), n > 0);
+        }
+
+        #[test]
+        fn two_choices_spread_evenly_when_all_is_equal(a in any::<u32>()) {
+            let loads = vec![Load::default(); 2];
+            prop_assert_eq!(pick(&loads, MS, (a, 0)), Some(a as usize % 2));
+        }
+    }
+}

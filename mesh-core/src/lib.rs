@@ -1,0 +1,26 @@
+//! What the mesh's words mean, told once for agent, controller and command line.
+//!
+//! Everything here is pure: it takes data (time and randomness included) and returns data. No I/O, no clock, no lock,
+//! no runtime. That is what lets `meshctl why` run the very decision that an agent runs.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`identity`] | trust domains and SPIFFE IDs |
+//! | [`model`] | workloads, services, policies as the mesh sees them |
+//! | [`view`] | what one node must know: resources, their difference, the indexed snapshot |
+//! | [`route`] | where a captured connection leads |
+//! | [`policy`] | who may connect; the one `decide` |
+//! | [`balance`] | which endpoint takes the next connection |
+//! | [`frame`] | the frames inside a tunnel |
+//! | [`refusal`] | every reason for which a connection is refused |
+//! | [`wire`] | the contract between controller and agents, and its conversions |
+
+pub mod balance;
+pub mod frame;
+pub mod identity;
+pub mod model;
+pub mod policy;
+pub mod refusal;
+pub mod route;
+pub mod view;
+pub mod wire;

@@ -1,0 +1,187 @@
+//! Workloads, services and policies as the mesh sees them, after every source (a directory, Kubernetes) was read.
+//!
+//! Stands apart from the manifests: those are parsed in the controller, checked, and turned into these. Names are
+//! checked there; these types are what both sides of the wire agree on.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::identity::{IdentityError, SpiffeId, TrustDomain};
+
+/// The namespaced name of an object, printed as `namespace/name`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Name {
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+}
+
+impl Name {
+    /// A name from its two parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.to_string()
+    }
+}
+
+/// A text is not of the form `namespace/name`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a name: write NAMESPACE/NAME")]
+pub struct NameError(pub String);
+
+impl TryFrom<String> for Name {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl std::str::FromStr for Name {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        match text.split_once('/') {
+            Some((ns, name)) if !ns.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self::new(ns, name))
+            }
+            _ => Err(NameError(text.chars().take(300).collect())),
+        }
+    }
+}
+
+/// Whether plaintext from sources outside of the mesh is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Mutual TLS where the source can, plaintext where it cannot.
+    #[default]
+    Permissive,
+    /// Mutual TLS or nothing.
+    Strict,
+}
+
+/// One running instance with an identity and addresses: a pod, a process on a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Its name.
+    pub name: Name,
+    /// The node it runs on.
+    pub node: String,
+    /// The account that gives it its identity.
+    pub service_account: String,
+    /// Its addresses, at most one of a family counts for capture; all are recognised as its own.
+    pub addresses: Vec<IpAddr>,
+    /// `metadata.labels`, what selectors look at.
+    pub labels: BTreeMap<String, String>,
+    /// Its traffic is meant to be captured.
+    pub enrolled: bool,
+    /// Its own agent has said that capture is in place: sources may speak TLS to it.
+    pub captured: bool,
+    /// Whether it takes plaintext.
+    pub mode: Mode,
+}
+
+impl Workload {
+    /// The identity that its certificates carry.
+    pub fn identity(&self, trust_domain: &TrustDomain) -> Result<SpiffeId, IdentityError> {
+        SpiffeId::workload(trust_domain, &self.name.namespace, &self.service_account)
+    }
+}
+
+/// The name and virtual addresses that clients use for a set of endpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its name.
+    pub name: Name,
+    /// `spec.clusterIPs`.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.ports`, those of TCP, each with the endpoints that are ready.
+    pub ports: Vec<ServicePort>,
+}
+
+/// One port of a service and what serves it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// `spec.ports[].name`, may be empty.
+    pub name: String,
+    /// `spec.ports[].port`.
+    pub port: u16,
+    /// Ready endpoints only.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// One (workload, port) that serves a service.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// The workload.
+    pub workload: Name,
+    /// The workload's address, of the family of the virtual address that was asked for.
+    pub address: IpAddr,
+    /// The workload's port (`spec.ports[].targetPort`).
+    pub port: u16,
+}
+
+/// What a policy does with the connections that its rules match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// They may; and once any allow policy selects a workload, what no allow rule matches may not.
+    Allow,
+    /// They may not, whatever any allow policy says.
+    Deny,
+}
+
+/// Who may connect to the workloads that it selects (`AuthorizationPolicy`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Its name; it selects workloads of its own namespace only.
+    pub name: Name,
+    /// All of these labels; none selects every workload of the namespace.
+    pub selector: BTreeMap<String, String>,
+    /// What it does.
+    pub action: Action,
+    /// Any of these; none: matches nothing.
+    pub rules: Vec<Rule>,
+}
+
+impl Policy {
+    /// Whether it speaks about connections to this workload.
+    pub fn selects(&self, workload: &Workload) -> bool {
+        self.name.namespace == workload.name.namespace
+            && self.selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
+    }
+}
+
+/// A set of connections.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rule {
+    /// Any of these; none: any source.
+    pub from: Vec<Source>,
+    /// Any of these destination ports; none: any port.
+    pub ports: Vec<u16>,
+}
+
+/// A set of sources: every field that is given must match, within a field any entry.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Source {
+    /// Exact identities.
+    pub identities: Vec<SpiffeId>,
+    /// Namespaces of authenticated identities.
+    pub namespaces: Vec<String>,
+    /// Blocks that the source's address lies in.
+    pub address_blocks: Vec<IpNet>,
+}

@@ -1,0 +1,141 @@
+//! Every reason for which the mesh ends a connection on purpose, with the step that said so.
+//!
+//! One list for the metric label, the access-log field, the line that the command prints and the page. A new reason
+//! does not compile until it has a label, a step, an explanation and a cure.
+
+use serde::{Deserialize, Serialize};
+
+/// The step of a connection's life at which it ended; the steps of `docs/LIFE_OF_A_CONNECTION.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Who is asking.
+    Identify,
+    /// What they asked for.
+    Route,
+    /// May they.
+    Authorize,
+    /// Which endpoint.
+    Balance,
+    /// The way there: dial, handshake, OPEN.
+    Connect,
+    /// The bytes.
+    Relay,
+}
+
+macro_rules! reasons {
+    ($($variant:ident = $label:literal at $step:ident, $says:literal, cure $cure:literal;)*) => {
+        /// Why a connection was refused.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Reason { $(#[doc = $says] $variant,)* }
+
+        impl Reason {
+            /// All reasons, in the order of the steps; what the reference and the metrics enumerate.
+            pub const ALL: &'static [Reason] = &[$(Reason::$variant,)*];
+
+            /// The bounded label of metrics and logs.
+            pub const fn label(self) -> &'static str { match self { $(Reason::$variant => $label,)* } }
+
+            /// The step that says it.
+            pub const fn step(self) -> Step { match self { $(Reason::$variant => Step::$step,)* } }
+
+            /// What happened, for a person.
+            pub const fn says(self) -> &'static str { match self { $(Reason::$variant => $says,)* } }
+
+            /// What to do about it, for a person.
+            pub const fn cure(self) -> &'static str { match self { $(Reason::$variant => $cure,)* } }
+
+            /// The reason with this label.
+            pub fn parse(label: &str) -> Option<Self> {
+                match label { $($label => Some(Reason::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+reasons! {
+    ViewMissing = "view_missing" at Identify, "The agent has no view yet",
+        cure "check that the agent reaches the controller: meshctl status";
+    LoopToListener = "loop_to_listener" at Identify, "The application connected to the agent's own listener",
+        cure "connect to the service's address instead";
+    IdentityMismatch = "identity_mismatch" at Identify, "The source's certificate is not the one its address has in the view",
+        cure "check that the source's service account and address agree with its Workload";
+    SourceNotCovered = "source_not_covered" at Identify, "OPEN names a source that the certificate does not cover",
+        cure "this is an attack or a broken agent: look at the source node";
+    HandshakeFailed = "handshake_failed" at Identify, "The source's TLS handshake failed",
+        cure "look at both agents' logs: certificate, trust domain and clock of the source";
+    HandshakeTimeout = "handshake_timeout" at Identify, "The source did not finish its TLS handshake in time",
+        cure "look at the load of the source node and at the network between";
+    BadFrame = "bad_frame" at Identify, "The peer broke the tunnel protocol",
+        cure "compare the agents' versions: meshctl status";
+    OpenTimeout = "open_timeout" at Identify, "The peer opened a tunnel and asked for nothing in time",
+        cure "look at the source agent";
+    NoSuchServicePort = "no_such_service_port" at Route, "The service has no such port",
+        cure "add the port to the Service, or connect to one that it has";
+    NoEndpoint = "no_endpoint" at Route, "The service has no ready endpoint",
+        cure "check the Service's selector and the readiness of the workloads: meshctl get services";
+    DestinationUnknown = "destination_unknown" at Route, "The destination is not a workload of this node",
+        cure "the source's view may be old: meshctl status";
+    DestinationNotCaptured = "destination_not_captured" at Route, "The destination is strict and not captured yet, so it would be plaintext",
+        cure "wait for its enrolment, or read why it failed: meshctl get workloads";
+    PlaintextToStrict = "plaintext_to_strict" at Authorize, "The destination is strict and the source spoke plaintext",
+        cure "enrol the source, or make the destination's namespace permissive";
+    PolicyDeny = "policy_deny" at Authorize, "A deny rule of an AuthorizationPolicy matches",
+        cure "change the named rule if the connection is meant to be";
+    PolicyNotAllowed = "policy_not_allowed" at Authorize, "Allow policies select the destination and none of their rules matches",
+        cure "add an allow rule for this source and port";
+    NoCertificate = "no_certificate" at Connect, "The agent has no valid certificate for the workload",
+        cure "check that the agent reaches the controller: meshctl status";
+    DialRefused = "dial_refused" at Connect, "The destination refused the connection",
+        cure "check that the application listens on this port";
+    DialTimeout = "dial_timeout" at Connect, "The destination did not answer the connection in time",
+        cure "check the network between the nodes and NetworkPolicy";
+    DialFailed = "dial_failed" at Connect, "The connection to the destination failed",
+        cure "look at the agent's log and the network between the nodes";
+    PeerHandshakeFailed = "peer_handshake_failed" at Connect, "The TLS handshake with the destination's agent failed",
+        cure "look at both agents' logs: certificate, trust domain and clock";
+    PeerHandshakeTimeout = "peer_handshake_timeout" at Connect, "The destination's agent did not finish the TLS handshake in time",
+        cure "look at the load of the destination node";
+    PeerIdentityMismatch = "peer_identity_mismatch" at Connect, "The destination's certificate is not the destination workload's",
+        cure "an address may have moved: compare meshctl get workloads with the node";
+    PeerRefused = "peer_refused" at Connect, "The destination's agent refused the connection",
+        cure "its access log has the reason";
+    PeerLost = "peer_lost" at Connect, "The destination's agent went away before it took the connection",
+        cure "check the destination's agent";
+    LimitConnections = "limit_connections" at Connect, "The workload has as many connections as it may",
+        cure "raise max_connections_per_workload, or find what holds them";
+    AgentStopping = "agent_stopping" at Relay, "The agent was stopped and the drain deadline passed",
+        cure "raise drain_deadline if connections live longer";
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `PolicyDeny` → `policy_deny`: what serde's `rename_all` makes of the variant in the access log.
+    fn snake_case(reason: Reason) -> String {
+        let mut text = String::new();
+        for c in format!("{reason:?}").chars() {
+            if c.is_uppercase() && !text.is_empty() {
+                text.push('_');
+            }
+            text.extend(c.to_lowercase());
+        }
+        text
+    }
+
+    #[test]
+    fn log_and_metric_use_the_same_word_and_it_reads_back() {
+        for reason in Reason::ALL {
+            assert_eq!(Reason::parse(reason.label()), Some(*reason));
+            assert_eq!(snake_case(*reason), reason.label());
+        }
+    }
+}

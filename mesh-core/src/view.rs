@@ -1,0 +1,402 @@
+//! What one node must know: a set of resources, the difference between two sets, and the indexed snapshot that
+//! connections are decided on.
+//!
+//! The controller projects a [`NodeView`] per node and sends differences; the agent applies them and builds a
+//! [`Snapshot`] off the hot path. Applying `diff(a, b)` to `a` always gives `b`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use serde::Serialize;
+
+use crate::{
+    identity::{SpiffeId, TrustDomain},
+    model::{Name, Policy, Service, Workload},
+};
+
+/// What the whole mesh shares.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Mesh {
+    /// The trust domain of every identity.
+    #[serde(serialize_with = "as_display")]
+    pub trust_domain: TrustDomain,
+    /// The roots that certificates may lead to, DER; more than one during a rotation.
+    #[serde(skip)]
+    pub roots: Vec<Vec<u8>>,
+}
+
+fn as_display<S: serde::Serializer>(value: &TrustDomain, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+/// What a resource is called; unique within a view. Printed as `workload/NS/NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Key {
+    /// The one [`Mesh`].
+    Mesh,
+    /// A workload.
+    Workload(Name),
+    /// A service.
+    Service(Name),
+    /// A policy.
+    Policy(Name),
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mesh => f.write_str("mesh"),
+            Self::Workload(name) => write!(f, "workload/{name}"),
+            Self::Service(name) => write!(f, "service/{name}"),
+            Self::Policy(name) => write!(f, "policy/{name}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Key {
+    type Err = crate::model::NameError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || crate::model::NameError(text.chars().take(300).collect());
+        if text == "mesh" {
+            return Ok(Self::Mesh);
+        }
+        let (kind, name) = text.split_once('/').ok_or_else(bad)?;
+        let name: Name = name.parse()?;
+        match kind {
+            "workload" => Ok(Self::Workload(name)),
+            "service" => Ok(Self::Service(name)),
+            "policy" => Ok(Self::Policy(name)),
+            _ => Err(bad()),
+        }
+    }
+}
+
+/// One thing that a node knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resource {
+    /// What the whole mesh shares.
+    Mesh(Arc<Mesh>),
+    /// A workload of any node.
+    Workload(Arc<Workload>),
+    /// A service.
+    Service(Arc<Service>),
+    /// A policy that selects a workload of this node.
+    Policy(Arc<Policy>),
+}
+
+impl Resource {
+    /// What it is called.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Mesh(_) => Key::Mesh,
+            Self::Workload(workload) => Key::Workload(workload.name.clone()),
+            Self::Service(service) => Key::Service(service.name.clone()),
+            Self::Policy(policy) => Key::Policy(policy.name.clone()),
+        }
+    }
+}
+
+/// Everything that one node knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeView {
+    resources: BTreeMap<Key, Resource>,
+}
+
+/// What turns one view into another.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Delta {
+    /// New or changed.
+    pub upserts: Vec<Resource>,
+    /// Gone.
+    pub removes: Vec<Key>,
+}
+
+impl Delta {
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.upserts.is_empty() && self.removes.is_empty()
+    }
+}
+
+impl FromIterator<Resource> for NodeView {
+    fn from_iter<I: IntoIterator<Item = Resource>>(resources: I) -> Self {
+        Self { resources: resources.into_iter().map(|resource| (resource.key(), resource)).collect() }
+    }
+}
+
+impl NodeView {
+    /// All resources, in the order of their keys.
+    pub fn resources(&self) -> impl Iterator<Item = &Resource> {
+        self.resources.values()
+    }
+
+    /// What has to be applied to `self` to get `next`.
+    pub fn diff(&self, next: &Self) -> Delta {
+        let changed = |(key, resource): &(&Key, &Resource)| self.resources.get(key) != Some(resource);
+        Delta {
+            upserts: next.resources.iter().filter(changed).map(|(_, resource)| resource.clone()).collect(),
+            removes: self.resources.keys().filter(|key| !next.resources.contains_key(key)).cloned().collect(),
+        }
+    }
+
+    /// Applies a difference.
+    pub fn apply(&mut self, delta: Delta) {
+        for key in delta.removes {
+            self.resources.remove(&key);
+        }
+        self.resources.extend(delta.upserts.into_iter().map(|resource| (resource.key(), resource)));
+    }
+}
+
+/// What an address is to the mesh.
+#[derive(Debug, Clone)]
+pub enum Owner {
+    /// A workload's address.
+    Workload(Arc<Workload>),
+    /// A service's virtual address.
+    Service(Arc<Service>),
+}
+
+/// A view, indexed for decisions; immutable, shared by every connection that was decided on it.
+#[derive(Debug)]
+pub struct Snapshot {
+    node: String,
+    version: String,
+    mesh: Arc<Mesh>,
+    by_address: HashMap<IpAddr, Owner>,
+    workloads: BTreeMap<Name, Arc<Workload>>,
+    services: BTreeMap<Name, Arc<Service>>,
+    policies: BTreeMap<Name, Arc<Policy>>,
+    identities: HashMap<Name, Arc<SpiffeId>>,
+    ambiguous: BTreeSet<IpAddr>,
+}
+
+/// Why a view cannot be put in force.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SnapshotError {
+    /// The view lacks the `mesh` resource.
+    #[error("the view has no 'mesh' resource, so no trust domain: the controller must send it first")]
+    NoMesh,
+    /// A workload's account cannot be part of an identity.
+    #[error("workload {workload}: {error}")]
+    Identity {
+        /// Which.
+        workload: Name,
+        /// What is wrong.
+        error: crate::identity::IdentityError,
+    },
+}
+
+impl Snapshot {
+    /// Indexes a view for the node with this name.
+    ///
+    /// An address that two workloads claim belongs to neither: [`Snapshot::ambiguous`] lists it.
+    pub fn new(node: &str, version: &str, view: &NodeView) -> Result<Self, SnapshotError> {
+        let mut mesh = None;
+        let mut workloads = BTreeMap::new();
+        let mut services = BTreeMap::new();
+        let mut policies = BTreeMap::new();
+        for resource in view.resources() {
+            match resource {
+                Resource::Mesh(found) => mesh = Some(found.clone()),
+                Resource::Workload(found) => drop(workloads.insert(found.name.clone(), found.clone())),
+                Resource::Service(found) => drop(services.insert(found.name.clone(), found.clone())),
+                Resource::Policy(found) => drop(policies.insert(found.name.clone(), found.clone())),
+            }
+        }
+        let mesh = mesh.ok_or(SnapshotError::NoMesh)?;
+        let mut by_address: HashMap<IpAddr, Owner> = HashMap::new();
+        let mut ambiguous = BTreeSet::new();
+        let mut identities = HashMap::new();
+        for workload in workloads.values() {
+            let identity = workload
+                .identity(&mesh.trust_domain)
+                .map_err(|error| SnapshotError::Identity { workload: workload.name.clone(), error })?;
+            identities.insert(workload.name.clone(), Arc::new(identity));
+        }
+        let owners = workloads
+            .values()
+            .flat_map(|w| w.addresses.iter().map(|a| (*a, Owner::Workload(w.clone()))))
+            .chain(
+                services.values().flat_map(|s| s.addresses.iter().map(|a| (*a, Owner::Service(s.clone())))),
+            );
+        for (address, owner) in owners {
+            if by_address.insert(address, owner).is_some() {
+                ambiguous.insert(address);
+            }
+        }
+        for address in &ambiguous {
+            by_address.remove(address);
+        }
+        Ok(Self {
+            node: node.to_owned(),
+            version: version.to_owned(),
+            mesh,
+            by_address,
+            workloads,
+            services,
+            policies,
+            identities,
+            ambiguous,
+        })
+    }
+
+    /// The node that it is for.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// The version that the controller gave it.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// What the whole mesh shares.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    /// Who has this address; `None` for addresses outside of the mesh and for ambiguous ones.
+    pub fn owner(&self, address: IpAddr) -> Option<&Owner> {
+        self.by_address.get(&address)
+    }
+
+    /// The workload with this address.
+    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        match self.by_address.get(&address) {
+            Some(Owner::Workload(workload)) => Some(workload),
+            Some(Owner::Service(_)) | None => None,
+        }
+    }
+
+    /// The workload with this name.
+    pub fn workload(&self, name: &Name) -> Option<&Arc<Workload>> {
+        self.workloads.get(name)
+    }
+
+    /// All workloads, by name.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The enrolled workloads of this node.
+    pub fn local(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values().filter(|workload| workload.enrolled && workload.node == self.node)
+    }
+
+    /// The service with this name.
+    pub fn service(&self, name: &Name) -> Option<&Arc<Service>> {
+        self.services.get(name)
+    }
+
+    /// All services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The identity of a workload of this view.
+    pub fn identity(&self, name: &Name) -> Option<&Arc<SpiffeId>> {
+        self.identities.get(name)
+    }
+
+    /// The policies that select a workload.
+    pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> impl Iterator<Item = &'a Policy> + Clone {
+        self.policies.values().map(Arc::as_ref).filter(|policy| policy.selects(workload))
+    }
+
+    /// All policies, by name.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// Every address whose connections are captured: workloads' and services', and the ambiguous ones, so that
+    /// nothing to them leaves as plaintext.
+    pub fn captured_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.by_address.keys().chain(&self.ambiguous).copied()
+    }
+
+    /// Addresses that more than one workload or service claims.
+    pub fn ambiguous(&self) -> &BTreeSet<IpAddr> {
+        &self.ambiguous
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::Mode;
+
+    pub(crate) fn mesh() -> Resource {
+        let trust_domain = TrustDomain::parse("td").expect("a valid trust domain");
+        Resource::Mesh(Arc::new(Mesh { trust_domain, roots: vec![vec![1]] }))
+    }
+
+    pub(crate) fn workload(name: &str, address: &str, node: &str) -> Workload {
+        Workload {
+            name: Name::new("shop", name),
+            node: node.into(),
+            service_account: name.into(),
+            addresses: vec![address.parse().expect("an address")],
+            labels: BTreeMap::new(),
+            enrolled: true,
+            captured: true,
+            mode: Mode::Permissive,
+        }
+    }
+
+    fn arbitrary_view() -> impl Strategy<Value = NodeView> {
+        prop::collection::btree_map("[a-e]", (1u8..4, any::<bool>()), 0..6).prop_map(|entries| {
+            entries
+                .into_iter()
+                .map(|(name, (last, enrolled))| {
+                    let base = workload(&name, &format!("10.0.0.{last}"), "node-a");
+                    Resource::Workload(Arc::new(Workload { enrolled, ..base }))
+                })
+                .collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn applying_the_difference_gives_the_next_view(mut a in arbitrary_view(), b in arbitrary_view()) {
+            let delta = a.diff(&b);
+            a.apply(delta);
+            prop_assert_eq!(&a, &b);
+            prop_assert!(a.diff(&b).is_empty());
+        }
+    }
+
+    #[test]
+    fn an_address_of_two_workloads_belongs_to_neither_and_stays_captured() {
+        let view: NodeView = [
+            mesh(),
+            Resource::Workload(Arc::new(workload("a", "10.0.0.1", "n"))),
+            Resource::Workload(Arc::new(workload("b", "10.0.0.1", "n"))),
+        ]
+        .into_iter()
+        .collect();
+        let snapshot = Snapshot::new("n", "1", &view).unwrap();
+        let address = "10.0.0.1".parse().unwrap();
+        assert!(snapshot.owner(address).is_none());
+        assert!(snapshot.captured_addresses().any(|a| a == address));
+    }
+
+    #[test]
+    fn a_view_without_mesh_is_not_put_in_force() {
+        assert_eq!(Snapshot::new("n", "1", &NodeView::default()).unwrap_err(), SnapshotError::NoMesh);
+    }
+
+    #[test]
+    fn keys_print_and_parse_the_same() {
+        for text in ["mesh", "workload/shop/web", "service/shop/web", "policy/shop/web"] {
+            assert_eq!(text.parse::<Key>().unwrap().to_string(), text);
+        }
+        assert!("pod/shop/web".parse::<Key>().is_err());
+        assert!("workload/web".parse::<Key>().is_err());
+    }
+}
