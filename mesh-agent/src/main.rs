@@ -1,2 +1,2 @@
-//! x
+//! `mesh-agent`: see the library.
 fn main() {}

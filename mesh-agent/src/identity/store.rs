@@ -1,0 +1,118 @@
+//! The certificates that are in force on this node, as ready TLS configurations.
+//!
+//! Connections look configurations up here; the control thread replaces them as certificates are renewed and roots
+//! rotate. What is in force stays until something valid replaces it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, RwLock},
+};
+
+use mesh_core::{
+    frame::ALPN,
+    identity::{SpiffeId, TrustDomain},
+    refusal::Reason,
+};
+use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::ring, sign::CertifiedKey, version::TLS13};
+use rustls_pki_types::CertificateDer;
+
+use super::verify::{SpiffeClientVerifier, SpiffeServerVerifier};
+
+/// The TLS configurations of one identity.
+#[derive(Debug, Clone)]
+struct Configs {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+/// All identities of this node.
+#[derive(Debug, Default)]
+pub struct Identities {
+    configs: RwLock<HashMap<SpiffeId, Configs>>,
+}
+
+impl Identities {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts a certificate in force, with the roots that peers of it must lead to.
+    pub fn install(
+        &self,
+        id: SpiffeId,
+        certificate: Arc<CertifiedKey>,
+        roots: &[CertificateDer<'static>],
+    ) -> Result<(), rustls::Error> {
+        let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN])?;
+        let server = server_config(certificate, roots, id.trust_domain(), &[ALPN])?;
+        let configs = Configs { client: Arc::new(client), server: Arc::new(server) };
+        self.configs.write().expect("no holder of this lock panics").insert(id, configs);
+        Ok(())
+    }
+
+    /// Forgets an identity that no workload of this node has any more.
+    pub fn remove(&self, id: &SpiffeId) {
+        self.configs.write().expect("no holder of this lock panics").remove(id);
+    }
+
+    /// For connections that this identity opens.
+    pub fn client(&self, id: &SpiffeId) -> Result<Arc<ClientConfig>, Reason> {
+        Ok(self.configs(id)?.client)
+    }
+
+    /// For connections that this identity takes.
+    pub fn server(&self, id: &SpiffeId) -> Result<Arc<ServerConfig>, Reason> {
+        Ok(self.configs(id)?.server)
+    }
+
+    fn configs(&self, id: &SpiffeId) -> Result<Configs, Reason> {
+        let configs = self.configs.read().expect("no holder of this lock panics");
+        configs.get(id).cloned().ok_or(Reason::NoCertificate)
+    }
+}
+
+fn root_store(roots: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>, rustls::Error> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone())?;
+    }
+    Ok(Arc::new(store))
+}
+
+/// TLS 1.3 with a client certificate, to a server of the trust domain.
+pub fn client_config(
+    certificate: Arc<CertifiedKey>,
+    roots: &[CertificateDer<'static>],
+    trust_domain: &TrustDomain,
+    alpn: &[&[u8]],
+) -> Result<ClientConfig, rustls::Error> {
+    let verifier = SpiffeServerVerifier::new(root_store(roots)?, trust_domain.clone());
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    config.enable_sni = false;
+    config.resumption = rustls::client::Resumption::disabled();
+    Ok(config)
+}
+
+/// TLS 1.3 that demands a client certificate of the trust domain.
+pub fn server_config(
+    certificate: Arc<CertifiedKey>,
+    roots: &[CertificateDer<'static>],
+    trust_domain: &TrustDomain,
+    alpn: &[&[u8]],
+) -> Result<ServerConfig, rustls::Error> {
+    let verifier = SpiffeClientVerifier::new(root_store(roots)?, trust_domain.clone())?;
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}

@@ -1,0 +1,188 @@
+//! Checks a peer's certificate the SPIFFE way: the chain must lead to a root of the trust domain, and the one URI SAN
+//! is the identity (X509-SVID §3–5). DNS names and common names mean nothing.
+//!
+//! Stands apart from `rustls`' own verifiers because those check a DNS name, which workloads do not have.
+
+use std::sync::Arc;
+
+use mesh_core::identity::{SpiffeId, TrustDomain};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme,
+    client::{
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
+    crypto::{WebPkiSupportedAlgorithms, ring, verify_tls13_signature},
+    server::{
+        ParsedCertificate, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use x509_parser::{extensions::GeneralName, prelude::FromDer};
+
+/// Why a certificate carries no identity of this mesh.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CertificateIdentityError {
+    /// Not X.509, or its SAN extension cannot be read.
+    #[error("the certificate cannot be read")]
+    Malformed,
+    /// X509-SVID §2 wants exactly one URI SAN.
+    #[error("the certificate has {0} URI names, it must have exactly one")]
+    UriCount(usize),
+    /// The URI is not an identity.
+    #[error(transparent)]
+    Identity(#[from] mesh_core::identity::IdentityError),
+    /// The identity is of another trust domain.
+    #[error("{0} is not of this trust domain")]
+    Foreign(SpiffeId),
+    /// No certificate at all.
+    #[error("the peer sent no certificate")]
+    Missing,
+}
+
+/// The identity in a leaf certificate. Does not check the chain: the handshake did.
+pub fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIdentityError> {
+    let malformed = |_| CertificateIdentityError::Malformed;
+    let (_, certificate) =
+        x509_parser::certificate::X509Certificate::from_der(leaf).map_err(|_| CertificateIdentityError::Malformed)?;
+    let san = certificate.subject_alternative_name().map_err(malformed)?;
+    let uris: Vec<&str> = san
+        .map(|extension| &extension.value.general_names)
+        .into_iter()
+        .flatten()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    match uris.as_slice() {
+        [uri] => Ok(SpiffeId::parse(uri)?),
+        other => Err(CertificateIdentityError::UriCount(other.len())),
+    }
+}
+
+/// The identity of a peer after its handshake.
+pub fn peer_identity(chain: Option<&[CertificateDer<'_>]>) -> Result<SpiffeId, CertificateIdentityError> {
+    identity_of(chain.and_then(<[_]>::first).ok_or(CertificateIdentityError::Missing)?)
+}
+
+fn check_identity(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<(), Error> {
+    let id = identity_of(leaf).and_then(|id| {
+        if id.trust_domain() == trust_domain { Ok(()) } else { Err(CertificateIdentityError::Foreign(id)) }
+    });
+    id.map_err(|error| {
+        Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(error))))
+    })
+}
+
+/// Verifies servers' certificates against the roots of one trust domain. Whose certificate it must be is for the
+/// caller to check with [`peer_identity`], before it sends a byte.
+#[derive(Debug)]
+pub struct SpiffeServerVerifier {
+    roots: Arc<RootCertStore>,
+    trust_domain: TrustDomain,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl SpiffeServerVerifier {
+    /// A verifier for a trust domain with these roots.
+    pub fn new(roots: Arc<RootCertStore>, trust_domain: TrustDomain) -> Arc<Self> {
+        let algorithms = ring::default_provider().signature_verification_algorithms;
+        Arc::new(Self { roots, trust_domain, algorithms })
+    }
+}
+
+impl ServerCertVerifier for SpiffeServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let parsed = ParsedCertificate::try_from(end_entity)?;
+        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, self.algorithms.all)?;
+        check_identity(end_entity, &self.trust_domain)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("only TLS 1.3 is spoken here".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// Verifies clients' certificates against the roots of one trust domain; a client without one is refused.
+#[derive(Debug)]
+pub struct SpiffeClientVerifier {
+    chain: Arc<dyn ClientCertVerifier>,
+    trust_domain: TrustDomain,
+}
+
+impl SpiffeClientVerifier {
+    /// A verifier for a trust domain with these roots. Fails when there is no root.
+    pub fn new(roots: Arc<RootCertStore>, trust_domain: TrustDomain) -> Result<Arc<Self>, Error> {
+        let chain = WebPkiClientVerifier::builder_with_provider(roots, Arc::new(ring::default_provider()))
+            .build()
+            .map_err(|error| Error::General(error.to_string()))?;
+        Ok(Arc::new(Self { chain, trust_domain }))
+    }
+}
+
+impl ClientCertVerifier for SpiffeClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        check_identity(end_entity, &self.trust_domain)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("only TLS 1.3 is spoken here".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}

@@ -1,0 +1,32 @@
+//! The agent: one per node. It owns sockets inside the network namespaces of the node's workloads, to which kernel
+//! programs steer their connections, and carries each over mutual TLS to the destination's agent.
+//!
+//! A module uses only rows below its own (a tidy test checks it):
+//!
+//! | row | modules | what |
+//! |---|---|---|
+//! | 1 | [`agent`] | composition: what exists, who owns it, in which order it starts and stops |
+//! | 2 | [`listen`], [`enrol`], [`admin`] | accept loops; the reconcile loop that keeps workloads captured; metrics and state over HTTP |
+//! | 3 | [`connection`] | ★ the story of a connection, outbound and inbound |
+//! | 4 | [`authorize`], [`balance`], [`connect`], [`relay`], [`record`] | its steps |
+//! | 5 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
+//! | 6 | [`net`], [`config`], [`metrics`] | sockets and namespaces; settings; counters |
+
+pub mod admin;
+pub mod agent;
+pub mod authorize;
+pub mod balance;
+pub mod capture;
+pub mod config;
+pub mod connect;
+pub mod connection;
+pub mod drain;
+pub mod enrol;
+pub mod identity;
+pub mod listen;
+pub mod metrics;
+pub mod net;
+pub mod record;
+pub mod relay;
+pub mod tunnel;
+pub mod view;

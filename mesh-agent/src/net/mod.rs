@@ -1,0 +1,5 @@
+//! Sockets inside other network namespaces: the agent's only contact with `setns` and with socket options that need
+//! privileges.
+
+pub mod netns;
+pub mod socket;

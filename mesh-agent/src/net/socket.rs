@@ -1,0 +1,121 @@
+//! The sockets that the agent opens inside a workload's namespace, with the options that capture relies on.
+//!
+//! Every one carries [`AGENT_MARK`], so that the kernel programs pass it, and is made while the process is in its own
+//! cgroup, which the guard checks (a workload can forge the mark, not the cgroup).
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd},
+    time::Duration,
+};
+
+use mesh_ebpf::abi::{AGENT_MARK, INNER_PORTS};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+use super::netns::Namespace;
+
+/// Pending connections that a listener holds; `net.core.somaxconn` caps it.
+const BACKLOG: i32 = 4096;
+/// `IP_LOCAL_PORT_RANGE` (linux/in.h), since Linux 6.3.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+
+/// Opens a listener that only the kernel programs lead to: bound to loopback, transparent, so that the accepted
+/// sockets' local address is the original destination.
+pub fn listen(namespace: &Namespace, family: Family) -> io::Result<TcpListener> {
+    let socket = namespace.enter(|| transparent(family))??;
+    let loopback: IpAddr = match family {
+        Family::V4 => std::net::Ipv4Addr::LOCALHOST.into(),
+        Family::V6 => std::net::Ipv6Addr::LOCALHOST.into(),
+    };
+    socket.bind(&SockAddr::from(SocketAddr::new(loopback, 0)))?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// Connects from inside a workload's namespace, from the workload's own address.
+///
+/// Errors are the kernel's (`ConnectionRefused`, …), or `TimedOut` after `timeout`.
+pub async fn dial(namespace: &Namespace, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let socket = namespace.enter(|| plain(Family::of(to.ip())))??;
+    connect(socket, to, timeout).await
+}
+
+/// Connects to an application inside its own namespace with the client's address as source, so that the application
+/// sees whom it serves. The port is the kernel's choice out of [`INNER_PORTS`], apart from the ports of tunnels.
+pub async fn dial_as(
+    namespace: &Namespace,
+    client: IpAddr,
+    to: SocketAddr,
+    timeout: Duration,
+) -> io::Result<TcpStream> {
+    let family = Family::of(to.ip());
+    let socket = namespace.enter(|| transparent(family))??;
+    set_option(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    let range = (u32::from(*INNER_PORTS.end()) << 16) | u32::from(*INNER_PORTS.start());
+    set_option(&socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, range as libc::c_int)?;
+    socket.bind(&SockAddr::from(SocketAddr::new(client, 0)))?;
+    connect(socket, to, timeout).await
+}
+
+async fn connect(socket: Socket, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    // SAFETY: the descriptor comes out of `socket`, which gives it up; nothing else owns it.
+    let socket = unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) };
+    let stream = tokio::time::timeout(timeout, socket.connect(to))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Makes the close of a stream a RST (RFC 9293 §3.10.4, `SO_LINGER` 0), whatever is still unsent.
+pub fn reset(stream: TcpStream) {
+    // Fails only for a socket that is gone already; then there is nothing to reset.
+    let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+}
+
+fn plain(family: Family) -> io::Result<Socket> {
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
+    };
+    let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_mark(AGENT_MARK)?;
+    if family == Family::V6 {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+fn transparent(family: Family) -> io::Result<Socket> {
+    let socket = plain(family)?;
+    match family {
+        Family::V4 => set_option(&socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1)?,
+        Family::V6 => set_option(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?,
+    }
+    Ok(socket)
+}
+
+fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for the call, and the pointer and length describe `value`.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
