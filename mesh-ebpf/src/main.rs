@@ -81,7 +81,7 @@ fn capture_outbound(ctx: TcContext) -> i32 {
     }
     let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
     let facts = PodFacts { ctx: &ctx, packet: &packet, direction: Direction::Outbound };
-    match capture::outbound(packet.tcp.as_ref(), &facts) {
+    match capture::outbound(packet.tcp(), &facts) {
         capture::Outbound::Pass => TC_ACT_UNSPEC,
         capture::Outbound::ToAgent => {
             ctx.set_mark(CAPTURED_MARK);
@@ -97,7 +97,7 @@ fn deliver(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let Some(packet) = Packet::read(&ctx) else { return TC_ACT_SHOT };
-    let Some(tcp) = packet.tcp else { return TC_ACT_SHOT };
+    let Some(tcp) = packet.tcp() else { return TC_ACT_SHOT };
     if skb::accept_frame(&ctx).is_err() {
         return TC_ACT_SHOT;
     }
@@ -112,7 +112,7 @@ fn deliver(ctx: TcContext) -> i32 {
 fn capture_inbound(ctx: TcContext) -> i32 {
     let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
     let facts = PodFacts { ctx: &ctx, packet: &packet, direction: Direction::Inbound };
-    match capture::inbound(&packet.network, packet.tcp.as_ref(), &facts) {
+    match capture::inbound(&packet.network, packet.tcp(), &facts) {
         capture::Inbound::Pass => TC_ACT_UNSPEC,
         capture::Inbound::ToAgent => {
             let key = facts.listener_key();
@@ -129,7 +129,7 @@ fn guard_from_pod(ctx: TcContext) -> i32 {
     let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
     let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.destination };
     let data_len = packet.data_len(&ctx);
-    match guard::from_pod(workload, &packet.network, packet.tcp.as_ref(), data_len, &facts) {
+    match guard::from_pod(workload, &packet.network, packet.tcp(), data_len, &facts) {
         guard::Verdict::Pass => TC_ACT_UNSPEC,
         guard::Verdict::Reset(reason) => reset(&ctx, &packet, reason),
         guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
@@ -140,7 +140,7 @@ fn guard_from_pod(ctx: TcContext) -> i32 {
 fn guard_to_pod(ctx: TcContext) -> i32 {
     let Some(workload) = guarded(&ctx) else { return TC_ACT_UNSPEC };
     let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
-    if packet.tcp.is_some_and(|tcp| tcp.opens()) {
+    if packet.tcp().is_some_and(Tcp::opens) {
         recognise_probe(&ctx, &packet);
     }
     let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.source };
@@ -284,8 +284,7 @@ fn record(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
     }
     // SAFETY: as above.
     unsafe { *last = now };
-    let (source_port, destination_port) =
-        packet.tcp.map_or((0, 0), |tcp: Tcp| (tcp.source_port, tcp.destination_port));
+    let (source_port, destination_port) = packet.ports();
     let network: &Network = &packet.network;
     warn!(
         ctx,

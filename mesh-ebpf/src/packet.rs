@@ -132,6 +132,16 @@ const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
 impl Tcp {
+    /// What stands in for a header where there is none.
+    pub const NONE: Self = Self {
+        source_port: 0,
+        destination_port: 0,
+        sequence: 0,
+        acknowledgement: 0,
+        flags: 0,
+        header_len: 0,
+    };
+
     /// Reads a TCP header.
     #[inline(always)]
     pub fn parse(b: &[u8; TCP_LEN]) -> Self {

@@ -32,8 +32,10 @@ const DNS_PORT: u16 = 53;
 pub(crate) struct Packet {
     pub(crate) v6: bool,
     pub(crate) network: Network,
-    /// `None` for everything but whole TCP packets.
-    pub(crate) tcp: Option<Tcp>,
+    /// All zero for everything but whole TCP packets. Not an `Option`: the compiler would copy the undefined bytes of
+    /// a `None` out of whatever register is at hand, and the verifier refuses a program that spills part of a pointer.
+    segment: Tcp,
+    is_tcp: bool,
 }
 
 /// A 4-tuple for socket lookup: source and destination as in a packet that the socket would receive.
@@ -47,7 +49,9 @@ pub(crate) struct Tuple {
 
 impl Packet {
     /// Reads the headers; `None` for what is not IP or too short for its own headers.
-    #[inline(always)]
+    ///
+    /// Not inlined: its buffers would add to the stack of the program, of which there are 512 bytes with all callees.
+    #[inline(never)]
     pub(crate) fn read(ctx: &TcContext) -> Option<Self> {
         let protocol = u32::from(u16::from_be(skb_field(ctx, |skb| skb.protocol) as u16));
         let (v6, network) = if protocol == ETH_P_IP {
@@ -57,19 +61,22 @@ impl Packet {
         } else {
             return None;
         };
-        let tcp = match network.transport {
-            Transport::Tcp => Some(Tcp::parse(&load::<TCP_LEN>(ctx, ETH_LEN + network.header_len)?)),
-            _ => None,
-        };
-        Some(Self { v6, network, tcp })
+        let is_tcp = network.transport as u32 == Transport::Tcp as u32;
+        let segment =
+            if is_tcp { Tcp::parse(&load::<TCP_LEN>(ctx, ETH_LEN + network.header_len)?) } else { Tcp::NONE };
+        Some(Self { v6, network, segment, is_tcp })
     }
 
+    /// The TCP header of a whole TCP packet.
     #[inline(always)]
-    fn ports(&self) -> (u16, u16) {
-        match &self.tcp {
-            Some(tcp) => (tcp.source_port, tcp.destination_port),
-            None => (0, 0),
-        }
+    pub(crate) fn tcp(&self) -> Option<&Tcp> {
+        if self.is_tcp { Some(&self.segment) } else { None }
+    }
+
+    /// Source and destination port; 0 for all but TCP.
+    #[inline(always)]
+    pub(crate) fn ports(&self) -> (u16, u16) {
+        (self.segment.source_port, self.segment.destination_port)
     }
 
     /// The socket that would receive this packet.
@@ -115,7 +122,7 @@ impl Packet {
     /// Bytes of TCP data.
     #[inline(always)]
     pub(crate) fn data_len(&self, ctx: &TcContext) -> usize {
-        match &self.tcp {
+        match self.tcp() {
             Some(tcp) => reset::data_len(ctx.len() as usize, &self.network, tcp),
             None => 0,
         }
@@ -218,7 +225,7 @@ static FRAME: PerCpuArray<[u8; reset::V6_FRAME]> = PerCpuArray::with_max_entries
 /// Answers a TCP packet with a RST, sent back out of the interface that it came by.
 #[inline(always)]
 pub(crate) fn send_reset(ctx: &TcContext, packet: &Packet) -> Result<i32, ()> {
-    let Some(tcp) = &packet.tcp else { return Err(()) };
+    let Some(tcp) = packet.tcp() else { return Err(()) };
     let frame = FRAME.get_ptr_mut(0).ok_or(())?;
     let data_len = packet.data_len(ctx);
     let eth = load::<ETH_LEN>(ctx, 0).ok_or(())?;
