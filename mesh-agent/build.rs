@@ -22,8 +22,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn generate_services(out: &Path) -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed={PROTO_DIR}");
     let services = protox::compile(["nodemesh.proto"], [PROTO_DIR])?;
-    let generator =
-        || tonic_prost_build::configure().extern_path(".nodemesh.v1", "::mesh_core::wire::proto").skip_protoc_run();
+    let generator = || {
+        tonic_prost_build::configure()
+            .extern_path(".nodemesh.v1", "::mesh_core::wire::proto")
+            .skip_protoc_run()
+    };
     generator().build_server(false).build_transport(false).out_dir(out).compile_fds(services.clone())?;
     let for_tests = out.join("server");
     fs::create_dir_all(&for_tests)?;

@@ -9,7 +9,12 @@ use serde::{Serialize, Serializer};
 
 /// The agent of one node of the mesh.
 #[derive(Debug, Parser)]
-#[command(name = "mesh-agent", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(
+    name = "mesh-agent",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct CommandLine {
     #[command(flatten)]
     run: Option<Config>,
@@ -105,7 +110,8 @@ pub struct Config {
 impl Config {
     /// The settings in force, as JSON.
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("settings are texts, numbers and paths that came in as arguments")
+        serde_json::to_string_pretty(self)
+            .expect("settings are texts, numbers and paths that came in as arguments")
     }
 }
 
@@ -218,14 +224,20 @@ mod tests {
 
     #[test]
     fn a_run_needs_a_node_and_a_controller() {
-        for line in ["mesh-agent", "mesh-agent --node n1", "mesh-agent --controller a:1", "mesh-agent --node n1 --controller a"] {
+        for line in [
+            "mesh-agent",
+            "mesh-agent --node n1",
+            "mesh-agent --controller a:1",
+            "mesh-agent --node n1 --controller a",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }
 
     #[test]
     fn uninstall_needs_neither() {
-        let Invocation::Uninstall(uninstall) = parse("mesh-agent uninstall --bpffs /sys/fs/bpf/x").unwrap() else {
+        let Invocation::Uninstall(uninstall) = parse("mesh-agent uninstall --bpffs /sys/fs/bpf/x").unwrap()
+        else {
             panic!("not an uninstall")
         };
         assert_eq!(uninstall.bpffs, PathBuf::from("/sys/fs/bpf/x"));

@@ -28,6 +28,15 @@ const WINDOW_BYTES: u32 = 1 << 20;
 /// The first pause after a failure.
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 
+/// How it stands with the controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Connection {
+    /// The stream of views is open.
+    Open,
+    /// It is not, and why.
+    Away(String),
+}
+
 /// A channel whose connections `connect` makes: the first when it is first used, another whenever one was lost.
 pub fn channel<C, F, S, E>(mut connect: C) -> Channel
 where
@@ -65,7 +74,11 @@ mod tests {
     fn pauses_double_up_to_the_cap_and_half_of_each_is_random() {
         let cap = Duration::from_secs(5);
         let check = |failures, fraction, expected| {
-            assert_eq!(backoff(failures, fraction, cap), Duration::from_millis(expected), "{failures} {fraction}");
+            assert_eq!(
+                backoff(failures, fraction, cap),
+                Duration::from_millis(expected),
+                "{failures} {fraction}"
+            );
         };
         check(0, 1.0, 200);
         check(1, 1.0, 200);

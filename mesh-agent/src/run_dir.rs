@@ -19,7 +19,9 @@ const MAX_FILE_BYTES: u64 = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum RunDirError {
     /// Keys would reach a disk.
-    #[error("{0} is not on a tmpfs, and keys must not reach a disk: choose a --run-dir under /run or mount a tmpfs there")]
+    #[error(
+        "{0} is not on a tmpfs, and keys must not reach a disk: choose a --run-dir under /run or mount a tmpfs there"
+    )]
     NotTmpfs(PathBuf),
     /// The file system said no.
     #[error("cannot {what} {path}: {source}")]
