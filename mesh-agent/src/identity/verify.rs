@@ -44,8 +44,8 @@ pub enum CertificateIdentityError {
 /// The identity in a leaf certificate. Does not check the chain: the handshake did.
 pub fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIdentityError> {
     let malformed = |_| CertificateIdentityError::Malformed;
-    let (_, certificate) =
-        x509_parser::certificate::X509Certificate::from_der(leaf).map_err(|_| CertificateIdentityError::Malformed)?;
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(leaf)
+        .map_err(|_| CertificateIdentityError::Malformed)?;
     let san = certificate.subject_alternative_name().map_err(malformed)?;
     let uris: Vec<&str> = san
         .map(|extension| &extension.value.general_names)
@@ -71,9 +71,36 @@ fn check_identity(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Resu
     let id = identity_of(leaf).and_then(|id| {
         if id.trust_domain() == trust_domain { Ok(()) } else { Err(CertificateIdentityError::Foreign(id)) }
     });
-    id.map_err(|error| {
-        Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(error))))
-    })
+    id.map_err(invalid)
+}
+
+/// A certificate that the handshake must not take, with the reason.
+pub(super) fn invalid(reason: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(reason))))
+}
+
+/// What a verifier says to a TLS 1.2 signature; none of our configurations negotiates it.
+pub(super) fn only_tls13() -> Error {
+    Error::General("only TLS 1.3 is spoken here".into())
+}
+
+/// Whether a server's handshake was signed with its certificate's key.
+pub(super) fn tls13_signature(
+    message: &[u8],
+    certificate: &CertificateDer<'_>,
+    signature: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, Error> {
+    verify_tls13_signature(
+        message,
+        certificate,
+        signature,
+        &ring::default_provider().signature_verification_algorithms,
+    )
+}
+
+/// The signatures that are understood.
+pub(super) fn schemes() -> Vec<SignatureScheme> {
+    ring::default_provider().signature_verification_algorithms.supported_schemes()
 }
 
 /// Verifies servers' certificates against the roots of one trust domain. Whose certificate it must be is for the
@@ -103,7 +130,13 @@ impl ServerCertVerifier for SpiffeServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let parsed = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, self.algorithms.all)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &parsed,
+            &self.roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )?;
         check_identity(end_entity, &self.trust_domain)?;
         Ok(ServerCertVerified::assertion())
     }
@@ -114,7 +147,7 @@ impl ServerCertVerifier for SpiffeServerVerifier {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("only TLS 1.3 is spoken here".into()))
+        Err(only_tls13())
     }
 
     fn verify_tls13_signature(
@@ -170,7 +203,7 @@ impl ClientCertVerifier for SpiffeClientVerifier {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("only TLS 1.3 is spoken here".into()))
+        Err(only_tls13())
     }
 
     fn verify_tls13_signature(
