@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Enrolment,
+    Enroller,
     discover::{Census, Place, PlaceError, still_has},
 };
 use crate::{
@@ -83,11 +83,11 @@ pub(super) fn owner(name: &Name) -> String {
 impl Enrolled {
     /// Captures a workload. A strict one is guarded before anything else, so that it never speaks plaintext while its
     /// certificate is on the way.
-    pub(super) async fn new<R>(
+    pub(super) async fn new(
         workload: &Workload,
         census: &Census,
         view: &Snapshot,
-        context: &mut Enrolment<R>,
+        context: &mut Enroller,
     ) -> Result<Self, Incomplete> {
         let Place { namespace, pod_ifindex, node_ifindex } = match census.place(&workload.addresses).await {
             Ok(place) => place,
@@ -111,7 +111,7 @@ impl Enrolled {
             new.guard(&mut context.kernel, &mut context.maps)?;
         }
         let identity = view.identity(&workload.name).context("the view has no identity for the workload")?;
-        if context.node.identities().server(identity).is_err() {
+        if context.identities.server(identity).is_err() {
             return Err(Incomplete::Waiting(format!("waits for the certificate of {identity}")));
         }
         save_settings(&context.run_dir, &new.local.namespace)?;
@@ -226,12 +226,13 @@ impl Enrolled {
 
     /// Lets the workload go: ends its connections first, since without capture their data would leave as plaintext,
     /// then takes away everything that enrolment brought.
-    pub(super) async fn remove(self, kernel: &mut Kernel, maps: &mut Maps, run_dir: &Path) {
+    pub(super) async fn remove(self, kernel: &mut Kernel, maps: &mut Maps, node: &Node, run_dir: &Path) {
         for address in self.addresses() {
             maps.remove_listeners(*address);
         }
         self.stop.cancel();
         self.local.leave(LEAVE_WAIT).await;
+        node.forget(&self.local);
         let name = self.name();
         if let Err(error) = kernel.detach(&owner(name)) {
             tracing::error!(workload = %name, %error, "cannot detach the programs");

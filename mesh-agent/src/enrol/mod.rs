@@ -29,7 +29,9 @@ use self::{
 use crate::{
     capture::{Kernel, Maps},
     connection::Node,
+    identity::store::Identities,
     metrics::Metrics,
+    view::report::{Enrolment, ReportHandle},
 };
 
 /// How often everything is proven. The promise is repair within 5 s; a removal is seen after at most this.
@@ -37,57 +39,34 @@ const PROVE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often a workload that was not found, or lacks its certificate, is looked for.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the agent says of a workload.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
-    /// Not captured yet; why.
-    Pending(String),
-    /// Captured, and proven so.
-    Enrolled,
-    /// Capture failed; what is missing and how to cure it.
-    Failed(String),
-    /// No longer enrolled here.
-    Gone,
-}
-
-/// Whom the loop tells.
-pub trait Reporter: Send {
-    /// A workload's state changed.
-    fn report(&self, workload: &Name, state: &State);
-}
-
 /// What the loop works with.
-pub struct Enrolment<R> {
+#[derive(Debug)]
+pub struct Enroller {
     /// Programs.
     pub kernel: Kernel,
     /// Maps.
     pub maps: Maps,
     /// What connections need.
     pub node: Node,
+    /// Certificates: nothing is captured before its certificate is there.
+    pub identities: Arc<Identities>,
     /// Where connections run.
     pub data: Handle,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    /// Where states go.
-    pub reporter: R,
+    /// Where the controller and the admin API hear of it.
+    pub reports: ReportHandle,
     /// Where settings of namespaces from before enrolment are kept.
     pub run_dir: PathBuf,
-    /// Workloads and their states, for the admin API.
-    pub states: watch::Sender<BTreeMap<Name, State>>,
 }
 
-impl<R> std::fmt::Debug for Enrolment<R> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Enrolment").field("kernel", &self.kernel).finish_non_exhaustive()
-    }
-}
-
-impl<R: Reporter> Enrolment<R> {
+impl Enroller {
     /// Runs until `stop`. Ends without detaching anything: the guard has the last word until the next agent.
     pub async fn run(mut self, mut view: watch::Receiver<Option<Arc<Snapshot>>>, stop: CancellationToken) {
         let mut enrolled: BTreeMap<Name, Enrolled> = BTreeMap::new();
         let mut counted: HashMap<KernelReason, u64> = self.maps.refused();
         let mut last_proof = tokio::time::Instant::now();
+        let mut complete = false;
         loop {
             let snapshot = view.borrow_and_update().clone();
             if let Some(snapshot) = snapshot {
@@ -96,9 +75,10 @@ impl<R: Reporter> Enrolment<R> {
                     last_proof = tokio::time::Instant::now();
                 }
                 self.reconcile(&snapshot, &mut enrolled, prove).await;
+                complete = enrolled.len() == snapshot.local().count();
             }
             self.count_refusals(&mut counted);
-            let wait = if self.searching() { SEARCH_INTERVAL } else { PROVE_INTERVAL };
+            let wait = if complete { PROVE_INTERVAL } else { SEARCH_INTERVAL };
             tokio::select! {
                 // All branches are cancel-safe.
                 () = stop.cancelled() => return,
@@ -106,10 +86,6 @@ impl<R: Reporter> Enrolment<R> {
                 () = tokio::time::sleep(wait) => {}
             }
         }
-    }
-
-    fn searching(&self) -> bool {
-        self.states.borrow().values().any(|state| *state != State::Enrolled)
     }
 
     async fn reconcile(&mut self, view: &Snapshot, enrolled: &mut BTreeMap<Name, Enrolled>, prove: bool) {
@@ -222,55 +198,39 @@ impl<R: Reporter> Enrolment<R> {
             }
         };
         for workload in missing {
-            let state = if enrolled.len() >= MAX_WORKLOADS as usize {
-                State::Failed(format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"))
-            } else {
-                match Enrolled::new(workload, &census, view, self).await {
-                    Ok(new) => {
-                        tracing::info!(workload = %workload.name, "enrolled");
-                        enrolled.insert(workload.name.clone(), new);
-                        State::Enrolled
-                    }
-                    Err(Incomplete::Waiting(reason)) => State::Pending(reason),
-                    Err(Incomplete::Failed(error)) => State::Failed(format!("{error:#}")),
+            let name = &workload.name;
+            if enrolled.len() >= MAX_WORKLOADS as usize {
+                self.failed(name, &format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"));
+                continue;
+            }
+            match Enrolled::new(workload, &census, view, self).await {
+                Ok(new) => {
+                    tracing::info!(workload = %name, "enrolled");
+                    enrolled.insert(name.clone(), new);
+                    self.reports.set(name, Enrolment::Enrolled, "");
                 }
-            };
-            self.set_state(&workload.name, state);
+                Err(Incomplete::Waiting(reason)) => self.reports.set(name, Enrolment::Pending, &reason),
+                Err(Incomplete::Failed(error)) => self.failed(name, &format!("{error:#}")),
+            }
+        }
+    }
+
+    fn failed(&self, name: &Name, reason: &str) {
+        if self.reports.set(name, Enrolment::Failed, reason) {
+            tracing::error!(workload = %name, reason, "cannot enrol");
         }
     }
 
     async fn unenrol(&mut self, old: Enrolled) {
         let name = old.name().clone();
         tracing::info!(workload = %name, "no longer enrolled");
-        old.remove(&mut self.kernel, &mut self.maps, &self.run_dir).await;
-        self.set_state(&name, State::Gone);
-    }
-
-    fn set_state(&self, name: &Name, state: State) {
-        let known = self.states.borrow().get(name).cloned();
-        if known.as_ref() == Some(&state) || (known.is_none() && state == State::Gone) {
-            return;
-        }
-        match &state {
-            State::Failed(reason) => tracing::error!(workload = %name, reason, "cannot enrol"),
-            State::Pending(reason) => tracing::info!(workload = %name, reason, "waits to be enrolled"),
-            State::Enrolled | State::Gone => {}
-        }
-        self.reporter.report(name, &state);
-        self.states.send_modify(|states| {
-            if state == State::Gone {
-                states.remove(name);
-            } else {
-                states.insert(name.clone(), state);
-            }
-        });
+        old.remove(&mut self.kernel, &mut self.maps, &self.node, &self.run_dir).await;
+        self.reports.set(&name, Enrolment::Gone, "");
     }
 
     fn publish(&self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
-        let stale: Vec<Name> =
-            self.states.borrow().keys().filter(|name| !wanted.contains_key(name)).cloned().collect();
-        for name in stale {
-            self.set_state(&name, State::Gone);
+        for name in self.reports.all().keys().filter(|name| !wanted.contains_key(name)) {
+            self.reports.set(name, Enrolment::Gone, "");
         }
         self.metrics.enrolled(enrolled.len());
         self.metrics.unprotected(wanted.len() - enrolled.len());
