@@ -10,7 +10,7 @@
 //! | 3 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 4 | [`authorize`], [`balance`], [`connect`], [`relay`], [`record`] | its steps |
 //! | 5 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
-//! | 6 | [`net`], [`config`], [`metrics`] | sockets and namespaces; settings; counters |
+//! | 6 | [`net`], [`config`], [`metrics`], [`limits`], [`local`], [`refusal`] | sockets and namespaces; settings; counters; limits; this node's workloads; how a connection ends |
 
 pub mod admin;
 pub mod agent;
@@ -23,10 +23,13 @@ pub mod connection;
 pub mod drain;
 pub mod enrol;
 pub mod identity;
+pub mod limits;
 pub mod listen;
+pub mod local;
 pub mod metrics;
 pub mod net;
 pub mod record;
+pub mod refusal;
 pub mod relay;
 pub mod tunnel;
 pub mod view;
