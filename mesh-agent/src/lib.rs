@@ -10,7 +10,7 @@
 //! | 3 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 4 | [`authorize`], [`balance`], [`connect`], [`relay`], [`record`] | its steps |
 //! | 5 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
-//! | 6 | [`net`], [`config`], [`metrics`], [`rpc`], [`run_dir`] | sockets and namespaces; settings; counters; the controller's services; what survives a restart |
+//! | 6 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`refusal`], [`net`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; how a connection ends; sockets and namespaces |
 
 pub mod admin;
 pub mod agent;
@@ -24,10 +24,13 @@ pub mod control;
 pub mod drain;
 pub mod enrol;
 pub mod identity;
+pub mod limits;
 pub mod listen;
+pub mod local;
 pub mod metrics;
 pub mod net;
 pub mod record;
+pub mod refusal;
 pub mod relay;
 pub mod rpc;
 pub mod run_dir;

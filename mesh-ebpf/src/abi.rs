@@ -136,7 +136,7 @@ macro_rules! refusals {
     ($($(#[$doc:meta])* $variant:ident = $number:literal, $label:literal;)*) => {
         /// Why a kernel program refused a packet; the index of its counter.
         #[repr(u32)]
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum KernelReason { $($(#[$doc])* $variant = $number,)* }
 
         impl KernelReason {

@@ -55,7 +55,10 @@ mod tests {
 
     #[test]
     fn numbers_become_words() {
-        assert_eq!(with_label("kernel refused: reason 3 ifindex 7"), "kernel refused: reason spoofed_source ifindex 7");
+        assert_eq!(
+            with_label("kernel refused: reason 3 ifindex 7"),
+            "kernel refused: reason spoofed_source ifindex 7"
+        );
         assert_eq!(with_label("reason 99 x"), "reason 99 x");
     }
 }

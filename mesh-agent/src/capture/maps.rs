@@ -11,12 +11,11 @@ use aya::{
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
 };
 use mesh_ebpf::abi::{
-    Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey, MAX_DESTINATIONS,
-    SourceKey,
+    Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
+    MAX_DESTINATIONS, SourceKey,
 };
 
 /// The maps.
-#[derive(Debug)]
 pub struct Maps {
     destinations: HashMap<MapData, Address, u32>,
     listeners: SockHash<MapData, ListenerKey>,
@@ -27,6 +26,12 @@ pub struct Maps {
     agent_cgroup: u64,
     /// What is in `destinations`.
     captured: HashSet<IpAddr>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").field("captured", &self.captured.len()).finish_non_exhaustive()
+    }
 }
 
 impl Maps {
@@ -53,7 +58,7 @@ impl Maps {
     }
 
     fn set_flags(&mut self, flags: u32) -> Result<(), MapError> {
-        self.config.set(0, Config { agent_cgroup: self.agent_cgroup, flags, reserved: 0 }, 0)
+        self.config.set(0, &Config { agent_cgroup: self.agent_cgroup, flags, reserved: 0 }, 0)
     }
 
     /// Makes these the captured destinations. If they are more than the map holds, everything is captured, so that
@@ -70,7 +75,7 @@ impl Maps {
         let new: Vec<IpAddr> = wanted.difference(&self.captured).copied().collect();
         let room = MAX_DESTINATIONS as usize - self.captured.len();
         for address in new.into_iter().take(room) {
-            self.destinations.insert(Address::from_ip(address), 1, 0)?;
+            self.destinations.insert(&Address::from_ip(address), &1, 0)?;
             self.captured.insert(address);
         }
         if !overflow {
@@ -103,10 +108,10 @@ impl Maps {
     pub fn guard(&mut self, ifindex: u32, addresses: &[IpAddr], strict: bool) -> Result<(), MapError> {
         for address in addresses {
             let key = SourceKey { ifindex, address: Address::from_ip(*address) };
-            self.sources.insert(key, 1, 0)?;
+            self.sources.insert(&key, &1, 0)?;
         }
         let flags = if strict { FLAG_STRICT } else { 0 };
-        self.guarded.insert(ifindex, Guarded { flags }, 0)
+        self.guarded.insert(&ifindex, &Guarded { flags }, 0)
     }
 
     /// Takes the guard of a veth out of force.

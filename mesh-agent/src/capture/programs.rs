@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    num::NonZeroU32,
     path::{Path, PathBuf},
 };
 
@@ -24,10 +23,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The agent was built without them.
-    #[error("this agent was built without kernel programs: run `cargo xtask build-ebpf`, then build it again")]
+    #[error(
+        "this agent was built without kernel programs: run `cargo xtask build-ebpf`, then build it again"
+    )]
     NoObject,
     /// The bpffs directory cannot be made.
-    #[error("cannot make {path}: {error}; is a bpf file system mounted there (mount -t bpf bpf /sys/fs/bpf)?")]
+    #[error(
+        "cannot make {path}: {error}; is a bpf file system mounted there (mount -t bpf bpf /sys/fs/bpf)?"
+    )]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -35,7 +38,9 @@ pub enum KernelError {
         error: io::Error,
     },
     /// Loading failed.
-    #[error("the kernel does not take the programs: {0:#}; Linux 6.6 or newer and CAP_BPF, CAP_NET_ADMIN are needed")]
+    #[error(
+        "the kernel does not take the programs: {0:#}; Linux 6.6 or newer and CAP_BPF, CAP_NET_ADMIN are needed"
+    )]
     Load(anyhow::Error),
     /// Attaching failed.
     #[error("cannot attach {hook:?} to interface {ifindex}: {error:#}")]
@@ -129,10 +134,20 @@ impl Kernel {
         ifindex: u32,
     ) -> Result<(), KernelError> {
         let pin = self.pin(owner, hook);
-        self.try_attach(&pin, hook, namespace, ifindex).map_err(|error| KernelError::Attach { hook, ifindex, error })
+        self.try_attach(&pin, hook, namespace, ifindex).map_err(|error| KernelError::Attach {
+            hook,
+            ifindex,
+            error,
+        })
     }
 
-    fn try_attach(&mut self, pin: &Path, hook: Hook, namespace: &Namespace, ifindex: u32) -> anyhow::Result<()> {
+    fn try_attach(
+        &mut self,
+        pin: &Path,
+        hook: Hook,
+        namespace: &Namespace,
+        ifindex: u32,
+    ) -> anyhow::Result<()> {
         let old = if pin.exists() { PinnedLink::from_pin(pin).ok().map(FdLink::from) } else { None };
         let inherited = match old {
             Some(link) => {
@@ -153,9 +168,8 @@ impl Kernel {
                 if pin.exists() {
                     fs::remove_file(pin)?;
                 }
-                let interface = NonZeroU32::new(ifindex).ok_or_else(|| anyhow::anyhow!("interface 0"))?;
                 let tcx = TcAttach::Tcx { attach_type: hook.attach_type(), order: LinkOrder::first() };
-                let id = namespace.enter(|| program.attach(interface, tcx))??;
+                let id = namespace.enter(|| program.attach(ifindex, tcx))??;
                 FdLink::try_from(program.take_link(id)?)?.pin(pin)?;
             }
         }
@@ -210,7 +224,6 @@ fn program(bpf: &mut Ebpf, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
 
 /// Ids of the programs at a hook of an interface.
 fn attached(namespace: &Namespace, ifindex: u32, hook: Hook) -> anyhow::Result<Vec<u32>> {
-    let interface = NonZeroU32::new(ifindex).ok_or_else(|| anyhow::anyhow!("interface 0"))?;
-    let (_, programs) = namespace.enter(|| SchedClassifier::query_tcx(interface, hook.attach_type()))??;
+    let (_, programs) = namespace.enter(|| SchedClassifier::query_tcx(ifindex, hook.attach_type()))??;
     Ok(programs.iter().map(|info| info.id()).collect())
 }

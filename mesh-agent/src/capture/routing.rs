@@ -77,7 +77,11 @@ impl Routing {
     }
 
     /// Puts in place what is missing; returns the names of what was.
-    pub async fn ensure(&self, namespace: &Namespace, families: &[Family]) -> anyhow::Result<Vec<&'static str>> {
+    pub async fn ensure(
+        &self,
+        namespace: &Namespace,
+        families: &[Family],
+    ) -> anyhow::Result<Vec<&'static str>> {
         let mut repaired = Vec::new();
         for family in families {
             if !self.has_rule(*family).await? {
@@ -140,7 +144,8 @@ impl Routing {
 
     async fn has_route(&self, family: Family) -> anyhow::Result<bool> {
         let mut query = RouteMessage::default();
-        query.header.address_family = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        query.header.address_family =
+            if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let mut routes = std::pin::pin!(self.handle.route().get(query).execute());
         let mut found = false;
         // Read to the end: a dump left half read would mix with the next.
@@ -163,12 +168,14 @@ fn route(family: Family) -> RouteMessage {
         Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
     };
     let mut message = match any {
-        IpAddr::V4(any) => {
-            RouteMessageBuilder::<std::net::Ipv4Addr>::new().destination_prefix(any, 0).output_interface(LO).build()
-        }
-        IpAddr::V6(any) => {
-            RouteMessageBuilder::<std::net::Ipv6Addr>::new().destination_prefix(any, 0).output_interface(LO).build()
-        }
+        IpAddr::V4(any) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+            .destination_prefix(any, 0)
+            .output_interface(LO)
+            .build(),
+        IpAddr::V6(any) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+            .destination_prefix(any, 0)
+            .output_interface(LO)
+            .build(),
     };
     message.header.kind = RouteType::Local;
     message.header.scope = if family == Family::V4 { RouteScope::Host } else { RouteScope::Universe };

@@ -7,7 +7,7 @@ use crate::{enrol::discover, net::netns::Namespace};
 
 /// Removes what is pinned below `bpffs` and what the node's namespaces have of us. Programs go with their links.
 /// Must be called inside a runtime.
-pub async fn uninstall(bpffs: &Path, run_dir: &Path) -> anyhow::Result<()> {
+pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>) -> anyhow::Result<()> {
     match fs::remove_dir_all(bpffs) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -17,10 +17,16 @@ pub async fn uninstall(bpffs: &Path, run_dir: &Path) -> anyhow::Result<()> {
         let Ok(namespace) = Namespace::open(&path) else { continue };
         let routing = Routing::open(&namespace)?;
         routing.remove().await?;
-        if let Some(settings) = saved_settings(run_dir, &namespace)? {
+        if let Some(run_dir) = run_dir
+            && let Some(settings) = saved_settings(run_dir, &namespace)?
+        {
             settings.restore(&namespace)?;
             forget_settings(run_dir, &namespace)?;
         }
+    }
+    match run_dir.map(fs::remove_dir_all) {
+        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
     }
     Ok(())
 }

@@ -27,7 +27,9 @@ pub enum PlaceError {
     #[error("{0} is the node's own address: workloads on the node's network cannot be enrolled")]
     NodeNetwork(IpAddr),
     /// The interface has no other end in the node's namespace.
-    #[error("interface {interface} with {address} has no other end in the node's network namespace: it is not a veth")]
+    #[error(
+        "interface {interface} with {address} has no other end in the node's network namespace: it is not a veth"
+    )]
     NotVeth {
         /// The address.
         address: IpAddr,
@@ -83,7 +85,8 @@ pub struct Census {
 impl Census {
     /// Looks at all namespaces.
     pub fn take() -> io::Result<Self> {
-        let mut census = Self { own: addresses()?.into_iter().map(|(address, _)| address).collect(), ..Self::default() };
+        let mut census =
+            Self { own: addresses()?.into_iter().map(|(address, _)| address).collect(), ..Self::default() };
         for path in namespaces()? {
             let Ok(namespace) = Namespace::open(&path) else { continue };
             let Ok(Ok(list)) = namespace.enter(addresses) else { continue };

@@ -92,7 +92,9 @@ impl Enrolled {
         let Place { namespace, pod_ifindex, node_ifindex } = match census.place(&workload.addresses).await {
             Ok(place) => place,
             Err(PlaceError::NoNamespace(address)) => {
-                return Err(Incomplete::Waiting(format!("no network namespace of this node has {address} yet")));
+                return Err(Incomplete::Waiting(format!(
+                    "no network namespace of this node has {address} yet"
+                )));
             }
             Err(error) => return Err(Incomplete::Failed(error.into())),
         };
@@ -148,8 +150,15 @@ impl Enrolled {
         families
     }
 
-    fn listen(&self, family: Family, direction: Direction, node: &Node, data: &Handle) -> anyhow::Result<Listener> {
-        let socket = socket::listen(&self.local.namespace, family).context("cannot listen in the pod's namespace")?;
+    fn listen(
+        &self,
+        family: Family,
+        direction: Direction,
+        node: &Node,
+        data: &Handle,
+    ) -> anyhow::Result<Listener> {
+        let socket =
+            socket::listen(&self.local.namespace, family).context("cannot listen in the pod's namespace")?;
         listen::spawn(data, &socket, direction, self.local.clone(), node.clone(), self.stop.clone())?;
         Ok(Listener { socket, direction, family })
     }
@@ -182,7 +191,8 @@ impl Enrolled {
     }
 
     fn guard(&self, kernel: &mut Kernel, maps: &mut Maps) -> anyhow::Result<()> {
-        maps.guard(self.node_ifindex, self.addresses(), self.strict).context("cannot write the guard's maps")?;
+        maps.guard(self.node_ifindex, self.addresses(), self.strict)
+            .context("cannot write the guard's maps")?;
         self.attach(Hook::GuardFromPod, kernel)?;
         self.attach(Hook::GuardToPod, kernel)
     }
@@ -197,7 +207,10 @@ impl Enrolled {
         data: &Handle,
     ) -> anyhow::Result<Vec<&'static str>> {
         for address in self.addresses() {
-            anyhow::ensure!(still_has(&self.local.namespace, *address), "the namespace no longer has {address}");
+            anyhow::ensure!(
+                still_has(&self.local.namespace, *address),
+                "the namespace no longer has {address}"
+            );
         }
         let mut repaired = self.routing.ensure(&self.local.namespace, &self.families()).await?;
         let of_node = crate::net::netns::Namespace::of_agent()?;

@@ -90,7 +90,8 @@ impl Enroller {
 
     async fn reconcile(&mut self, view: &Snapshot, enrolled: &mut BTreeMap<Name, Enrolled>, prove: bool) {
         self.sync_destinations(view);
-        let wanted: BTreeMap<&Name, &Arc<Workload>> = view.local().map(|workload| (&workload.name, workload)).collect();
+        let wanted: BTreeMap<&Name, &Arc<Workload>> =
+            view.local().map(|workload| (&workload.name, workload)).collect();
         let gone: Vec<Name> = enrolled.keys().filter(|name| !wanted.contains_key(name)).cloned().collect();
         for name in gone {
             if let Some(old) = enrolled.remove(&name) {
@@ -118,7 +119,9 @@ impl Enroller {
                 addresses = wanted.len(),
                 "more addresses than the map of destinations holds: capturing every destination"
             ),
-            Err(error) => tracing::error!(%error, "cannot write the map of destinations; what was in it stays"),
+            Err(error) => {
+                tracing::error!(%error, "cannot write the map of destinations; what was in it stays")
+            }
         }
     }
 
@@ -185,8 +188,11 @@ impl Enroller {
         wanted: &BTreeMap<&Name, &Arc<Workload>>,
         enrolled: &mut BTreeMap<Name, Enrolled>,
     ) {
-        let missing: Vec<&Arc<Workload>> =
-            wanted.iter().filter(|(name, _)| !enrolled.contains_key(**name)).map(|(_, workload)| *workload).collect();
+        let missing: Vec<&Arc<Workload>> = wanted
+            .iter()
+            .filter(|(name, _)| !enrolled.contains_key(**name))
+            .map(|(_, workload)| *workload)
+            .collect();
         if missing.is_empty() {
             return;
         }
@@ -209,7 +215,9 @@ impl Enroller {
                     enrolled.insert(name.clone(), new);
                     self.reports.set(name, Enrolment::Enrolled, "");
                 }
-                Err(Incomplete::Waiting(reason)) => self.reports.set(name, Enrolment::Pending, &reason),
+                Err(Incomplete::Waiting(reason)) => {
+                    self.reports.set(name, Enrolment::Pending, &reason);
+                }
                 Err(Incomplete::Failed(error)) => self.failed(name, &format!("{error:#}")),
             }
         }

@@ -50,8 +50,8 @@ struct Reports {
 }
 
 impl ReportHandle {
-    /// Says how a workload is; replaces what was said of it before.
-    pub fn set(&self, workload: &Name, enrolment: Enrolment, reason: &str) {
+    /// Says how a workload is; replaces what was said of it before. Returns whether that is news.
+    pub fn set(&self, workload: &Name, enrolment: Enrolment, reason: &str) -> bool {
         let reason = reason.chars().take(MAX_REASON).collect();
         let state = WorkloadState { enrolment, reason };
         self.shared.send_if_modified(|reports| {
@@ -61,7 +61,7 @@ impl ReportHandle {
             reports.revision += 1;
             reports.workloads.insert(workload.clone(), (reports.revision, state));
             true
-        });
+        })
     }
 
     /// What is said of every workload now.
