@@ -189,3 +189,77 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 async fn state(State(shared): State<Shared>) -> Json<NodeState> {
     Json(shared.agent.state())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, sync::Mutex};
+
+    use prometheus_client::metrics::counter::Counter;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    struct Agent(Mutex<Result<(), String>>);
+
+    impl Observed for Agent {
+        fn ready(&self) -> Result<(), String> {
+            self.0.lock().unwrap().clone()
+        }
+
+        fn state(&self) -> NodeState {
+            let away = Connection::Away("no route".into());
+            NodeState::new("n1", None, &away, &Certificates::new(), &BTreeMap::new())
+        }
+    }
+
+    async fn ask(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn probes_prometheus_and_people_are_answered() {
+        let mut registry = Registry::default();
+        let repairs: Counter = Counter::default();
+        registry.register("nodemesh_repairs", "What was put back", repairs.clone());
+        repairs.inc();
+        let agent = Arc::new(Agent(Mutex::new(Err("no view yet".into()))));
+        let listener = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = tokio::spawn(serve(listener, Arc::new(registry), agent.clone(), shutdown.clone()));
+
+        assert!(ask(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+        let answer = ask(address, "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("no view yet\n"), "{answer}");
+        *agent.0.lock().unwrap() = Ok(());
+        assert!(ask(address, "/readyz").await.starts_with("HTTP/1.1 200"));
+        let answer = ask(address, "/metrics").await;
+        assert!(answer.contains("nodemesh_repairs_total 1"), "{answer}");
+        let answer = ask(address, "/api/v1/state").await;
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        let state: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(state["node"], "n1");
+        assert_eq!(state["controller_connected"], false);
+        assert_eq!(state["controller_error"], "no route");
+
+        // Somebody who connects and says nothing does not hold up the end.
+        let _silent = TcpStream::connect(address).await.unwrap();
+        shutdown.cancel();
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_named_with_its_setting() {
+        let taken = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = listen(taken.local_addr().unwrap()).await.unwrap_err().to_string();
+        assert!(error.contains("--admin-listen 127.0.0.1:"), "{error}");
+    }
+}

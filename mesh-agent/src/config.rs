@@ -193,13 +193,10 @@ pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
 
 fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     let ms = duration.as_millis();
-    match ms {
-        0 => serializer.collect_str("0s"),
-        _ if ms % 3_600_000 == 0 => serializer.collect_str(&format_args!("{}h", ms / 3_600_000)),
-        _ if ms % 60_000 == 0 => serializer.collect_str(&format_args!("{}m", ms / 60_000)),
-        _ if ms % 1_000 == 0 => serializer.collect_str(&format_args!("{}s", ms / 1_000)),
-        _ => serializer.collect_str(&format_args!("{ms}ms")),
-    }
+    let units = [("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
+    let whole = units.into_iter().find(|(_, of)| ms >= *of && ms.is_multiple_of(*of));
+    let (unit, of) = whole.unwrap_or(("ms", 1));
+    serializer.collect_str(&format_args!("{}{unit}", ms / of))
 }
 
 #[cfg(test)]

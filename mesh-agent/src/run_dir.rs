@@ -143,9 +143,8 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_on_a_disk_is_refused() {
-        // The source tree is on whatever the machine keeps its files on; a kernel's own file system is none of ours
-        // either, and is there on every machine.
+    fn a_directory_that_is_not_on_tmpfs_is_refused() {
+        // Not a disk, but no tmpfs either, and there on every machine.
         let error = RunDir::open(Path::new("/proc/self")).unwrap_err();
         assert!(matches!(error, RunDirError::NotTmpfs(_)), "{error}");
         assert!(error.to_string().contains("--run-dir"));

@@ -10,7 +10,7 @@ use tokio::{net::TcpStream, sync::watch};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::Channel;
 
-use super::verify::{CertificateIdentityError, peer_identity};
+use super::verify::{CertificateIdentityError, explain, peer_identity};
 use crate::{
     config::HostPort,
     rpc::{self, CONNECT_TIMEOUT},
@@ -33,7 +33,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// TLS.
-    #[error("the TLS handshake with {controller} failed: {source}")]
+    #[error("the TLS handshake with {controller} failed: {}", reason(.source))]
     Handshake {
         /// The controller's address.
         controller: HostPort,
@@ -67,12 +67,19 @@ impl ConnectError {
         match self {
             Self::Dial { .. } | Self::Timeout(_) => true,
             Self::Handshake { source, .. } => {
-                let tls = source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-                !matches!(tls, Some(rustls::Error::InvalidCertificate(_)))
+                !matches!(of_tls(source), Some(rustls::Error::InvalidCertificate(_)))
             }
             Self::Nobody { .. } | Self::NotController { .. } => false,
         }
     }
+}
+
+fn of_tls(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+fn reason(error: &io::Error) -> String {
+    of_tls(error).map_or_else(|| error.to_string(), explain)
 }
 
 /// A channel to the controller. Every new connection uses the configuration that is in force then, so that renewed

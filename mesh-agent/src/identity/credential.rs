@@ -40,9 +40,9 @@ pub enum CredentialError {
     #[error("it is for {found}, not for {wanted}")]
     Other {
         /// Whom it names.
-        found: SpiffeId,
+        found: Box<SpiffeId>,
         /// Whom it was asked for.
-        wanted: SpiffeId,
+        wanted: Box<SpiffeId>,
     },
     /// It does not lead to a root, is not valid now, or is not for this key.
     #[error(transparent)]
@@ -133,7 +133,7 @@ impl Credential {
         let leaf = &parts.chain[0];
         let found = identity_of(leaf)?;
         if found != parts.id {
-            return Err(CredentialError::Other { found, wanted: parts.id });
+            return Err(CredentialError::Other { found: found.into(), wanted: parts.id.into() });
         }
         let life = Life { obtained: parts.obtained, expires: not_after(leaf)? };
         let key = parts.key.clone_key();
@@ -344,7 +344,7 @@ pub(super) mod tests {
             request.complete(answer, roots, when).map(drop)
         };
         try_with(Duration::HOUR, &[authority.root.clone(), other.root.clone()], now).unwrap();
-        try_with(Duration::HOUR, &[other.root.clone()], now).unwrap_err();
+        try_with(Duration::HOUR, std::slice::from_ref(&other.root), now).unwrap_err();
         try_with(Duration::HOUR, &[], now + Duration::hours(2)).unwrap_err();
         try_with(-Duration::MINUTE, &[], now).unwrap_err();
     }

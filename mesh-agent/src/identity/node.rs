@@ -292,3 +292,42 @@ async fn join_when_reachable(settings: &NodeSettings) -> Result<Credential, Node
         tokio::time::sleep(pause).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::identity::SpiffeId;
+    use time::Duration;
+
+    use super::*;
+    use crate::identity::credential::{KeyRequest, tests::Authority};
+
+    fn kept(content: &[u8]) -> Result<Option<Credential>, NodeError> {
+        let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::open(scratch.path()).unwrap();
+        run_dir.write(NODE_FILE, content).unwrap();
+        let controller = "controller:15012".parse().unwrap();
+        load(&NodeSettings { name: "n1".into(), controller, token_file: None }, &run_dir)
+    }
+
+    #[test]
+    fn a_valid_certificate_is_used_again_and_an_expired_one_is_not() {
+        let authority = Authority::new();
+        let valid = authority.credential("spiffe://td/node/n1", Duration::HOUR);
+        assert!(kept(&valid.to_file()).unwrap().is_some());
+
+        let request = KeyRequest::new(&SpiffeId::parse("spiffe://td/node/n1").unwrap()).unwrap();
+        let answer = authority.answer(&request.csr_der(), -Duration::MINUTE);
+        let then = OffsetDateTime::now_utc() - 2 * Duration::MINUTE;
+        let expired = request.complete(answer, &[], then).unwrap();
+        assert!(kept(&expired.to_file()).unwrap().is_none());
+    }
+
+    #[test]
+    fn another_nodes_file_is_an_error_with_its_cure() {
+        for other in ["spiffe://td/node/n2", "spiffe://td/ns/shop/sa/n1"] {
+            let error = kept(&Authority::new().credential(other, Duration::HOUR).to_file()).unwrap_err();
+            assert!(matches!(error, NodeError::OtherNode { .. }));
+            assert!(error.to_string().contains("--run-dir"), "{error}");
+        }
+    }
+}

@@ -79,6 +79,14 @@ pub(super) fn invalid(reason: impl std::error::Error + Send + Sync + 'static) ->
     Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(reason))))
 }
 
+/// Why a handshake failed, for a person: rustls prints our own reasons as debug text.
+pub fn explain(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(reason)) => reason.0.to_string(),
+        other => other.to_string(),
+    }
+}
+
 /// What a verifier says to a TLS 1.2 signature; none of our configurations negotiates it.
 pub(super) fn only_tls13() -> Error {
     Error::General("only TLS 1.3 is spoken here".into())
