@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::workload::connect_in;
 use crate::netns::NetNs;
+use crate::workload::connect_in;
 
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(10);

@@ -35,4 +35,4 @@ pub use apps::Server;
 pub use topology::Shape;
 pub use wait::until;
 pub use workload::Workload;
-pub use world::{World, WorkloadSpec};
+pub use world::{WorkloadSpec, World};

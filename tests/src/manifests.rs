@@ -29,7 +29,8 @@ impl Manifests {
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         let path = self.directory.join(file);
         let hidden = self.directory.join(format!(".{file}.new"));
-        fs::write(&hidden, text).and_then(|()| fs::rename(&hidden, &path))
+        fs::write(&hidden, text)
+            .and_then(|()| fs::rename(&hidden, &path))
             .with_context(|| format!("writing {}", path.display()))
     }
 
@@ -123,7 +124,14 @@ pub fn workload(w: &WorkloadManifest<'_>) -> String {
 }
 
 /// A Service over the workloads with the label `app: APP`.
-pub fn service(namespace: &str, name: &str, app: &str, addresses: &[String], port: u16, target: u16) -> String {
+pub fn service(
+    namespace: &str,
+    name: &str,
+    app: &str,
+    addresses: &[String],
+    port: u16,
+    target: u16,
+) -> String {
     let list: String = addresses.iter().map(|address| format!("    - \"{address}\"\n")).collect();
     format!(
         "apiVersion: v1\nkind: Service\nmetadata:\n  namespace: {namespace}\n  name: {name}\nspec:\n  clusterIP: \"{}\"\n  clusterIPs:\n{list}  selector:\n    app: {app}\n  ports:\n    - name: tcp\n      port: {port}\n      targetPort: {target}\n",

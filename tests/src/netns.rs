@@ -81,9 +81,7 @@ impl NetNs {
         // SAFETY: between fork and exec only `setns` runs, a plain system call on a descriptor that the closure owns;
         // it takes no lock and does not allocate.
         unsafe {
-            command.pre_exec(move || {
-                setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
-            });
+            command.pre_exec(move || setns(file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io::Error::from));
         }
         command
     }

@@ -158,7 +158,9 @@ fn kill_inside(namespaces: &[String]) -> Result<()> {
         let mut left = vec![];
         for namespace in namespaces {
             let listed = netns::run(Command::new("ip").args(["netns", "pids", namespace]), None);
-            left.extend(listed.unwrap_or_default().lines().filter_map(|line| line.trim().parse::<i32>().ok()));
+            left.extend(
+                listed.unwrap_or_default().lines().filter_map(|line| line.trim().parse::<i32>().ok()),
+            );
         }
         for pid in &left {
             // Fails only for a process that has just ended.

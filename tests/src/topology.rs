@@ -77,16 +77,7 @@ impl Plan {
     fn in_range(self, range: u8, host: u8) -> Pair {
         Pair {
             v4: Ipv4Addr::new(10, self.world, range, host),
-            v6: Ipv6Addr::new(
-                0xfd6e,
-                u16::from(self.world),
-                u16::from(range),
-                0,
-                0,
-                0,
-                0,
-                u16::from(host),
-            ),
+            v6: Ipv6Addr::new(0xfd6e, u16::from(self.world), u16::from(range), 0, 0, 0, 0, u16::from(host)),
         }
     }
 
@@ -138,7 +129,7 @@ pub fn lay_wire(wire: &NetNs, plan: Plan) -> Result<()> {
     }
     let own = plan.outside();
     wire.ip(&format!(
-        "link add {WIRE_BRIDGE} type bridge\nlink set {WIRE_BRIDGE} up\n\
+        "link add name {WIRE_BRIDGE} type bridge\nlink set dev {WIRE_BRIDGE} up\n\
          addr add {}/24 dev {WIRE_BRIDGE}\naddr add {}/64 dev {WIRE_BRIDGE} nodad\n",
         own.v4, own.v6
     ))
@@ -147,13 +138,13 @@ pub fn lay_wire(wire: &NetNs, plan: Plan) -> Result<()> {
 /// Hangs a namespace on the wire by a device `uplink`, with the wire as default gateway.
 pub fn hang(wire: &NetNs, ns: &NetNs, port: &str, address: Pair, plan: Plan) -> Result<()> {
     wire.ip(&format!(
-        "link add {port} type veth peer name uplink netns {}\nlink set {port} master {WIRE_BRIDGE} up\n",
+        "link add name {port} type veth peer name uplink netns {}\nlink set dev {port} master {WIRE_BRIDGE} up\n",
         ns.name()
     ))?;
     let gateway = plan.outside();
     ns.ip(&format!(
         "addr add {}/24 dev uplink\naddr add {}/64 dev uplink nodad\nlink set uplink up\n\
-         route add default via {}\n-6 route add default via {}\n",
+         route add default via {}\nroute add default via {}\n",
         address.v4, address.v6, gateway.v4, gateway.v6
     ))
 }
@@ -166,15 +157,14 @@ pub fn lay_node(ns: &NetNs, plan: Plan, node: u8, shape: Shape) -> Result<()> {
     // What kube-proxy does on every node: loads conntrack, and drops what it finds out of window.
     ns.shell("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP")?;
     match shape {
-        // The kernel delays proxied ARP answers at random, by up to 0.8 s, unless told not to.
-        Shape::Routed => ns.sysctl("net/ipv4/neigh/default/proxy_delay", "0"),
+        Shape::Routed => Ok(()),
         Shape::Bridge => {
             for key in ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"] {
                 ns.sysctl(key, "1")?;
             }
             let gateway = plan.node_gateway(node);
             ns.ip(&format!(
-                "link add {NODE_BRIDGE} type bridge\nlink set {NODE_BRIDGE} up\n\
+                "link add name {NODE_BRIDGE} type bridge\nlink set dev {NODE_BRIDGE} up\n\
                  addr add {}/24 dev {NODE_BRIDGE}\naddr add {}/64 dev {NODE_BRIDGE} nodad\n",
                 gateway.v4, gateway.v6
             ))
@@ -186,7 +176,7 @@ pub fn lay_node(ns: &NetNs, plan: Plan, node: u8, shape: Shape) -> Result<()> {
 pub fn route_to_node(ns: &NetNs, plan: Plan, node: u8) -> Result<()> {
     let [v4, v6] = plan.workloads_of(node);
     let via = plan.node(node);
-    ns.ip(&format!("route add {v4} via {}\n-6 route add {v6} via {}\n", via.v4, via.v6))
+    ns.ip(&format!("route add {v4} via {}\nroute add {v6} via {}\n", via.v4, via.v6))
 }
 
 /// Hangs a workload on its node; its end is always `eth0`.
@@ -199,25 +189,27 @@ pub fn hang_workload(
     gateway: Pair,
 ) -> Result<()> {
     let Pair { v4, v6 } = address;
-    let add = format!("link add {device} type veth peer name eth0 netns {}\n", ns.name());
+    let add = format!("link add name {device} type veth peer name eth0 netns {}\n", ns.name());
     match shape {
         Shape::Routed => {
             node_ns.ip(&format!(
-                "{add}link set {device} up\naddr add {GATEWAY_V6}/64 dev {device} nodad\n\
-                 route add {v4}/32 dev {device}\n-6 route add {v6}/128 dev {device}\n"
+                "{add}link set dev {device} up\naddr add {GATEWAY_V6}/64 dev {device} nodad\n\
+                 route add {v4}/32 dev {device}\nroute add {v6}/128 dev {device}\n"
             ))?;
             node_ns.sysctl(&format!("net/ipv4/conf/{device}/proxy_arp"), "1")?;
+            // The kernel delays proxied ARP answers at random, by up to 0.8 s, unless told not to.
+            node_ns.sysctl(&format!("net/ipv4/neigh/{device}/proxy_delay"), "0")?;
             ns.ip(&format!(
                 "addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad\nlink set eth0 up\n\
                  route add {GATEWAY_V4} dev eth0 scope link\nroute add default via {GATEWAY_V4} dev eth0\n\
-                 -6 route add default via {GATEWAY_V6} dev eth0\n"
+                 route add default via {GATEWAY_V6} dev eth0\n"
             ))
         }
         Shape::Bridge => {
-            node_ns.ip(&format!("{add}link set {device} master {NODE_BRIDGE} up\n"))?;
+            node_ns.ip(&format!("{add}link set dev {device} master {NODE_BRIDGE} up\n"))?;
             ns.ip(&format!(
                 "addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\nlink set eth0 up\n\
-                 route add default via {}\n-6 route add default via {}\n",
+                 route add default via {}\nroute add default via {}\n",
                 gateway.v4, gateway.v6
             ))
         }

@@ -86,10 +86,8 @@ impl Workload {
 
     /// A server inside, on both families, a thread per connection.
     pub fn serve(&self, port: u16, handler: Handler) -> Result<Server> {
-        let listeners = vec![
-            self.listen(self.address.v4.into(), port)?,
-            self.listen(self.address.v6.into(), port)?,
-        ];
+        let listeners =
+            vec![self.listen(self.address.v4.into(), port)?, self.listen(self.address.v6.into(), port)?];
         Server::start(listeners, handler)
     }
 

@@ -347,7 +347,7 @@ impl World {
     pub fn remove_workload(&self, name: &str) -> Result<()> {
         let workload = self.workloads().remove(name).with_context(|| format!("no workload {name}"))?;
         let node = self.node(&workload.node);
-        node.netns.ip(&format!("link delete {}\n", workload.device))?;
+        node.netns.ip(&format!("link delete dev {}\n", workload.device))?;
         workload.netns.delete()?;
         self.yaml.remove(&format!("workload-{name}.yaml"))
     }

@@ -44,8 +44,8 @@ pub enum CertificateIdentityError {
 /// The identity in a leaf certificate. Does not check the chain: the handshake did.
 pub fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIdentityError> {
     let malformed = |_| CertificateIdentityError::Malformed;
-    let (_, certificate) =
-        x509_parser::certificate::X509Certificate::from_der(leaf).map_err(|_| CertificateIdentityError::Malformed)?;
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(leaf)
+        .map_err(|_| CertificateIdentityError::Malformed)?;
     let san = certificate.subject_alternative_name().map_err(malformed)?;
     let uris: Vec<&str> = san
         .map(|extension| &extension.value.general_names)
@@ -103,7 +103,13 @@ impl ServerCertVerifier for SpiffeServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let parsed = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, self.algorithms.all)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &parsed,
+            &self.roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )?;
         check_identity(end_entity, &self.trust_domain)?;
         Ok(ServerCertVerified::assertion())
     }
