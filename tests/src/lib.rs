@@ -9,6 +9,7 @@
 //! | [`world`] | a whole world: building, waiting until it is settled, changing, taking down |
 //! | [`workload`] | one workload: its sockets and programs |
 //! | [`agent`], [`controller`] | the processes under test, and what they say of themselves |
+//! | [`log`] | lines of access logs, told apart |
 //! | [`manifests`] | the directory of YAML that the controller reads |
 //! | [`apps`] | applications to talk to: HTTP-like, echo, hash |
 //! | [`wire`] | what crossed the wire between the nodes |
@@ -20,6 +21,7 @@ pub mod agent;
 pub mod apps;
 pub mod controller;
 pub mod http;
+pub mod log;
 pub mod manifests;
 pub mod metrics;
 pub mod netns;

@@ -1,10 +1,10 @@
 //! One workload of a world: its addresses, and sockets and programs inside its namespace.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -18,6 +18,8 @@ use crate::{
 
 /// How long a connect or a silent peer may take before a test fails: above every deadline of the agent.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest that a refusal may take.
+const AT_ONCE: Duration = Duration::from_secs(2);
 /// Pending connections of test servers.
 const BACKLOG: i32 = 4096;
 
@@ -104,6 +106,20 @@ impl Workload {
         let mut answer = vec![];
         stream.read_to_end(&mut answer)?;
         Ok(answer)
+    }
+
+    /// Connects, and asserts that the connection is ended by a refusal: at connect, or at the first bytes, at once.
+    #[track_caller]
+    pub fn assert_refused(&self, to: SocketAddr) -> io::Error {
+        let started = Instant::now();
+        let error = match self.exchange(to, b"may I?") {
+            Ok(answer) => panic!("{} reached {to}: {:?}", self.name, String::from_utf8_lossy(&answer)),
+            Err(error) => error,
+        };
+        let kinds = [ErrorKind::ConnectionRefused, ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+        assert!(kinds.contains(&error.kind()), "{} to {to} was not refused: {error}", self.name);
+        assert!(started.elapsed() < AT_ONCE, "{} to {to}: refused after {:?}", self.name, started.elapsed());
+        error
     }
 
     /// A program that will run inside.

@@ -17,12 +17,15 @@ use nix::mount::{MsFlags, mount};
 
 use crate::{
     agent::{Agent, Settings},
+    apps,
     controller::{CommandOutput, Controller},
+    log,
     manifests::{self, Enrolment, Manifests, Mode, WorkloadManifest},
     netns::NetNs,
     process,
     slot::Slot,
     topology::{self, Pair, Plan, Shape},
+    wait,
     wire::Capture,
     workload::Workload,
 };
@@ -31,6 +34,9 @@ use crate::{
 pub const WORKLOADS_PER_NODE: usize = 240;
 /// How long a new world may take until every workload that should be enrolled is.
 const SETTLED: Duration = Duration::from_secs(30);
+
+/// Where [`World::await_tunnel`] connects: a port that no test uses (RFC 862).
+pub const PROBE_PORT: u16 = 7;
 
 /// A workload to be.
 #[derive(Debug, Clone)]
@@ -213,12 +219,14 @@ impl Builder {
                 let by_namespace = self.namespaces.get(&w.namespace).map_or(Enrolment::Enrolled, |n| n.0);
                 w.enrolment.unwrap_or(by_namespace) == Enrolment::Enrolled
             };
+            let inside: Vec<&WorkloadSpec> = self.workloads.iter().filter(inside).collect();
             let started = Instant::now();
             for node in &world.nodes {
-                let expected = self.workloads.iter().filter(inside).filter(|w| w.node == node.name).count();
+                let expected = inside.iter().filter(|w| w.node == node.name).count();
                 let left = self.settled_within.saturating_sub(started.elapsed());
                 node.agent()?.await_enrolled(expected, left)?;
             }
+            world.await_tunnels(&inside)?;
         }
         Ok(world)
     }
@@ -243,6 +251,16 @@ impl World {
             mesh: true,
             settled_within: SETTLED,
         }
+    }
+
+    /// The world that most tests start from: `shop/web` and `shop/api` on node `a`, `shop/db` on node `b`.
+    pub fn shop() -> Builder {
+        Self::builder()
+            .node("a")
+            .node("b")
+            .workload("shop/web", "a")
+            .workload("shop/api", "a")
+            .workload("shop/db", "b")
     }
 
     /// A workload by its name without namespace.
@@ -295,9 +313,43 @@ impl World {
         &self.wire
     }
 
+    /// The addresses of that host.
+    pub fn outside(&self) -> Pair {
+        self.plan.outside()
+    }
+
     /// Where its files are: `yaml/`, logs, state.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Waits until connections from one workload to another go through a tunnel: both ends captured, and the source's
+    /// agent told so. Connects to [`PROBE_PORT`] of the destination, which must be allowed and otherwise unused.
+    pub fn await_tunnel(&self, from: &Workload, to: &Workload) -> Result<()> {
+        let _server = to.serve(PROBE_PORT, apps::namer("probe"))?;
+        let agent = self.node(&from.node).agent()?;
+        wait::try_until(SETTLED, || {
+            let before = agent.access_log().map_err(|e| format!("{e:#}"))?.len();
+            let answer = from.exchange(to.v4(PROBE_PORT), b"");
+            let line = wait::try_until(Duration::from_secs(2), || {
+                let lines = agent.access_log().map_err(|e| format!("{e:#}"))?;
+                let ours = log::is(log::OUTBOUND, from, to);
+                lines.into_iter().skip(before).find(ours).ok_or_else(|| format!("no line; answer {answer:?}"))
+            })?;
+            wait::holds(answer.is_ok() && line["transport"] == "tunnel", || line.to_string())
+        })
+        .map_err(|last| anyhow::anyhow!("no tunnel from {} to {}: {last}", from.name, to.name))
+    }
+
+    /// From one workload of every node to every workload.
+    fn await_tunnels(&self, inside: &[&WorkloadSpec]) -> Result<()> {
+        for node in &self.nodes {
+            let Some(from) = inside.iter().find(|w| w.node == node.name) else { continue };
+            for to in inside.iter().filter(|to| to.name != from.name) {
+                self.await_tunnel(&self.workload(&from.name), &self.workload(&to.name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Starts a workload and writes its manifest, as an orchestrator would.
