@@ -1,7 +1,7 @@
 //! Addresses and links: a wire with a bridge, nodes with an uplink to it, workloads behind their node in one of the
 //! shapes that CNI plugins make.
 //!
-//! World 3: the wire is 172.30.3.0/24, node 1's workloads are 10.3.1.0/24 from .11 on, services 10.3.250.0/24; IPv6
+//! World 3: the wire is 172.30.3.0/24, node 1's workloads are 10.3.1.0/24 from .2 on, services 10.3.250.0/24; IPv6
 //! beside each. Everything follows from the world's number, the node's place and the workload's place on its node.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -24,8 +24,8 @@ pub enum Shape {
 const GATEWAY_V4: &str = "169.254.1.1";
 /// The same for IPv6: every node's end of a veth has it.
 const GATEWAY_V6: &str = "fe80::1";
-/// First host number of workloads; below are the gateway and spare.
-const FIRST_HOST: u8 = 11;
+/// First host number of workloads; below is the gateway.
+const FIRST_HOST: u8 = 2;
 /// The bridge of a node in [`Shape::Bridge`].
 pub const NODE_BRIDGE: &str = "cbr0";
 /// The bridge of the wire.
@@ -228,15 +228,15 @@ mod tests {
     #[test]
     fn addresses_follow_from_the_numbers() {
         let plan = Plan { world: 3 };
-        assert_eq!(plan.workload(1, 0).texts(), ["10.3.1.11", "fd6e:3:1::b"]);
+        assert_eq!(plan.workload(1, 0).texts(), ["10.3.1.2", "fd6e:3:1::2"]);
         assert_eq!(plan.workloads_of(2), ["10.3.2.0/24", "fd6e:3:2::/64"]);
-        assert_eq!(plan.service(0).texts(), ["10.3.250.11", "fd6e:3:fa::b"]);
+        assert_eq!(plan.service(0).texts(), ["10.3.250.2", "fd6e:3:fa::2"]);
     }
 
     #[test]
     fn a_device_name_fits_the_kernel() {
         let address = Plan { world: 0 }.workload(1, 0);
         assert_eq!(device("web", address), "pod-web");
-        assert_eq!(device("a-very-long-workload", address), "pod-11");
+        assert_eq!(device("a-very-long-workload", address), "pod-2");
     }
 }

@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Workloads that fit on a node's address range.
-pub const WORKLOADS_PER_NODE: usize = 240;
+pub const WORKLOADS_PER_NODE: usize = 250;
 /// How long a new world may take until every workload that should be enrolled is.
 const SETTLED: Duration = Duration::from_secs(30);
 

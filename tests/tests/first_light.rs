@@ -1,5 +1,6 @@
 //! One connection, kernel to controller: what the wire, the application, the access log and the metrics say of it, in
 //! both CNI shapes, both families, on one node and between two.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::net::SocketAddr;
 

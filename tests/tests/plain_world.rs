@@ -1,4 +1,5 @@
 //! A world without a mesh: what the other tests stand on. If one of these fails, no failure elsewhere means anything.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{fs, net::IpAddr};
 

@@ -1,4 +1,5 @@
 //! Who may connect, as seen by the one who is refused and in the log of the one who refuses.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::net::SocketAddr;
 

@@ -1,4 +1,5 @@
 //! Services: a virtual address that leads to one of the ready endpoints.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::collections::BTreeMap;
 
