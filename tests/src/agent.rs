@@ -73,7 +73,7 @@ impl Agent {
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
         let mut program = self.program();
-        ensure!(program.is_none(), "the agent of {} runs already", s.node);
+        ensure!(running(&mut program).is_err(), "the agent of {} runs already", s.node);
         *program = Some(Program::start("mesh-agent", &mut command, &self.log())?);
         Ok(())
     }
@@ -110,6 +110,11 @@ impl Agent {
         command.arg("uninstall").arg("--bpffs").arg(&self.settings.bpffs);
         command.arg("--run-dir").arg(&self.settings.run_dir);
         netns::run(&mut command, None).map(drop)
+    }
+
+    /// Whether its process is there.
+    pub fn is_running(&self) -> bool {
+        running(&mut self.program()).is_ok()
     }
 
     /// Its process id, while it runs.

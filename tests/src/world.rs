@@ -486,7 +486,7 @@ impl World {
     }
 
     /// The ends of all logs, for whoever reads a failed test.
-    fn logs(&self) -> String {
+    pub fn logs(&self) -> String {
         let mut files: Vec<PathBuf> = self.controller.iter().map(|c| c.log().to_owned()).collect();
         for agent in self.nodes.iter().filter_map(|node| node.agent.as_ref()) {
             files.extend([agent.log(), agent.access_log_file()]);
