@@ -1,1 +1,40 @@
-//! x
+//! Worlds for tests: nodes and workloads as network namespaces, with the real kernel, the real controller and real
+//! agents, looked at from outside (the wire, the application, the metrics, the access log).
+//!
+//! A test builds a [`World`], talks through its workloads' sockets and asserts on what came out. Nothing here knows
+//! the agent's code: only its command line, its files and its HTTP interface.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`world`] | a whole world: building, waiting until it is settled, changing, taking down |
+//! | [`workload`] | one workload: its sockets and programs |
+//! | [`agent`], [`controller`] | the processes under test, and what they say of themselves |
+//! | [`log`] | lines of access logs, told apart |
+//! | [`manifests`] | the directory of YAML that the controller reads |
+//! | [`apps`] | applications to talk to: HTTP-like, echo, hash |
+//! | [`wire`] | what crossed the wire between the nodes |
+//! | [`topology`] | addresses and links, in the shapes of real CNI plugins |
+//! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
+//! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
+
+pub mod agent;
+pub mod apps;
+pub mod controller;
+pub mod http;
+pub mod log;
+pub mod manifests;
+pub mod metrics;
+pub mod netns;
+pub mod process;
+pub mod slot;
+pub mod topology;
+pub mod wait;
+pub mod wire;
+pub mod workload;
+pub mod world;
+
+pub use apps::Server;
+pub use topology::Shape;
+pub use wait::until;
+pub use workload::Workload;
+pub use world::{WorkloadSpec, World};

@@ -1,2 +1,64 @@
-//! x
-fn main() {}
+//! What a person does to this repository, as commands: nobody types a toolchain, a linker flag or a package name.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`setup`] | installs what is missing: packages, toolchains, tools |
+//! | [`ebpf`] | builds the kernel programs |
+//! | [`check`] | `test` and `ci` |
+//! | [`demo`] | shows a mesh at work |
+//! | [`run`] | the steps' headings, and commands with an environment of their own |
+
+mod check;
+mod demo;
+mod ebpf;
+mod run;
+mod setup;
+
+use clap::{Parser, Subcommand};
+
+/// Nodemesh's tasks.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Show a mesh at work: two nodes, six workloads, real traffic. Needs root.
+    Demo {
+        /// End after showing, instead of waiting for Ctrl-C.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Format, lints, kernel programs, binaries, all tests. Needs root, unless --pure.
+    Test {
+        /// Only what needs neither root nor the kernel toolchain.
+        #[arg(long)]
+        pure: bool,
+        /// Only tests with this in their name; skips format and lints.
+        #[arg(long)]
+        filter: Option<String>,
+    },
+    /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
+    BuildEbpf,
+    /// Install what is missing for all of the above.
+    Setup,
+    /// What a merge must pass: the tests, and cargo-deny on dependencies.
+    Ci,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().task {
+        Task::Demo { once } => demo::demo(if once { demo::End::Once } else { demo::End::OnInterrupt }),
+        Task::Test { pure: true, filter } => check::pure(filter.as_deref()),
+        Task::Test { pure: false, filter } => check::everything(filter.as_deref()),
+        Task::BuildEbpf => {
+            setup::kernel_toolchain()?;
+            ebpf::build().map(drop)
+        }
+        Task::Setup => setup::everything(),
+        Task::Ci => check::ci(),
+    }
+}

@@ -1,0 +1,100 @@
+//! A world without a mesh: what the other tests stand on. If one of these fails, no failure elsewhere means anything.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::{fs, net::IpAddr};
+
+use mesh_tests::{Shape, World, apps, until, wait::holds};
+
+fn pings_everywhere(shape: Shape) {
+    let world = World::builder()
+        .shape(shape)
+        .rp_filter()
+        .node("a")
+        .node("b")
+        .workload("shop/web", "a")
+        .workload("shop/api", "a")
+        .workload("shop/db", "b")
+        .without_mesh()
+        .build()
+        .unwrap();
+    let mut wire = world.capture().unwrap();
+    let web = world.workload("web");
+    for server in [world.workload("api"), world.workload("db")] {
+        let app = server.serve(8080, apps::http(&server.name)).unwrap();
+        for to in server.both(8080) {
+            let answer = web.exchange(to, b"GET /in-the-clear HTTP/1.0\r\n\r\n").unwrap();
+            let answer = String::from_utf8(answer).unwrap();
+            let own: IpAddr = web.address.both().into_iter().find(|ip| ip.is_ipv4() == to.is_ipv4()).unwrap();
+            assert!(answer.contains(&format!("{} saw {own}", server.name)), "{answer}");
+        }
+        assert_eq!(app.peers().len(), 2);
+    }
+    let db = world.workload("db");
+    for (own, to) in web.address.both().into_iter().zip(db.both(8080)) {
+        let packets = wire.tcp_between(own, to.ip(), 8080).unwrap();
+        assert_eq!(packets.iter().filter(|packet| packet.opens).count(), 1, "{packets:#?}");
+        assert!(packets.iter().any(|packet| packet.contains(b"GET /in-the-clear")), "{packets:#?}");
+        assert!(!packets.iter().any(|packet| packet.is_client_hello()));
+    }
+    let api = world.workload("api");
+    assert!(wire.tcp_between(web.address.v4.into(), api.address.v4.into(), 8080).unwrap().is_empty());
+}
+
+#[test]
+fn routed_workloads_reach_each_other() {
+    pings_everywhere(Shape::Routed);
+}
+
+#[test]
+fn bridged_workloads_reach_each_other() {
+    pings_everywhere(Shape::Bridge);
+}
+
+#[test]
+fn a_refused_connection_is_refused_and_the_node_firewall_decides() {
+    let world = World::builder()
+        .shape(Shape::Bridge)
+        .node("a")
+        .workload("shop/web", "a")
+        .workload("shop/api", "a")
+        .without_mesh()
+        .build()
+        .unwrap();
+    let (web, api) = (world.workload("web"), world.workload("api"));
+    let refused = web.connect(api.v4(8080)).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    let _app = api.serve(8080, apps::echo()).unwrap();
+    assert_eq!(web.exchange(api.v4(8080), b"x").unwrap(), b"x");
+    // Both hang on one bridge: only br_netfilter shows their frames to iptables.
+    let rule = "iptables -I FORWARD -p tcp --dport 8080 -j REJECT --reject-with tcp-reset";
+    world.node("a").netns.shell(rule).unwrap();
+    assert!(web.connect(api.v4(8080)).is_err());
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    let world = World::builder()
+        .node("a")
+        .workload("shop/web", "a")
+        .workload("shop/api", "a")
+        .without_mesh()
+        .build()
+        .unwrap();
+    let directory = world.directory().to_owned();
+    let prefix = format!("{}-", directory.file_name().unwrap().to_string_lossy());
+    let names = || -> Vec<String> {
+        let entries = fs::read_dir("/run/netns").unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with(&prefix)).collect()
+    };
+    // Wire, node and two workloads; then one workload less.
+    assert_eq!(names().len(), 4);
+    let mut inside = world.workload("api").command("sleep").arg("1000").spawn().unwrap();
+    world.remove_workload("web").unwrap();
+    assert_eq!(names().len(), 3);
+    drop(world);
+    assert!(names().is_empty() && !directory.exists());
+    until("the program inside has ended", std::time::Duration::from_secs(5), || {
+        holds(inside.try_wait().unwrap().is_some(), || "it runs".into())
+    });
+}

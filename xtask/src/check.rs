@@ -1,0 +1,96 @@
+//! `test` and `ci`: format, lints, build, and the tests in the order of what they need.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::{
+    ebpf,
+    run::{cargo, read, step, succeed},
+    setup,
+};
+
+/// What the pure tests are: everything but the tests in worlds, which are integration tests of this package.
+const WORLDS: &str = "mesh-tests";
+
+/// Everything that needs neither root nor the kernel toolchain.
+pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
+    if filter.is_none() {
+        step("Check the format", || succeed(cargo().args(["fmt", "--all", "--check"])))?;
+    }
+    pure_tests(filter)
+}
+
+/// Everything. Fails, and says why, on a machine that cannot run all of it.
+pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
+    setup::everything()?;
+    if filter.is_none() {
+        step("Check the format", || succeed(cargo().args(["fmt", "--all", "--check"])))?;
+    }
+    ebpf::build()?;
+    if filter.is_none() {
+        step("Lint", || {
+            let mut clippy = cargo();
+            clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+            succeed(&mut clippy)
+        })?;
+    }
+    let binaries = build_binaries()?;
+    pure_tests(filter)?;
+    step("Tests in worlds", || {
+        let mut tests = cargo();
+        tests.args(["test", "--package", WORLDS, "--test", "*", "--no-fail-fast"]);
+        // One world at a time: tests that measure time share two cores with nobody.
+        tests.args(["--", "--test-threads=1"]).args(filter).env("NODEMESH_BIN_DIR", binaries);
+        succeed(&mut tests)
+    })
+}
+
+/// What a merge must pass.
+pub(crate) fn ci() -> Result<()> {
+    everything(None)?;
+    let deny = setup::cargo_deny()?;
+    step("Check dependencies", || {
+        let mut check = cargo();
+        check.env("PATH", with_tool(&deny)?).args(["deny", "--workspace", "check"]);
+        succeed(&mut check)
+    })
+}
+
+/// Builds what worlds run, and returns the directory that it is in.
+pub(crate) fn build_binaries() -> Result<PathBuf> {
+    step("Build controller and agent", || {
+        succeed(cargo().args([
+            "build",
+            "--package",
+            "mesh-agent",
+            "--package",
+            "mesh-controller",
+            "--bins",
+        ]))?;
+        let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
+        let metadata: serde_json::Value =
+            serde_json::from_str(&metadata).context("reading cargo metadata")?;
+        let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
+        Ok(PathBuf::from(target).join("debug"))
+    })
+}
+
+fn pure_tests(filter: Option<&str>) -> Result<()> {
+    step("Pure tests", || {
+        let run = |package: &[&str]| {
+            let mut tests = cargo();
+            tests.args(["test", "--quiet", "--no-fail-fast"]).args(package);
+            succeed(tests.arg("--").args(filter))
+        };
+        run(&["--workspace", "--exclude", WORLDS])?;
+        run(&["--package", WORLDS, "--lib"])
+    })
+}
+
+/// `PATH` with a tool's directory before everything else.
+fn with_tool(tool: &std::path::Path) -> Result<std::ffi::OsString> {
+    let own = tool.parent().context("a tool is in a directory")?.to_owned();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::join_paths(std::iter::once(own).chain(std::env::split_paths(&path))).context("a PATH")
+}

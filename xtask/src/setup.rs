@@ -1,0 +1,205 @@
+//! Installs what is missing, tells what it does, and is quick when nothing is.
+//!
+//! Versions are pinned here and in rust-toolchain.toml, nowhere else.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{sys::utsname::uname, unistd::geteuid};
+
+use crate::run::{clean, find, read, root, step, succeed, target};
+
+/// Builds the kernel programs; has rust-src, for core.
+pub(crate) const NIGHTLY: &str = "nightly-2026-10-01";
+/// Links them, with the LLVM of that very nightly.
+const BPF_LINKER: &str = "0.13.0";
+/// Checks licences and advisories of dependencies.
+const CARGO_DENY: &str = "0.20.2";
+/// The oldest kernel with TCX links, which capture rests on.
+const OLDEST_KERNEL: (u32, u32) = (6, 6);
+
+/// Programs that worlds, tests and demo run, each with its Debian package.
+const PROGRAMS: [(&str, &str); 7] = [
+    ("ip", "iproute2"),
+    ("ss", "iproute2"),
+    ("iptables", "iptables"),
+    ("bpftool", "bpftool"),
+    ("iperf3", "iperf3"),
+    ("curl", "curl"),
+    ("ncat", "ncat"),
+];
+
+/// Everything for `test` and `demo`.
+pub(crate) fn everything() -> Result<()> {
+    step("Set up: programs, kernel toolchain, bpffs", || {
+        machine()?;
+        programs()?;
+        toolchain_and_linker()?;
+        mesh_tests::world::mount_bpffs()
+    })
+}
+
+/// What `build-ebpf` needs: nightly and bpf-linker.
+pub(crate) fn kernel_toolchain() -> Result<()> {
+    step("Set up: kernel toolchain", toolchain_and_linker)
+}
+
+/// Where bpf-linker is.
+pub(crate) fn bpf_linker() -> PathBuf {
+    tools().join("bin/bpf-linker")
+}
+
+/// Installs cargo-deny and returns where it is.
+pub(crate) fn cargo_deny() -> Result<PathBuf> {
+    let program = tools().join("bin/cargo-deny");
+    if !says_version(&program, CARGO_DENY) {
+        eprintln!("  building cargo-deny {CARGO_DENY}, once, for some minutes");
+        let mut install = clean("cargo");
+        install.args(["install", "--locked", "--quiet", "--root"]).arg(tools());
+        succeed(install.arg(format!("cargo-deny@{CARGO_DENY}")))?;
+    }
+    Ok(program)
+}
+
+/// Fails with everything that the machine lacks for worlds with a mesh: what cannot run must not seem to pass.
+fn machine() -> Result<()> {
+    let mut missing = vec![];
+    if !geteuid().is_root() {
+        missing.push(
+            "root: network namespaces and BPF need it; run with sudo, or use `cargo xtask test --pure`"
+                .into(),
+        );
+    }
+    let release =
+        uname().context("asking for the kernel's release")?.release().to_string_lossy().into_owned();
+    if kernel(&release).is_none_or(|version| version < OLDEST_KERNEL) {
+        let (major, minor) = OLDEST_KERNEL;
+        missing.push(format!("Linux {major}.{minor} or newer: this is {release}"));
+    }
+    if mesh_tests::slot::cgroup2_root()?.is_none() {
+        missing.push("a cgroup2 mount: mount -t cgroup2 none /sys/fs/cgroup".into());
+    }
+    if !Path::new("/sys/fs/bpf").is_dir() {
+        missing.push("BPF in the kernel: there is no /sys/fs/bpf".into());
+    }
+    ensure!(missing.is_empty(), "this machine cannot run worlds; it lacks\n  - {}", missing.join("\n  - "));
+    Ok(())
+}
+
+/// `6.18.44-x` → (6, 18).
+fn kernel(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+fn programs() -> Result<()> {
+    let mut packages: Vec<&str> =
+        PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let list = packages.join(" ");
+    if find("apt-get").is_none() {
+        bail!("programs are missing and there is no apt-get; install what Debian calls: {list}");
+    }
+    eprintln!("  installing packages: {list}");
+    let apt = || {
+        let mut apt = clean("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-y"]);
+        apt
+    };
+    succeed(apt().arg("update"))?;
+    succeed(apt().args(["install", "--no-install-recommends"]).args(&packages))?;
+    for (program, package) in PROGRAMS {
+        ensure!(find(program).is_some(), "package {package} is installed, but there is no {program}");
+    }
+    Ok(())
+}
+
+fn toolchain_and_linker() -> Result<()> {
+    ensure!(find("rustup").is_some(), "rustup is missing; see https://rustup.rs");
+    let sysroot = match sysroot() {
+        Ok(path) if path.join("lib/rustlib/src/rust/library/core").is_dir() => path,
+        _ => {
+            eprintln!("  installing {NIGHTLY} with rust-src");
+            succeed(clean("rustup").args(["toolchain", "install", NIGHTLY]).args([
+                "--profile",
+                "minimal",
+                "--component",
+                "rust-src",
+                "--no-self-update",
+            ]))?;
+            sysroot()?
+        }
+    };
+    if !says_version(&bpf_linker(), BPF_LINKER) {
+        install_bpf_linker(&sysroot)?;
+    }
+    Ok(())
+}
+
+/// Where the nightly is. Names its `rustc` only if it is there: asking rustup to run it might install it unasked.
+fn sysroot() -> Result<PathBuf> {
+    let rustc = read(clean("rustup").args(["which", "rustc", "--toolchain", NIGHTLY]))?;
+    let bin = Path::new(rustc.trim()).parent().and_then(Path::parent);
+    bin.map(Path::to_owned).context("rustup names a path of rustc")
+}
+
+/// bpf-linker reads the bitcode that rustc wrote, so it must have rustc's LLVM; the toolchain ships it as a shared
+/// library, which the linker finds again by its run path.
+fn install_bpf_linker(sysroot: &Path) -> Result<()> {
+    eprintln!("  building bpf-linker {BPF_LINKER} against the LLVM of {NIGHTLY}, once, for about a minute");
+    let libraries = sysroot.join("lib");
+    let prefix = target().join("llvm");
+    let link = prefix.join("lib/libLLVM.so");
+    fs::create_dir_all(prefix.join("lib")).with_context(|| format!("making {}", prefix.display()))?;
+    if link.is_symlink() {
+        fs::remove_file(&link)?;
+    }
+    symlink(llvm(&libraries)?, &link).with_context(|| format!("linking {}", link.display()))?;
+    let mut install = clean("rustup");
+    install.args(["run", NIGHTLY, "cargo", "install", "--locked", "--force", "--root"]).arg(tools());
+    install.arg(format!("bpf-linker@{BPF_LINKER}")).env("LLVM_PREFIX", &prefix);
+    install.env("RUSTFLAGS", format!("-C link-arg=-Wl,-rpath,{}", libraries.display()));
+    install.current_dir(root());
+    succeed(&mut install)
+}
+
+/// The toolchain's `libLLVM.so.*-rust-*`.
+fn llvm(libraries: &Path) -> Result<PathBuf> {
+    for entry in fs::read_dir(libraries).with_context(|| format!("reading {}", libraries.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("libLLVM.so.") && name.contains("-rust-") {
+            return Ok(entry.path());
+        }
+    }
+    bail!("{NIGHTLY} has no libLLVM.so.*-rust-* in {}", libraries.display())
+}
+
+fn tools() -> PathBuf {
+    target().join("tools")
+}
+
+/// The program is there, starts (its libraries are found) and has the version.
+fn says_version(program: &Path, version: &str) -> bool {
+    read(clean(program).arg("--version"))
+        .is_ok_and(|said| said.split_whitespace().any(|word| word == version))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_release_has_two_numbers() {
+        assert_eq!(kernel("6.18.44-fc-v595"), Some((6, 18)));
+        assert_eq!(kernel("6.6-rc1"), Some((6, 6)));
+        assert_eq!(kernel("next"), None);
+    }
+}
