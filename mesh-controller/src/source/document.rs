@@ -89,7 +89,11 @@ impl<'a> Document<'a> {
 
     fn type_problem(&self, error: &Error, path: String, tree: &Node) -> Problem {
         let path = if path == "." { String::new() } else { path };
-        let line = self.line_of(error).unwrap_or_else(|| tree.line_of(&path));
+        let line = match error.without_snippet() {
+            // The library points to the end of the mapping, where it noticed.
+            Error::SerdeMissingField { .. } => tree.line_of(&path),
+            _ => self.line_of(error).unwrap_or_else(|| tree.line_of(&path)),
+        };
         let (field, reason, cure) = match error.without_snippet() {
             Error::SerdeUnknownField { field, expected, .. } => {
                 (path, format!("there is no field '{field}' here"), one_of(field, expected))

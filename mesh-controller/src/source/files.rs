@@ -286,6 +286,18 @@ impl Source {
         let (sender, mut events) = mpsc::channel(EVENT_QUEUE);
         let mut watched = Watched::new(&self.directory.root, &sender);
         loop {
+            // First a look: what changed before the watch was in place has caused no event.
+            let looked = tokio::task::spawn_blocking(move || {
+                self.look();
+                self
+            });
+            self = match looked.await {
+                Ok(source) => source,
+                Err(error) => {
+                    tracing::error!(%error, "reading the source directory failed");
+                    return;
+                }
+            };
             // Cancel-safe: an event taken by `recv` is settled before the next turn.
             tokio::select! {
                 () = cancel.cancelled() => return,
@@ -296,17 +308,6 @@ impl Source {
                 }
                 () = tokio::time::sleep(POLL) => watched.renew(&self.directory.root, &sender),
             }
-            let looked = tokio::task::spawn_blocking(move || {
-                self.look();
-                self
-            });
-            self = match looked.await {
-                Ok(source) => source,
-                Err(error) => {
-                    tracing::error!(%error, "reading the source directory failed; the last state stays in force");
-                    return;
-                }
-            };
         }
     }
 
@@ -455,7 +456,8 @@ mod tests {
                 ledger.model().workloads.keys().map(|name| name.name.clone()).collect()
             };
             let reached = self.receiver.wait_for(|ledger| names(ledger) == expected);
-            let limit = tokio::time::timeout(Duration::from_secs(10), reached);
+            // Shorter than the poll: the events must have done it.
+            let limit = tokio::time::timeout(POLL - Duration::from_secs(1), reached);
             assert!(limit.await.is_ok(), "never {expected:?}");
         }
     }
