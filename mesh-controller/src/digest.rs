@@ -23,7 +23,7 @@ pub fn unhex(text: &str) -> Option<[u8; 32]> {
         return None;
     }
     let mut bytes = [0; 32];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+    for (byte, pair) in bytes.iter_mut().zip(digits.as_chunks::<2>().0) {
         let nibble = |digit: u8| char::from(digit).to_digit(16);
         *byte = u8::try_from(nibble(pair[0])? * 16 + nibble(pair[1])?).ok()?;
     }

@@ -21,6 +21,8 @@ use crate::{
 const PREFIX: &str = "nm1";
 /// Bytes of a secret: not to be guessed, so joins need no other limit.
 const SECRET_LEN: usize = 32;
+/// How long an expired token is remembered, so that whoever uses it is told that it expired.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// Longest token text that is looked at.
 const MAX_LEN: usize = 512;
 
@@ -117,12 +119,13 @@ impl Tokens {
         Ok(())
     }
 
-    /// Removes what has expired.
+    /// Removes what expired a day ago or more.
     pub fn sweep(&self, now: SystemTime) -> Result<(), TokenError> {
+        let before = unix(now - REMEMBERED);
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(()) };
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
             let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-            if !hidden && self.stored(&path)?.is_some_and(|stored| stored.expires_unix <= unix(now)) {
+            if !hidden && self.stored(&path)?.is_some_and(|stored| stored.expires_unix <= before) {
                 store::take(&path)?;
             }
         }
@@ -196,8 +199,11 @@ mod tests {
         assert!(matches!(tokens.redeem(&token, "a", now), Err(TokenError::Expired)));
         tokens.create("a", now, &[7; 32]).unwrap();
         tokens.create("b", now + HOUR, &[7; 32]).unwrap();
+        let left = || fs::read_dir(dir.path().join("tokens")).unwrap().count();
         tokens.sweep(now).unwrap();
-        assert_eq!(fs::read_dir(dir.path().join("tokens")).unwrap().count(), 1);
+        assert_eq!(left(), 2, "whoever comes with it is told that it expired");
+        tokens.sweep(now + REMEMBERED).unwrap();
+        assert_eq!(left(), 1);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! The controller as agents see it: real TLS, real gRPC, on loopback.
 
+// A test's unwrap is its failure.
+#![allow(clippy::unwrap_used)]
+
 mod world;
 
 use std::time::Duration;

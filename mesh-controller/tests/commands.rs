@@ -1,5 +1,8 @@
 //! The two commands, as processes: what they print, and how they end.
 
+// A test's unwrap is its failure.
+#![allow(clippy::unwrap_used)]
+
 mod world;
 
 use std::{
@@ -40,7 +43,7 @@ async fn meshctl_shows_what_is_in_force() {
     ])
     .await;
     for (arguments, parts) in [
-        (&["status"][..], &["trust domain td", "5 accepted, 1 refused", "bad.yaml:4", "never connected"][..]),
+        (&["status"][..], &["trust domain td", "5 accepted, 1 refused", "bad.yaml:5", "never connected"][..]),
         (
             &["get", "workloads"],
             &["shop/web", "spiffe://td/ns/shop/sa/web", "permissive", "pending", "has not reported"],

@@ -364,6 +364,18 @@ mod tests {
         assert_eq!(one_of("zebra", &names), "use one of: addresses, node, ready");
     }
 
+    #[test]
+    fn a_text_that_unfolds_into_billions_is_refused() {
+        let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..12 {
+            let aliases = vec![format!("*a{}", level - 1); 9].join(", ");
+            text += &format!("a{level}: &a{level} [{aliases}]\n");
+        }
+        assert!(split(&text)[0].tree().is_err());
+        let deep = "[".repeat(100_000);
+        assert!(split(&deep)[0].tree().is_err());
+    }
+
     proptest! {
         #[test]
         fn no_text_makes_it_panic(text in "[ -~\n\t:{}\\[\\]&*!|>'\"#%-]{0,200}") {

@@ -1,6 +1,7 @@
 //! A controller in this process, and agents that speak to it as the real ones do.
 
-#![allow(dead_code, unreachable_pub)]
+// Each test file uses its own part of it, and a test's unwrap is its failure.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::{
     net::SocketAddr,

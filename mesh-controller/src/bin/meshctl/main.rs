@@ -81,25 +81,27 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let ask = ask::Controller::new(&cli.controller)?;
+    let ask = || ask::Controller::new(&cli.controller);
     match &cli.command {
-        Command::Status => print(cli.output, &ask.get::<Status>("/api/v1/status", &[])?, show::status)?,
+        Command::Status => print(cli.output, &ask()?.get::<Status>("/api/v1/status", &[])?, show::status)?,
         Command::Get { what: What::Workloads } => {
-            print(cli.output, &ask.get::<Vec<WorkloadRow>>("/api/v1/workloads", &[])?, |it| {
+            print(cli.output, &ask()?.get::<Vec<WorkloadRow>>("/api/v1/workloads", &[])?, |it| {
                 show::workloads(it)
             })?;
         }
         Command::Get { what: What::Services } => {
-            print(cli.output, &ask.get::<Vec<ServiceRow>>("/api/v1/services", &[])?, |it| {
+            print(cli.output, &ask()?.get::<Vec<ServiceRow>>("/api/v1/services", &[])?, |it| {
                 show::services(it)
             })?;
         }
         Command::Get { what: What::Policies } => {
-            print(cli.output, &ask.get::<Vec<PolicyRow>>("/api/v1/policies", &[])?, |it| show::policies(it))?;
+            print(cli.output, &ask()?.get::<Vec<PolicyRow>>("/api/v1/policies", &[])?, |it| {
+                show::policies(it)
+            })?;
         }
         Command::Why { source, destination } => {
             let question = [("source", source.as_str()), ("destination", destination.as_str())];
-            print(cli.output, &ask.get::<Why>("/api/v1/why", &question)?, show::why)?;
+            print(cli.output, &ask()?.get::<Why>("/api/v1/why", &question)?, show::why)?;
         }
         Command::Check { dir } => return check(cli.output, dir),
     }

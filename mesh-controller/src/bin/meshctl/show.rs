@@ -123,5 +123,7 @@ fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; 
     let mut table = Table::new();
     table.load_preset(NOTHING).set_header(header).add_rows(rows);
     let lines = table.to_string();
-    lines.lines().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+    // The cells' padding stays between them, not around the whole.
+    let bare = |line: &str| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned() + "\n";
+    lines.lines().map(bare).collect()
 }
