@@ -1,0 +1,186 @@
+//! What the HTTP API answers, as types that both ends share: the controller writes them, `meshctl` reads them.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use mesh_core::model::{Endpoint, Mode};
+use serde::{Deserialize, Serialize};
+
+use crate::source::Refused;
+
+/// Why a question has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What is wrong, and what to do.
+    pub error: String,
+}
+
+/// `GET /api/v1/status`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The controller's version.
+    pub version: String,
+    /// The trust domain.
+    pub trust_domain: String,
+    /// The roots that are trusted, the newest first.
+    pub roots: Vec<Root>,
+    /// The nodes and their agents.
+    pub agents: Vec<AgentRow>,
+    /// The source's documents.
+    pub documents: Documents,
+}
+
+/// A root certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// Of the certificate's DER, hex; what join tokens end with.
+    pub sha256: String,
+    /// Its end, RFC 3339.
+    pub not_after: String,
+}
+
+/// A node's agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentRow {
+    /// The node.
+    pub node: String,
+    /// It watches now.
+    pub connected: bool,
+    /// When that last changed, RFC 3339; nothing if it never connected since the controller started.
+    pub since: Option<String>,
+    /// The agent's own version.
+    pub agent_version: String,
+    /// The newest version of its view.
+    pub current_view: String,
+    /// The version that it has put in force.
+    pub acked_view: Option<String>,
+    /// Both are the same.
+    pub in_sync: bool,
+    /// Why it could not put the last one in force.
+    pub error: Option<String>,
+}
+
+impl AgentRow {
+    /// A node with workloads whose agent never connected.
+    pub fn absent(node: &str) -> Self {
+        Self {
+            node: node.to_owned(),
+            connected: false,
+            since: None,
+            agent_version: String::new(),
+            current_view: String::new(),
+            acked_view: None,
+            in_sync: false,
+            error: None,
+        }
+    }
+}
+
+/// The source's documents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Documents {
+    /// In force.
+    pub accepted: usize,
+    /// Not.
+    pub refused: usize,
+    /// What is wrong with the latter.
+    pub problems: Vec<Refused>,
+}
+
+/// A line of `GET /api/v1/workloads`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadRow {
+    /// `namespace/name`
+    pub name: String,
+    /// The node it runs on.
+    pub node: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its identity.
+    pub identity: String,
+    /// Whether it takes plaintext.
+    pub mode: Mode,
+    /// Services send connections to it.
+    pub ready: bool,
+    /// `outside`, `pending`, `enrolled` or `failed`.
+    pub enrolment: String,
+    /// Why it is not enrolled.
+    pub reason: String,
+}
+
+/// A line of `GET /api/v1/services`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceRow {
+    /// `namespace/name`
+    pub name: String,
+    /// Its virtual addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePortRow>,
+}
+
+/// One port of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePortRow {
+    /// May be empty.
+    pub name: String,
+    /// What clients ask for.
+    pub port: u16,
+    /// What serves it, ready only.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A line of `GET /api/v1/policies`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// `namespace/name`
+    pub name: String,
+    /// `Allow` or `Deny`.
+    pub action: String,
+    /// Labels of the workloads that it selects; none selects all of the namespace.
+    pub selector: BTreeMap<String, String>,
+    /// The workloads that it selects now.
+    pub selected: Vec<String>,
+    /// Its rules, a line each.
+    pub rules: Vec<String>,
+}
+
+/// `GET /api/v1/why`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Why {
+    /// The workload that would connect.
+    pub source: String,
+    /// What it would connect to.
+    pub destination: String,
+    /// What happens, in order.
+    pub steps: Vec<WhyStep>,
+    /// How it ends; with several endpoints that differ, each has its own end.
+    pub ends: Vec<End>,
+}
+
+/// One step of a connection's life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WhyStep {
+    /// The step's name, as in the access log.
+    pub step: String,
+    /// What it finds.
+    pub says: String,
+}
+
+/// How a connection ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// What it reaches or would have reached: a workload and its address.
+    pub to: String,
+    /// `allowed` or `refused`.
+    pub verdict: String,
+    /// `tunnel` or `plaintext`; empty when it does not get that far.
+    pub transport: String,
+    /// The rule that decided, `namespace/policy[index]`.
+    pub rule: Option<String>,
+    /// The reason's label, as in metrics and access log.
+    pub reason: Option<String>,
+    /// What happened, for a person.
+    pub says: String,
+    /// What to do about it.
+    pub cure: String,
+}

@@ -1,0 +1,230 @@
+//! HTTP for people and Prometheus: health, metrics, and the JSON that `meshctl` shows.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`answer`] | what the JSON is, for both ends |
+//! | [`why`] | one connection, decided and explained |
+
+pub mod answer;
+pub mod why;
+
+use std::{io, sync::Arc, time::SystemTime};
+
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    routing::get,
+};
+use mesh_core::{
+    identity::TrustDomain,
+    model::{Action, Policy, Rule, Service},
+};
+use serde::Deserialize;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use self::answer::{
+    AgentRow, Documents, Failure, PolicyRow, Root, ServicePortRow, ServiceRow, Status, Why, WorkloadRow,
+};
+use crate::{
+    ca::{self, Authority},
+    digest::{digest, hex},
+    distribute::{AgentState, Hub, World},
+    metrics::Metrics,
+    report::State as Reported,
+};
+
+/// What the answers are made from.
+#[derive(Debug)]
+pub struct Admin {
+    /// Views and who watches them.
+    pub hub: Arc<Hub>,
+    /// The roots.
+    pub authority: Arc<Authority>,
+    /// Counted.
+    pub metrics: Arc<Metrics>,
+    /// The trust domain.
+    pub trust_domain: TrustDomain,
+}
+
+type Shared = State<Arc<Admin>>;
+
+/// Serves until cancelled.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: CancellationToken) -> io::Result<()> {
+    let router = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        // Whoever can ask is answered by a controller that has read its source: it listens only then.
+        .route("/readyz", get(|| async { "ready\n" }))
+        .route("/metrics", get(metrics))
+        .route("/api/v1/status", get(status))
+        .route("/api/v1/workloads", get(workloads))
+        .route("/api/v1/services", get(services))
+        .route("/api/v1/policies", get(policies))
+        .route("/api/v1/why", get(why))
+        .with_state(admin);
+    axum::serve(listener, router).with_graceful_shutdown(cancel.cancelled_owned()).await
+}
+
+async fn metrics(State(admin): Shared) -> ([(&'static str, &'static str); 1], String) {
+    let content = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    (content, admin.metrics.text())
+}
+
+async fn status(State(admin): Shared) -> Json<Status> {
+    let world = admin.hub.world();
+    let root = |der: &rustls_pki_types::CertificateDer<'_>| Root {
+        sha256: hex(&digest(der)),
+        not_after: ca::validity(der).map_or_else(|error| error, |(_, until)| rfc3339(until)),
+    };
+    Json(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        trust_domain: admin.trust_domain.to_string(),
+        roots: admin.authority.roots().iter().map(root).collect(),
+        agents: agents(&admin.hub, &world),
+        documents: Documents {
+            accepted: world.ledger.documents_accepted(),
+            refused: world.ledger.documents_refused(),
+            problems: world.ledger.refused().to_vec(),
+        },
+    })
+}
+
+/// The agents that have connected, and the nodes with workloads whose agents have not.
+fn agents(hub: &Hub, world: &World) -> Vec<AgentRow> {
+    let known = hub.agents();
+    let absent = |node: &&str| !known.iter().any(|agent| agent.node == **node);
+    let mut rows: Vec<AgentRow> =
+        world.model.nodes().into_iter().filter(absent).map(AgentRow::absent).collect();
+    rows.extend(known.iter().map(agent));
+    rows.sort_by(|a, b| a.node.cmp(&b.node));
+    rows
+}
+
+fn agent(state: &AgentState) -> AgentRow {
+    AgentRow {
+        node: state.node.clone(),
+        connected: state.connected,
+        since: state.since.map(rfc3339),
+        agent_version: state.agent_version.clone(),
+        current_view: state.current.clone(),
+        acked_view: state.acked.clone(),
+        in_sync: state.connected && state.acked.as_ref() == Some(&state.current),
+        error: state.error.clone(),
+    }
+}
+
+async fn workloads(State(admin): Shared) -> Json<Vec<WorkloadRow>> {
+    let world = admin.hub.world();
+    let row = |workload: &Arc<mesh_core::model::Workload>| {
+        let reported = world.reports.of(&workload.name, &workload.node);
+        let (enrolment, reason) = match reported {
+            _ if !workload.enrolled => ("outside", String::new()),
+            None => ("pending", format!("the agent of node {} has not reported it yet", workload.node)),
+            Some(reported) => {
+                let state = match reported.state {
+                    Reported::Pending => "pending",
+                    Reported::Enrolled => "enrolled",
+                    Reported::Failed => "failed",
+                };
+                (state, reported.reason.clone())
+            }
+        };
+        WorkloadRow {
+            name: workload.name.to_string(),
+            node: workload.node.clone(),
+            addresses: workload.addresses.clone(),
+            identity: workload
+                .identity(&admin.trust_domain)
+                .map_or_else(|e| e.to_string(), |id| id.to_string()),
+            mode: workload.mode,
+            ready: world.model.workloads.get(&workload.name).is_some_and(|wanted| wanted.ready),
+            enrolment: enrolment.to_owned(),
+            reason,
+        }
+    };
+    Json(world.common.workloads().iter().map(row).collect())
+}
+
+async fn services(State(admin): Shared) -> Json<Vec<ServiceRow>> {
+    let row = |service: &Arc<Service>| ServiceRow {
+        name: service.name.to_string(),
+        addresses: service.addresses.clone(),
+        ports: service
+            .ports
+            .iter()
+            .map(|port| ServicePortRow {
+                name: port.name.clone(),
+                port: port.port,
+                endpoints: port.endpoints.clone(),
+            })
+            .collect(),
+    };
+    Json(admin.hub.world().common.services().iter().map(row).collect())
+}
+
+async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
+    let world = admin.hub.world();
+    let row = |policy: &Arc<Policy>| PolicyRow {
+        name: policy.name.to_string(),
+        action: match policy.action {
+            Action::Allow => "Allow".to_owned(),
+            Action::Deny => "Deny".to_owned(),
+        },
+        selector: policy.selector.clone(),
+        selected: world
+            .common
+            .workloads()
+            .iter()
+            .filter(|workload| policy.selects(workload))
+            .map(|workload| workload.name.to_string())
+            .collect(),
+        rules: policy.rules.iter().map(rule).collect(),
+    };
+    Json(world.common.policies().iter().map(row).collect())
+}
+
+/// A rule as one line.
+fn rule(rule: &Rule) -> String {
+    let join = |parts: Vec<String>| parts.join(", ");
+    let source = |source: &mesh_core::model::Source| {
+        let mut parts: Vec<String> = source.identities.iter().map(ToString::to_string).collect();
+        parts.extend(source.namespaces.iter().map(|namespace| format!("namespace {namespace}")));
+        parts.extend(source.address_blocks.iter().map(ToString::to_string));
+        if parts.is_empty() { "any source".to_owned() } else { join(parts) }
+    };
+    let from = if rule.from.is_empty() {
+        "any source".to_owned()
+    } else {
+        rule.from.iter().map(source).collect::<Vec<_>>().join(" or ")
+    };
+    let ports = if rule.ports.is_empty() {
+        "any port".to_owned()
+    } else {
+        format!("ports {}", join(rule.ports.iter().map(ToString::to_string).collect()))
+    };
+    format!("from {from} to {ports}")
+}
+
+/// What `why` is asked.
+#[derive(Debug, Deserialize)]
+struct Question {
+    source: String,
+    destination: String,
+}
+
+async fn why(
+    State(admin): Shared,
+    Query(question): Query<Question>,
+) -> Result<Json<Why>, (StatusCode, Json<Failure>)> {
+    let world = admin.hub.world();
+    match why::explain(&world.common, &question.source, &question.destination) {
+        Ok(why) => Ok(Json(why)),
+        Err(error) => Err((StatusCode::BAD_REQUEST, Json(Failure { error: error.to_string() }))),
+    }
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    OffsetDateTime::from(time).format(&Rfc3339).unwrap_or_else(|_| "beyond the calendar".to_owned())
+}

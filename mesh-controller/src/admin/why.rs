@@ -1,0 +1,333 @@
+//! One connection, decided by the very functions that the agents run, and told step by step.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use mesh_core::{
+    model::{Name, Workload},
+    policy::{Request, Verdict, decide},
+    refusal::{Reason, Step},
+    route::{self, Route, Transport},
+    view::{Snapshot, SnapshotError},
+};
+
+use super::answer::{End, Why, WhyStep};
+use crate::project::Common;
+
+/// Why a question cannot be answered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WhyError {
+    /// The source is not a workload's name.
+    #[error("the source '{0}' is not a workload; write NAMESPACE/NAME, of: meshctl get workloads")]
+    Source(String),
+    /// The destination has no port.
+    #[error(
+        "the destination '{0}' is not ADDRESS:PORT, [ADDRESS]:PORT or NAMESPACE/NAME:PORT; write, say, \
+         10.96.0.1:80 or shop/web:80"
+    )]
+    Destination(String),
+    /// The destination's name is not known.
+    #[error("there is no service and no workload '{0}'; see: meshctl get services, meshctl get workloads")]
+    Unknown(String),
+    /// It has no address.
+    #[error("'{0}' has no address to connect to (a headless service?); ask for one of its workloads")]
+    NoAddress(String),
+    /// The view cannot be indexed.
+    #[error("the view cannot be put in force: {0}")]
+    Snapshot(#[from] SnapshotError),
+}
+
+/// Tells what happens to a connection of `source` to `destination`.
+pub fn explain(common: &Common, source: &str, destination: &str) -> Result<Why, WhyError> {
+    let unknown_source = || WhyError::Source(source.chars().take(300).collect());
+    let name: Name = source.parse().map_err(|_| unknown_source())?;
+    let workload = common.workloads().iter().find(|it| it.name == name).ok_or_else(unknown_source)?;
+    let snapshot = Snapshot::new(&workload.node, "", &common.view_of_all())?;
+    let asked = resolve(&snapshot, workload, destination)?;
+    let mut story = Story { snapshot: &snapshot, source: workload, asked, steps: vec![] };
+    let ends = story.tell();
+    Ok(Why { source: name.to_string(), destination: asked.to_string(), steps: story.steps, ends })
+}
+
+/// The address that the application would connect to.
+fn resolve(snapshot: &Snapshot, source: &Workload, text: &str) -> Result<SocketAddr, WhyError> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    let malformed = || WhyError::Destination(text.chars().take(300).collect());
+    let (name, port) = text.rsplit_once(':').ok_or_else(malformed)?;
+    let port: u16 = port.parse().ok().filter(|port| *port != 0).ok_or_else(malformed)?;
+    let name: Name = name.parse().map_err(|_| malformed())?;
+    // Clients use a service's name; a workload of the same name is reached by its address.
+    let addresses = match (snapshot.service(&name), snapshot.workload(&name)) {
+        (Some(service), _) => &service.addresses,
+        (None, Some(workload)) => &workload.addresses,
+        (None, None) => return Err(WhyError::Unknown(name.to_string())),
+    };
+    let speaks = |address: &&IpAddr| source.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4());
+    let address = addresses.iter().find(speaks).or(addresses.first());
+    Ok(SocketAddr::new(*address.ok_or_else(|| WhyError::NoAddress(name.to_string()))?, port))
+}
+
+struct Story<'a> {
+    snapshot: &'a Snapshot,
+    source: &'a Arc<Workload>,
+    asked: SocketAddr,
+    steps: Vec<WhyStep>,
+}
+
+impl Story<'_> {
+    fn tell(&mut self) -> Vec<End> {
+        self.identify();
+        let route = match route::outbound(self.snapshot, self.asked) {
+            Ok(route) => route,
+            Err(reason) => {
+                self.step(Step::Route, format!("{}: {}", self.asked, reason.says()));
+                return vec![refused(self.asked.to_string(), "", reason, None)];
+            }
+        };
+        match route {
+            Route::Outside(address) => {
+                self.step(Step::Route, format!("{address} is not of the mesh: passed on as it is"));
+                vec![allowed(
+                    address.to_string(),
+                    Transport::Plaintext,
+                    None,
+                    "nobody in the mesh decides about it",
+                )]
+            }
+            Route::Workload(workload, address) => {
+                self.step(
+                    Step::Route,
+                    format!("{address} is workload {} on node {}", workload.name, workload.node),
+                );
+                vec![self.end(&workload, address)]
+            }
+            Route::Service { service, endpoints } => {
+                let count = endpoints.len();
+                self.step(
+                    Step::Route,
+                    format!("{} is service {} with {count} ready endpoint(s)", self.asked, service.name),
+                );
+                let reach = |endpoint: &mesh_core::model::Endpoint| {
+                    let workload = self.snapshot.workload(&endpoint.workload)?.clone();
+                    Some((workload, SocketAddr::new(endpoint.address, endpoint.port)))
+                };
+                let reached: Vec<_> = endpoints.iter().filter_map(reach).collect();
+                reached.iter().map(|(workload, address)| self.end(workload, *address)).collect()
+            }
+        }
+    }
+
+    fn identify(&mut self) {
+        let identity = self.snapshot.identity(&self.source.name).map(ToString::to_string).unwrap_or_default();
+        let says = match (self.source.enrolled, self.source.captured) {
+            (true, true) => format!("{} is captured and speaks as {identity}", self.source.name),
+            (true, false) => format!(
+                "{} is enrolled as {identity}, but not captured yet: it speaks plaintext, as nobody",
+                self.source.name
+            ),
+            (false, _) => format!("{} is not enrolled: it speaks plaintext, as nobody", self.source.name),
+        };
+        self.step(Step::Identify, says);
+    }
+
+    /// How the connection to one workload ends.
+    fn end(&mut self, destination: &Workload, address: SocketAddr) -> End {
+        let to = format!("{} at {address}", destination.name);
+        if !destination.enrolled {
+            self.step(Step::Connect, format!("{to} is not enrolled: plaintext"));
+            return allowed(
+                to,
+                Transport::Plaintext,
+                None,
+                "the destination is not enrolled: no agent decides",
+            );
+        }
+        let transport = match self.transport(destination) {
+            Ok(transport) => transport,
+            Err(reason) => {
+                self.step(Step::Connect, format!("{to}: {}", reason.says()));
+                return refused(to, "", reason, None);
+            }
+        };
+        self.step(Step::Connect, format!("{to}: {}", word(transport)));
+        let identity = self.snapshot.identity(&self.source.name).map(Arc::as_ref);
+        let own = self.source.addresses.iter().find(|own| own.is_ipv4() == address.is_ipv4());
+        let request = Request {
+            source: identity.filter(|_| transport == Transport::Tunnel),
+            // Without an address of the family there is no such connection; what it would be is still told.
+            source_address: own.or(self.source.addresses.first()).copied().unwrap_or(address.ip()),
+            port: address.port(),
+        };
+        let policies = self.snapshot.policies_of(destination);
+        let verdict = decide(destination.mode, policies.clone(), &request);
+        let count = policies.count();
+        let authorized =
+            format!("{count} policy(ies) select {}, mode {:?}", destination.name, destination.mode);
+        self.step(Step::Authorize, authorized.to_lowercase());
+        match verdict {
+            Verdict::AllowedByDefault => allowed(
+                to,
+                transport,
+                None,
+                "no allow policy selects the destination and no deny rule matches",
+            ),
+            Verdict::Allowed(rule) => allowed(to, transport, Some(rule.to_string()), "an allow rule matches"),
+            Verdict::Refused { reason, rule } => {
+                refused(to, word(transport), reason, rule.map(|rule| rule.to_string()))
+            }
+        }
+    }
+
+    /// A source that is not captured speaks plaintext whatever the destination could.
+    fn transport(&self, destination: &Workload) -> Result<Transport, Reason> {
+        if self.source.captured { route::transport(destination) } else { Ok(Transport::Plaintext) }
+    }
+
+    fn step(&mut self, step: Step, says: String) {
+        let step = match step {
+            Step::Identify => "identify",
+            Step::Route => "route",
+            Step::Authorize => "authorize",
+            Step::Balance => "balance",
+            Step::Connect => "connect",
+            Step::Relay => "relay",
+        };
+        self.steps.push(WhyStep { step: step.to_owned(), says });
+    }
+}
+
+fn word(transport: Transport) -> &'static str {
+    match transport {
+        Transport::Tunnel => "tunnel",
+        Transport::Plaintext => "plaintext",
+    }
+}
+
+fn allowed(to: String, transport: Transport, rule: Option<String>, says: &str) -> End {
+    End {
+        to,
+        verdict: "allowed".into(),
+        transport: word(transport).into(),
+        rule,
+        reason: None,
+        says: says.into(),
+        cure: String::new(),
+    }
+}
+
+fn refused(to: String, transport: &str, reason: Reason, rule: Option<String>) -> End {
+    End {
+        to,
+        verdict: "refused".into(),
+        transport: transport.into(),
+        rule,
+        reason: Some(reason.label().into()),
+        says: reason.says().into(),
+        cure: reason.cure().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use mesh_core::{identity::TrustDomain, view::Mesh};
+
+    use super::*;
+    use crate::source::ledger::{FileContent, Ledger};
+
+    const MANIFESTS: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {nodemesh.io/enroll: 'true', nodemesh.io/mode: strict}}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: Workload
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec: {node: a, addresses: [10.0.0.1, 'fd00::1'], serviceAccount: web}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: Workload
+metadata: {name: db, namespace: shop, labels: {app: db}}
+spec: {node: b, addresses: [10.0.0.2, 'fd00::2'], serviceAccount: db}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: Workload
+metadata: {name: late, namespace: shop, labels: {app: late}}
+spec: {node: b, addresses: [10.0.0.3]}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: Workload
+metadata: {name: legacy}
+spec: {node: b, addresses: [10.0.0.4]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: 10.96.0.1, selector: {app: db}, ports: [{port: 5432, targetPort: 15432}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: headless, namespace: shop}
+spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: db-clients, namespace: shop}
+spec:
+  selector: {matchLabels: {app: db}}
+  action: Allow
+  rules: [{from: [{identities: [spiffe://td/ns/shop/sa/web]}], to: [{ports: [15432]}]}]
+";
+
+    fn common() -> Common {
+        let files = [("f".into(), Arc::new(FileContent::parse(MANIFESTS)))].into();
+        let ledger = Ledger::default().next(&files);
+        assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
+        let captured: BTreeSet<Name> = ["shop/web", "shop/db"].map(|name| name.parse().unwrap()).into();
+        let mesh = Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] };
+        Common::new(&ledger.model(), Arc::new(mesh), &captured)
+    }
+
+    #[track_caller]
+    fn check(source: &str, destination: &str, expected: &str) {
+        let got = match explain(&common(), source, destination) {
+            Ok(why) => {
+                let end = &why.ends[0];
+                let detail = end.reason.clone().or(end.rule.clone()).unwrap_or_default();
+                format!("{} {} {detail}", end.verdict, end.transport)
+            }
+            Err(error) => error.to_string(),
+        };
+        assert!(got.contains(expected), "{source} to {destination}: {got}");
+    }
+
+    #[test]
+    fn connections_are_decided_as_the_agents_do() {
+        check("shop/web", "shop/db:5432", "allowed tunnel shop/db-clients[0]");
+        check("shop/web", "10.96.0.1:5432", "allowed tunnel shop/db-clients[0]");
+        check("shop/web", "10.96.0.1:80", "refused  no_such_service_port");
+        check("shop/web", "10.0.0.2:22", "refused tunnel policy_not_allowed");
+        check("shop/web", "[fd00::2]:15432", "allowed tunnel shop/db-clients[0]");
+        check("shop/db", "shop/web:80", "allowed tunnel ");
+        check("shop/web", "shop/late:80", "refused  destination_not_captured");
+        check("shop/web", "default/legacy:80", "allowed plaintext");
+        check("shop/web", "192.0.2.1:443", "allowed plaintext");
+        check("default/legacy", "shop/db:5432", "refused plaintext plaintext_to_strict");
+        check("shop/late", "shop/db:5432", "refused plaintext plaintext_to_strict");
+    }
+
+    #[test]
+    fn questions_without_an_answer_say_what_to_write() {
+        check("web", "10.0.0.1:80", "NAMESPACE/NAME");
+        check("shop/none", "10.0.0.1:80", "meshctl get workloads");
+        check("shop/web", "10.0.0.1", "ADDRESS:PORT");
+        check("shop/web", "shop/db:0", "ADDRESS:PORT");
+        check("shop/web", "shop/none:1", "no service and no workload");
+        check("shop/web", "shop/headless:5432", "headless");
+    }
+}

@@ -1,0 +1,65 @@
+//! How a machine becomes a node: a join token for a certificate.
+
+use std::time::SystemTime;
+
+use mesh_core::{
+    identity::SpiffeId,
+    wire::proto::{Certificate, JoinRequest},
+};
+use tonic::{Code, Request, Response, Status};
+
+use super::{Api, services::enrolment_server::Enrolment, tls::Peer};
+use crate::{
+    metrics::{CertificateKind, JoinLabels, JoinResult},
+    token::TokenError,
+};
+
+#[tonic::async_trait]
+impl Enrolment for Api {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<Certificate>, Status> {
+        let from = request.extensions().get::<Peer>().map(|peer| peer.address);
+        let request = request.into_inner();
+        let node = request.node.clone();
+        let joined = admit(self, request).await;
+        let result = match &joined {
+            Ok(_) => {
+                tracing::info!(%node, ?from, "node joined");
+                JoinResult::ok
+            }
+            Err(status) => {
+                let shown: String = node.chars().take(100).collect();
+                tracing::warn!(node = shown, ?from, reason = status.message(), "join refused");
+                if status.code() == Code::Internal { JoinResult::failed } else { JoinResult::refused }
+            }
+        };
+        self.metrics.joins.get_or_create(&JoinLabels { result }).inc();
+        joined.map(Response::new)
+    }
+}
+
+async fn admit(api: &Api, request: JoinRequest) -> Result<Certificate, Status> {
+    let id = SpiffeId::node(&api.trust_domain, &request.node)
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    // Signed before the token is used up: a request that cannot be signed leaves the token good.
+    let certificate = api.sign(&request.csr_der, &id)?;
+    let tokens = api.tokens.clone();
+    let redeemed =
+        tokio::task::spawn_blocking(move || tokens.redeem(&request.token, &request.node, SystemTime::now()));
+    redeemed.await.map_err(|error| Status::internal(error.to_string()))?.map_err(refusal)?;
+    api.count_certificate(CertificateKind::node);
+    Ok(certificate)
+}
+
+fn refusal(error: TokenError) -> Status {
+    match error {
+        TokenError::Malformed
+        | TokenError::OtherNode(_)
+        | TokenError::Unknown
+        | TokenError::Expired
+        | TokenError::NodeName { .. } => Status::unauthenticated(error.to_string()),
+        TokenError::Store(_) | TokenError::Damaged { .. } => {
+            tracing::error!(%error, "join tokens cannot be used");
+            Status::internal("the controller cannot read its join tokens; see its log")
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! gRPC for agents, over TLS of which we know whose certificate the other side showed.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`tls`] | handshakes, their limits, the peer's identity on every request |
+//! | [`enrolment`] | how a machine becomes a node |
+//! | [`node`] | what a node may ask for |
+
+pub mod enrolment;
+pub mod node;
+pub mod tls;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use mesh_core::{
+    identity::{SpiffeId, TrustDomain},
+    wire::proto::{Certificate, WorkloadReport},
+};
+use rustls::ServerConfig;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Status;
+
+use crate::{
+    ca::{Authority, SignError},
+    distribute::Hub,
+    metrics::{CertificateKind, CertificateLabels, Metrics},
+    token::Tokens,
+};
+
+/// The generated services.
+#[allow(missing_docs, clippy::all, unreachable_pub, missing_debug_implementations)]
+pub mod services {
+    include!(concat!(env!("OUT_DIR"), "/nodemesh.v1.rs"));
+}
+
+/// How often a silent connection is asked whether it is still there, and how long the answer may take.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Streams that one connection may have at once; an agent has one watch and its certificates.
+const MAX_STREAMS: u32 = 128;
+
+/// What a node said of its workloads.
+#[derive(Debug)]
+pub struct NodeReport {
+    /// The node, as its certificate names it.
+    pub node: String,
+    /// What it said.
+    pub words: Vec<WorkloadReport>,
+}
+
+/// What the services stand on.
+#[derive(Debug)]
+pub struct Api {
+    /// Views and who watches them.
+    pub hub: Arc<Hub>,
+    /// Signs.
+    pub authority: Arc<Authority>,
+    /// Who may join.
+    pub tokens: Tokens,
+    /// Where reports go.
+    pub reports: mpsc::Sender<NodeReport>,
+    /// Counted.
+    pub metrics: Arc<Metrics>,
+    /// The trust domain of every identity.
+    pub trust_domain: TrustDomain,
+    /// How long certificates live.
+    pub certificate_ttl: Duration,
+    /// The watches that are open.
+    pub watches: TaskTracker,
+    /// Ends them.
+    pub cancel: CancellationToken,
+}
+
+impl Api {
+    fn sign(&self, csr_der: &[u8], id: &SpiffeId) -> Result<Certificate, Status> {
+        let issued =
+            self.authority.sign(csr_der, id, self.certificate_ttl, SystemTime::now()).map_err(|error| {
+                match error {
+                    SignError::Request(_) | SignError::Key => Status::invalid_argument(error.to_string()),
+                    SignError::Make(_) => {
+                        tracing::error!(%error, %id, "signing failed");
+                        Status::internal(error.to_string())
+                    }
+                }
+            })?;
+        Ok(Certificate {
+            chain_der: issued.chain.iter().map(|der| der.to_vec()).collect(),
+            roots_der: self.authority.roots().iter().map(|der| der.to_vec()).collect(),
+        })
+    }
+
+    fn count_certificate(&self, kind: CertificateKind) {
+        self.metrics.certificates_issued.get_or_create(&CertificateLabels { kind }).inc();
+    }
+}
+
+/// Serves agents until cancelled; connections that are open then are told to go, and end with their watches.
+pub async fn serve(
+    listener: TcpListener,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    api: Arc<Api>,
+) -> Result<(), tonic::transport::Error> {
+    let cancel = api.cancel.clone();
+    let incoming = tls::incoming(listener, tls, api.metrics.clone(), cancel.clone());
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_concurrent_streams(Some(MAX_STREAMS))
+        .add_service(services::enrolment_server::EnrolmentServer::from_arc(api.clone()))
+        .add_service(services::node_server::NodeServer::from_arc(api))
+        .serve_with_incoming_shutdown(incoming, cancel.cancelled_owned())
+        .await
+}

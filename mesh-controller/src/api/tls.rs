@@ -1,0 +1,251 @@
+//! TLS for agents: one address for those that have a certificate and those that only have a token.
+//!
+//! A client certificate is optional in the handshake, and one that is shown must be good; which calls need one is said
+//! call by call ([`Peer::node`]).
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use mesh_core::identity::{SpiffeId, Subject, TrustDomain};
+use rustls::{
+    RootCertStore, ServerConfig,
+    crypto::ring,
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    version::TLS13,
+};
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, transport::server::Connected};
+use x509_parser::{extensions::GeneralName, prelude::FromDer};
+
+use crate::{
+    ca::{self, Authority, CaError},
+    metrics::Metrics,
+};
+
+/// Longest handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Handshakes at once; more connections wait in the kernel's queue, so a flood costs bounded memory and processor.
+const MAX_HANDSHAKES: usize = 256;
+/// Connections that have shaken hands and wait to be served.
+const SERVE_QUEUE: usize = 16;
+/// After an accept that failed (no file descriptors), how long until the next.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no TLS configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// No certificate for ourselves.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// The parts do not go together.
+    #[error("cannot make the TLS configuration: {0}")]
+    Config(#[from] rustls::Error),
+    /// The roots cannot verify clients.
+    #[error("cannot verify clients with these roots: {0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+}
+
+/// A configuration with a fresh certificate for the controller, and when to make the next.
+pub fn server_config(
+    authority: &Authority,
+    trust_domain: &TrustDomain,
+    ttl: Duration,
+    now: SystemTime,
+) -> Result<(Arc<ServerConfig>, SystemTime), TlsError> {
+    let (issued, key) = authority.own(&SpiffeId::controller(trust_domain), ttl, now)?;
+    let mut roots = RootCertStore::empty();
+    for root in authority.roots() {
+        roots.add(root)?;
+    }
+    let provider = Arc::new(ring::default_provider());
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .allow_unauthenticated()
+        .build()?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(issued.chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    // A resumed session would carry an old certificate's identity past its end.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    let life = issued.not_after.duration_since(now).unwrap_or_default();
+    Ok((Arc::new(config), now + life / 2))
+}
+
+/// Who is at the other end of a request's connection.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// Where from.
+    pub address: SocketAddr,
+    certificate: Option<PeerCertificate>,
+}
+
+#[derive(Debug, Clone)]
+struct PeerCertificate {
+    id: SpiffeId,
+    not_after: SystemTime,
+}
+
+impl Peer {
+    /// The node whose certificate the connection showed, and when that certificate ends.
+    pub fn node<T>(
+        request: &tonic::Request<T>,
+        trust_domain: &TrustDomain,
+    ) -> Result<(String, SystemTime), Status> {
+        let peer = request.extensions().get::<Self>();
+        let certificate = peer.and_then(|peer| peer.certificate.as_ref()).ok_or_else(|| {
+            Status::unauthenticated("this call needs the node's certificate; join first, with a token")
+        })?;
+        if certificate.not_after <= SystemTime::now() {
+            return Err(Status::unauthenticated(
+                "the node's certificate has ended; connect with the renewed one",
+            ));
+        }
+        match certificate.id.subject() {
+            Subject::Node(node) if certificate.id.trust_domain() == trust_domain => {
+                Ok((node.clone(), certificate.not_after))
+            }
+            _ => Err(Status::permission_denied(format!(
+                "{} is not a node of {trust_domain}; connect with the node's own certificate",
+                certificate.id
+            ))),
+        }
+    }
+}
+
+/// A connection that has shaken hands.
+#[derive(Debug)]
+pub struct AgentStream {
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Connected for AgentStream {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for AgentStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for AgentStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// The connections of a listener, after their handshakes. A handshake that fails or dawdles costs only itself.
+pub fn incoming(
+    listener: TcpListener,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    metrics: Arc<Metrics>,
+    cancel: CancellationToken,
+) -> ReceiverStream<io::Result<AgentStream>> {
+    let (sender, receiver) = mpsc::channel(SERVE_QUEUE);
+    tokio::spawn(async move {
+        // Cancel-safe: what `accept` drops, the kernel resets; the stream's end is what the server waits for.
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = accept(listener, tls, metrics, sender) => {}
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+async fn accept(
+    listener: TcpListener,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    metrics: Arc<Metrics>,
+    served: mpsc::Sender<io::Result<AgentStream>>,
+) {
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    loop {
+        let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let (stream, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let acceptor = TlsAcceptor::from(tls.borrow().clone());
+        let (served, metrics) = (served.clone(), metrics.clone());
+        tokio::spawn(async move {
+            match timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, &acceptor)).await {
+                Ok(Ok(stream)) => drop(served.send(Ok(stream)).await),
+                Ok(Err(error)) => {
+                    metrics.handshakes_refused.inc();
+                    tracing::info!(%address, %error, "handshake of an agent failed");
+                }
+                Err(_) => {
+                    metrics.handshakes_refused.inc();
+                    tracing::info!(%address, "handshake of an agent took too long");
+                }
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn handshake(
+    stream: TcpStream,
+    address: SocketAddr,
+    acceptor: &TlsAcceptor,
+) -> io::Result<AgentStream> {
+    stream.set_nodelay(true)?;
+    let stream = acceptor.accept(stream).await?;
+    let certificate = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
+        Some(leaf) => Some(peer_certificate(leaf).map_err(io::Error::other)?),
+        None => None,
+    };
+    Ok(AgentStream { stream, peer: Peer { address, certificate } })
+}
+
+/// The identity in a certificate whose chain the handshake has verified (X509-SVID §2: exactly one URI name).
+fn peer_certificate(leaf: &CertificateDer<'_>) -> Result<PeerCertificate, String> {
+    let (_, parsed) =
+        x509_parser::certificate::X509Certificate::from_der(leaf).map_err(|error| error.to_string())?;
+    let san = parsed.subject_alternative_name().map_err(|error| error.to_string())?;
+    let names = san.map_or(&[][..], |san| san.value.general_names.as_slice());
+    let [GeneralName::URI(uri)] = names else {
+        return Err("the client's certificate must have one URI name and no other".to_owned());
+    };
+    let id = SpiffeId::parse(uri).map_err(|error| error.to_string())?;
+    let (_, not_after) = ca::validity(leaf)?;
+    Ok(PeerCertificate { id, not_after })
+}

@@ -1,0 +1,129 @@
+//! Answers as tables.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use comfy_table::{Table, presets::NOTHING};
+use mesh_controller::admin::answer::{Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow};
+
+pub(crate) fn status(status: &Status) -> String {
+    let mut text = format!("controller {}, trust domain {}\n", status.version, status.trust_domain);
+    for root in &status.roots {
+        line(
+            &mut text,
+            format_args!("root {} until {}", &root.sha256[..16.min(root.sha256.len())], root.not_after),
+        );
+    }
+    text.push_str(&documents(&status.documents));
+    text.push('\n');
+    let agents = status.agents.iter().map(|agent| {
+        let state = match (agent.connected, agent.in_sync, &agent.since) {
+            (true, true, _) => "in sync",
+            (true, false, _) => "behind",
+            (false, _, Some(_)) => "away",
+            (false, _, None) => "never connected",
+        };
+        [
+            agent.node.clone(),
+            state.to_owned(),
+            agent.since.clone().unwrap_or_default(),
+            agent.agent_version.clone(),
+            agent.acked_view.clone().unwrap_or_default(),
+            agent.current_view.clone(),
+            agent.error.clone().unwrap_or_default(),
+        ]
+    });
+    text + &table(["NODE", "AGENT", "SINCE", "VERSION", "VIEW", "NEWEST", "ERROR"], agents)
+}
+
+pub(crate) fn documents(documents: &Documents) -> String {
+    let mut text = format!("documents: {} accepted, {} refused\n", documents.accepted, documents.refused);
+    for problem in &documents.problems {
+        let kept = if problem.last_good_in_force { " (another version of it is in force)" } else { "" };
+        line(&mut text, format_args!("{problem}{kept}"));
+    }
+    text
+}
+
+pub(crate) fn workloads(rows: &[WorkloadRow]) -> String {
+    let rows = rows.iter().map(|row| {
+        let state = if row.ready { row.enrolment.clone() } else { format!("{}, not ready", row.enrolment) };
+        [
+            row.name.clone(),
+            row.node.clone(),
+            list(&row.addresses),
+            row.identity.clone(),
+            format!("{:?}", row.mode).to_lowercase(),
+            state,
+            row.reason.clone(),
+        ]
+    });
+    table(["WORKLOAD", "NODE", "ADDRESSES", "IDENTITY", "MODE", "ENROLMENT", "REASON"], rows)
+}
+
+pub(crate) fn services(rows: &[ServiceRow]) -> String {
+    let lines = rows.iter().flat_map(|row| {
+        row.ports.iter().map(move |port| {
+            let endpoint = |it: &mesh_core::model::Endpoint| {
+                format!("{} {}", it.workload, std::net::SocketAddr::new(it.address, it.port))
+            };
+            let endpoints: Vec<String> = port.endpoints.iter().map(endpoint).collect();
+            let endpoints =
+                if endpoints.is_empty() { "none is ready".to_owned() } else { endpoints.join("\n") };
+            let addresses = if row.addresses.is_empty() { "none".to_owned() } else { list(&row.addresses) };
+            [row.name.clone(), addresses, port.name.clone(), port.port.to_string(), endpoints]
+        })
+    });
+    table(["SERVICE", "ADDRESSES", "NAME", "PORT", "ENDPOINTS"], lines)
+}
+
+pub(crate) fn policies(rows: &[PolicyRow]) -> String {
+    let rows = rows.iter().map(|row| {
+        let rules =
+            if row.rules.is_empty() { "none: matches nothing".to_owned() } else { row.rules.join("\n") };
+        [row.name.clone(), row.action.clone(), selector(&row.selector), rules, row.selected.join("\n")]
+    });
+    table(["POLICY", "ACTION", "SELECTOR", "RULES", "SELECTS"], rows)
+}
+
+pub(crate) fn why(why: &Why) -> String {
+    let mut text = format!("{} to {}\n", why.source, why.destination);
+    for step in &why.steps {
+        line(&mut text, format_args!("  {:<9} {}", step.step, step.says));
+    }
+    for end in &why.ends {
+        let rule = end.rule.as_ref().map_or_else(String::new, |rule| format!(", by rule {rule}"));
+        let reason = end.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+        line(
+            &mut text,
+            format_args!("{} to {}{rule}{reason}: {}", end.verdict.to_uppercase(), end.to, end.says),
+        );
+        if !end.cure.is_empty() {
+            line(&mut text, format_args!("  to change it: {}", end.cure));
+        }
+    }
+    text
+}
+
+fn selector(labels: &BTreeMap<String, String>) -> String {
+    if labels.is_empty() {
+        return "all of the namespace".to_owned();
+    }
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+}
+
+fn list(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
+    writeln!(text, "{line}").expect("writing to a String never fails");
+}
+
+fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_preset(NOTHING).set_header(header).add_rows(rows);
+    let lines = table.to_string();
+    // The cells' padding stays between them, not around the whole.
+    let bare = |line: &str| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned() + "\n";
+    lines.lines().map(bare).collect()
+}

@@ -1,0 +1,601 @@
+//! The certificate authority: a root and an issuing certificate, kept in one file that only we can read, and the
+//! signing of requests.
+//!
+//! One file holds all of it, so that a crash leaves the old state or the new one. What cannot be read is an error, and
+//! never a new root: a mesh whose root changes by accident refuses every connection.
+//!
+//! A rotated root keeps its predecessors in the bundle, and its own key is also certified by each of them (a cross
+//! certificate), so that a peer which has not heard of the new root yet accepts what leads to it.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, RwLock},
+    time::{Duration, SystemTime},
+};
+
+use mesh_core::identity::SpiffeId;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
+    SanType, SerialNumber,
+};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::{
+    digest::{digest, hex},
+    store::{self, StoreError},
+};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// How long a root lives.
+const ROOT_TTL: Duration = Duration::from_secs(3650 * 24 * 3600);
+/// How long an issuing certificate lives; a new one takes over at half of it.
+const ISSUING_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Certificates are good from a little before now: clocks differ.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(300);
+/// Bytes of an uncompressed P-256 point, the only kind of key that is certified.
+const P256_POINT_LEN: usize = 65;
+/// Most roots in the bundle: every peer holds it, and each rotation adds one.
+const MAX_ROOTS: usize = 8;
+/// Version of the file's form.
+const FORMAT: u32 = 1;
+
+/// Why the authority cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// The state cannot be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The file is damaged.
+    #[error(
+        "the certificate authority's file {path} is damaged: {reason}; restore it from a backup (only if there is \
+         none, and every node shall join anew, move it away)"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No more roots fit.
+    #[error(
+        "{path} has {MAX_ROOTS} roots already: remove those from it that no certificate leads to any more"
+    )]
+    TooManyRoots {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Making a certificate failed.
+    #[error("cannot make a certificate: {0}")]
+    Make(#[from] rcgen::Error),
+}
+
+/// Why a request is not signed.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// The request cannot be read, or its signature is not by its own key.
+    #[error("the certificate request is not valid: {0}")]
+    Request(rcgen::Error),
+    /// Another kind of key.
+    #[error("the certificate request has a key that is not of P-256")]
+    Key,
+    /// Making the certificate failed.
+    #[error("cannot make the certificate: {0}")]
+    Make(rcgen::Error),
+}
+
+/// A signed certificate.
+#[derive(Debug, Clone)]
+pub struct Issued {
+    /// The leaf, then what it leads through, without roots.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// When it ends.
+    pub not_after: SystemTime,
+}
+
+/// What the file holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    format: u32,
+    /// The newest first; it signs.
+    roots: Vec<String>,
+    /// Key of the newest root.
+    root_key: String,
+    /// The newest root's key, certified by the older roots.
+    crosses: Vec<String>,
+    issuing: String,
+    issuing_key: String,
+}
+
+/// The authority's state, ready to sign.
+#[derive(Debug)]
+struct Loaded {
+    stored: Stored,
+    roots: Vec<CertificateDer<'static>>,
+    /// The issuing certificate and the cross certificates.
+    intermediates: Vec<CertificateDer<'static>>,
+    issuer: Issuer<'static, KeyPair>,
+    issuing_times: (SystemTime, SystemTime),
+    /// The bytes that it was read from, to tell when another process has changed them.
+    digest: [u8; 32],
+}
+
+/// The certificate authority of a running controller.
+#[derive(Debug)]
+pub struct Authority {
+    dir: PathBuf,
+    loaded: RwLock<Arc<Loaded>>,
+}
+
+impl Authority {
+    /// Reads the authority below a state directory; makes it if it was never made.
+    pub fn open(state_dir: &Path, now: SystemTime) -> Result<Self, CaError> {
+        let dir = state_dir.join("ca");
+        store::private_dir(&dir)?;
+        let _lock = lock(&dir)?;
+        let loaded = match load(&dir)? {
+            Some(loaded) => loaded,
+            None => {
+                tracing::info!(dir = %dir.display(), "making a new certificate authority");
+                save(&dir, &first(now)?)?
+            }
+        };
+        Ok(Self { dir, loaded: RwLock::new(Arc::new(loaded)) })
+    }
+
+    /// Makes a new root and an issuing certificate below it; the older roots stay in the bundle.
+    pub fn rotate_root(&self, now: SystemTime) -> Result<(), CaError> {
+        let _lock = lock(&self.dir)?;
+        let current = self.read()?;
+        if current.stored.roots.len() >= MAX_ROOTS {
+            return Err(CaError::TooManyRoots { path: file(&self.dir) });
+        }
+        let next = rotated(&current, now)?;
+        self.put(save(&self.dir, &next)?);
+        Ok(())
+    }
+
+    /// Makes a new issuing certificate once half of the old one's life is over; `true` if it did.
+    pub fn renew_issuing(&self, now: SystemTime) -> Result<bool, CaError> {
+        let (from, until) = self.loaded().issuing_times;
+        if now < from + until.duration_since(from).unwrap_or_default() / 2 {
+            return Ok(false);
+        }
+        let _lock = lock(&self.dir)?;
+        let current = self.read()?;
+        let next = renewed(&current, now)?;
+        self.put(save(&self.dir, &next)?);
+        Ok(true)
+    }
+
+    /// Takes over what another process (`rotate-root`) has changed; `true` if it had.
+    pub fn reload(&self) -> Result<bool, CaError> {
+        let bytes = store::read(&file(&self.dir))?.ok_or_else(|| missing(&self.dir))?;
+        if digest(&bytes) == self.loaded().digest {
+            return Ok(false);
+        }
+        self.put(read(&self.dir, &bytes)?);
+        Ok(true)
+    }
+
+    /// All roots, the newest first.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.loaded().roots.clone()
+    }
+
+    /// The newest root, what tokens pin.
+    pub fn root_digest(&self) -> [u8; 32] {
+        digest(&self.loaded().roots[0])
+    }
+
+    /// Signs a request for an identity: the request says the public key and nothing else.
+    pub fn sign(
+        &self,
+        csr_der: &[u8],
+        id: &SpiffeId,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, SignError> {
+        let request =
+            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der.to_vec()))
+                .map_err(SignError::Request)?;
+        let key = request.public_key;
+        if key.algorithm() != &PKCS_ECDSA_P256_SHA256 || key.der_bytes().len() != P256_POINT_LEN {
+            return Err(SignError::Key);
+        }
+        self.leaf(&key, id, ttl, now).map_err(SignError::Make)
+    }
+
+    /// A certificate and a fresh key for ourselves; the chain ends with the root, so that a joining agent can compare
+    /// it with its token.
+    pub fn own(
+        &self,
+        id: &SpiffeId,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<(Issued, PrivateKeyDer<'static>), CaError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut issued = self.leaf(&key, id, ttl, now)?;
+        issued.chain.push(self.loaded().roots[0].clone());
+        Ok((issued, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
+    }
+
+    fn leaf(
+        &self,
+        key: &impl PublicKeyData,
+        id: &SpiffeId,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, rcgen::Error> {
+        let loaded = self.loaded();
+        let not_after = (now + ttl).min(loaded.issuing_times.1);
+        let mut params = params(DistinguishedName::new(), now, not_after);
+        params.subject_alt_names = vec![SanType::URI(id.to_string().try_into()?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        let leaf = params.signed_by(key, &loaded.issuer)?;
+        let chain = std::iter::once(leaf.der().clone()).chain(loaded.intermediates.iter().cloned()).collect();
+        Ok(Issued { chain, not_after })
+    }
+
+    fn read(&self) -> Result<Loaded, CaError> {
+        load(&self.dir)?.ok_or_else(|| missing(&self.dir))
+    }
+
+    fn loaded(&self) -> Arc<Loaded> {
+        self.loaded.read().expect("no holder of this lock panics").clone()
+    }
+
+    fn put(&self, loaded: Loaded) {
+        *self.loaded.write().expect("no holder of this lock panics") = Arc::new(loaded);
+    }
+}
+
+fn file(dir: &Path) -> PathBuf {
+    dir.join("authority.json")
+}
+
+fn lock(dir: &Path) -> Result<std::fs::File, StoreError> {
+    store::lock(&dir.join("lock"))
+}
+
+fn missing(dir: &Path) -> CaError {
+    CaError::Damaged { path: file(dir), reason: "it is gone".into() }
+}
+
+/// A new authority.
+fn first(now: SystemTime) -> Result<Stored, CaError> {
+    let (root, root_key) = new_root(now)?;
+    let root_pem = root.pem();
+    let issuer = Issuer::from_ca_cert_der(root.der(), &root_key)?;
+    let (issuing, issuing_key) = new_issuing(&issuer, now, now + ROOT_TTL)?;
+    Ok(Stored {
+        format: FORMAT,
+        roots: vec![root_pem],
+        root_key: root_key.serialize_pem(),
+        crosses: vec![],
+        issuing,
+        issuing_key,
+    })
+}
+
+/// The same authority under a new root.
+fn rotated(current: &Loaded, now: SystemTime) -> Result<Stored, CaError> {
+    let mut next = first(now)?;
+    let new_key = KeyPair::from_pem(&next.root_key)?;
+    let old_key = KeyPair::from_pem(&current.stored.root_key)?;
+    let old_root = &current.roots[0];
+    let (_, old_until) = validity(old_root).map_err(|reason| damaged(Path::new(""), reason))?;
+    let old_issuer = Issuer::from_ca_cert_der(old_root, &old_key)?;
+    let mut cross = ca_params(root_name(&new_key), now, old_until, BasicConstraints::Unconstrained);
+    cross.use_authority_key_identifier_extension = true;
+    next.crosses = vec![cross.signed_by(&new_key, &old_issuer)?.pem()];
+    // Roots before the last one are reached through the crosses that lead from it to them.
+    next.crosses.extend(current.stored.crosses.iter().cloned());
+    next.roots.extend(current.stored.roots.iter().cloned());
+    Ok(next)
+}
+
+/// The same root with a new issuing certificate.
+fn renewed(current: &Loaded, now: SystemTime) -> Result<Stored, CaError> {
+    let root_key = KeyPair::from_pem(&current.stored.root_key)?;
+    let (_, until) = validity(&current.roots[0]).map_err(|reason| damaged(Path::new(""), reason))?;
+    let issuer = Issuer::from_ca_cert_der(&current.roots[0], &root_key)?;
+    let (issuing, issuing_key) = new_issuing(&issuer, now, until)?;
+    Ok(Stored { issuing, issuing_key, ..current.stored.clone() })
+}
+
+fn new_root(now: SystemTime) -> Result<(rcgen::Certificate, KeyPair), rcgen::Error> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let params = ca_params(root_name(&key), now, now + ROOT_TTL, BasicConstraints::Unconstrained);
+    Ok((params.self_signed(&key)?, key))
+}
+
+fn new_issuing(
+    root: &Issuer<'_, &KeyPair>,
+    now: SystemTime,
+    root_until: SystemTime,
+) -> Result<(String, String), rcgen::Error> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let until = (now + ISSUING_TTL).min(root_until);
+    let mut params = ca_params(name("issuing", &key), now, until, BasicConstraints::Constrained(0));
+    params.use_authority_key_identifier_extension = true;
+    Ok((params.signed_by(&key, root)?.pem(), key.serialize_pem()))
+}
+
+fn root_name(key: &KeyPair) -> DistinguishedName {
+    name("root", key)
+}
+
+/// Names differ from key to key, so that a chain is never built through the wrong one.
+fn name(role: &str, key: &KeyPair) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::CommonName, format!("Nodemesh {role} {}", &hex(&digest(key.public_key_raw()))[..16]));
+    name
+}
+
+fn ca_params(
+    name: DistinguishedName,
+    now: SystemTime,
+    until: SystemTime,
+    constraints: BasicConstraints,
+) -> CertificateParams {
+    let mut params = params(name, now, until);
+    params.is_ca = IsCa::Ca(constraints);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
+fn params(name: DistinguishedName, now: SystemTime, until: SystemTime) -> CertificateParams {
+    let mut serial: [u8; 16] = rand::random();
+    // RFC 5280 §4.1.2.2: positive, and not empty.
+    serial[0] = serial[0] & 0x7f | 0x40;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = name;
+    params.not_before = (now - CLOCK_TOLERANCE).into();
+    params.not_after = until.into();
+    params.serial_number = Some(SerialNumber::from_slice(&serial));
+    params
+}
+
+fn save(dir: &Path, stored: &Stored) -> Result<Loaded, CaError> {
+    let bytes = serde_json::to_vec_pretty(stored).expect("texts are always JSON");
+    // What would not be readable is never written over what is.
+    let loaded = read(dir, &bytes)?;
+    store::replace(&file(dir), &bytes)?;
+    Ok(loaded)
+}
+
+fn load(dir: &Path) -> Result<Option<Loaded>, CaError> {
+    store::read(&file(dir))?.map(|bytes| read(dir, &bytes)).transpose()
+}
+
+fn damaged(path: &Path, reason: impl ToString) -> CaError {
+    CaError::Damaged { path: path.to_owned(), reason: reason.to_string() }
+}
+
+/// Reads the file's bytes and checks that its parts belong together.
+fn read(dir: &Path, bytes: &[u8]) -> Result<Loaded, CaError> {
+    let path = file(dir);
+    parts(bytes).map_err(|reason| damaged(&path, reason))
+}
+
+fn parts(bytes: &[u8]) -> Result<Loaded, String> {
+    let stored: Stored = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    if stored.format != FORMAT {
+        return Err(format!("its format is {}, this version knows {FORMAT}", stored.format));
+    }
+    let roots = stored.roots.iter().map(|pem| certificate(pem)).collect::<Result<Vec<_>, _>>()?;
+    let root = roots.first().ok_or("it has no root")?;
+    let crosses = stored.crosses.iter().map(|pem| certificate(pem)).collect::<Result<Vec<_>, _>>()?;
+    let issuing = certificate(&stored.issuing)?;
+    let root_key = KeyPair::from_pem(&stored.root_key).map_err(|error| format!("root_key: {error}"))?;
+    belongs(root, &root_key, "root")?;
+    let issuing_key =
+        KeyPair::from_pem(&stored.issuing_key).map_err(|error| format!("issuing_key: {error}"))?;
+    belongs(&issuing, &issuing_key, "issuing certificate")?;
+    signed_by(&issuing, root)?;
+    let issuing_times = validity(&issuing)?;
+    let issuer = Issuer::from_ca_cert_der(&issuing, issuing_key).map_err(|error| error.to_string())?;
+    let intermediates = std::iter::once(issuing).chain(crosses).collect();
+    Ok(Loaded { digest: digest(bytes), stored, roots, intermediates, issuer, issuing_times })
+}
+
+fn certificate(pem: &str) -> Result<CertificateDer<'static>, String> {
+    use rustls_pki_types::pem::PemObject;
+    CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| format!("a certificate: {error}"))
+}
+
+fn parsed<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, String> {
+    Ok(X509Certificate::from_der(der).map_err(|error| format!("a certificate: {error}"))?.1)
+}
+
+fn belongs(der: &CertificateDer<'_>, key: &KeyPair, what: &str) -> Result<(), String> {
+    if parsed(der)?.public_key().subject_public_key.data == key.public_key_raw() {
+        return Ok(());
+    }
+    Err(format!("the key of the {what} is not the one in its certificate"))
+}
+
+fn signed_by(der: &CertificateDer<'_>, root: &CertificateDer<'_>) -> Result<(), String> {
+    let root = parsed(root)?;
+    let verified = parsed(der)?.verify_signature(Some(root.public_key()));
+    verified.map_err(|_| "the issuing certificate is not signed by the newest root".to_owned())
+}
+
+/// From when until when a certificate is good.
+pub fn validity(der: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), String> {
+    let validity = parsed(der)?.validity().clone();
+    let time = |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs());
+    Ok((time(validity.not_before.timestamp()), time(validity.not_after.timestamp())))
+}
+
+/// Whether the newest root ends within a year: time to rotate, with what it may still sign in mind.
+pub fn ends_soon(roots: &[CertificateDer<'_>], now: SystemTime) -> bool {
+    let until = roots.first().and_then(|root| validity(root).ok());
+    until.is_some_and(|(_, until)| until < now + DAY * 365)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use mesh_core::identity::TrustDomain;
+    use rustls::{
+        RootCertStore, client::verify_server_cert_signed_by_trust_anchor, crypto::ring,
+        server::ParsedCertificate,
+    };
+    use rustls_pki_types::UnixTime;
+
+    use super::*;
+
+    fn now() -> SystemTime {
+        SystemTime::now()
+    }
+
+    fn id() -> SpiffeId {
+        SpiffeId::workload(&TrustDomain::parse("td").unwrap(), "shop", "web").unwrap()
+    }
+
+    fn csr(params: CertificateParams) -> Vec<u8> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        params.serialize_request(&key).unwrap().der().to_vec()
+    }
+
+    #[track_caller]
+    fn leads_to(chain: &[CertificateDer<'static>], root: &CertificateDer<'static>, at: SystemTime) -> bool {
+        let mut store = RootCertStore::empty();
+        store.add(root.clone()).unwrap();
+        let leaf = ParsedCertificate::try_from(&chain[0]).unwrap();
+        let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+        let algorithms = ring::default_provider().signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&leaf, &store, &chain[1..], at, algorithms).is_ok()
+    }
+
+    #[test]
+    fn the_authority_is_made_once_and_read_ever_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = Authority::open(dir.path(), now()).unwrap();
+        let read = Authority::open(dir.path(), now()).unwrap();
+        assert_eq!(made.roots(), read.roots());
+        let mode = std::fs::metadata(dir.path().join("ca/authority.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let issued = made.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
+        assert!(leads_to(&issued.chain, &read.roots()[0], now()));
+        assert!(!leads_to(&issued.chain, &read.roots()[0], now() + DAY * 2), "it has an end");
+    }
+
+    #[test]
+    fn the_request_says_the_key_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        let mut greedy = CertificateParams::new(vec!["other.example".to_owned()]).unwrap();
+        greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issued = authority.sign(&csr(greedy), &id(), DAY, now()).unwrap();
+        let leaf = parsed(&issued.chain[0]).unwrap();
+        assert!(!leaf.is_ca());
+        let names = &leaf.subject_alternative_name().unwrap().unwrap().value.general_names;
+        assert_eq!(names.len(), 1);
+        assert!(format!("{names:?}").contains("spiffe://td/ns/shop/sa/web"));
+    }
+
+    #[test]
+    fn a_request_that_is_not_signed_by_its_key_or_of_another_kind_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        let mut forged = csr(CertificateParams::default());
+        let last = forged.len() - 1;
+        forged[last] ^= 1;
+        assert!(matches!(authority.sign(&forged, &id(), DAY, now()), Err(SignError::Request(_))));
+        assert!(matches!(authority.sign(b"nonsense", &id(), DAY, now()), Err(SignError::Request(_))));
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let other = CertificateParams::default().serialize_request(&key).unwrap();
+        assert!(matches!(authority.sign(other.der(), &id(), DAY, now()), Err(SignError::Key)));
+    }
+
+    #[test]
+    fn damage_is_an_error_and_never_a_new_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        let path = dir.path().join("ca/authority.json");
+        let good = std::fs::read_to_string(&path).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        Authority::open(other.path(), now()).unwrap();
+        let other: Stored =
+            serde_json::from_slice(&std::fs::read(other.path().join("ca/authority.json")).unwrap()).unwrap();
+        let stored: Stored = serde_json::from_str(&good).unwrap();
+        let mixed = |change: &dyn Fn(&mut Stored)| {
+            let mut stored = stored.clone();
+            change(&mut stored);
+            serde_json::to_string(&stored).unwrap()
+        };
+        for bad in [
+            String::new(),
+            "{".to_owned(),
+            good.replace("BEGIN", "BEGUN"),
+            mixed(&|stored| stored.format = 2),
+            mixed(&|stored| stored.roots.clear()),
+            mixed(&|stored| stored.root_key = other.root_key.clone()),
+            mixed(&|stored| stored.issuing_key = other.issuing_key.clone()),
+            mixed(&|stored| {
+                stored.roots = other.roots.clone();
+                stored.root_key = other.root_key.clone();
+            }),
+        ] {
+            std::fs::write(&path, &bad).unwrap();
+            let error = Authority::open(dir.path(), now()).unwrap_err().to_string();
+            assert!(error.contains("authority.json is damaged") && error.contains("backup"), "{error}");
+            assert!(authority.reload().is_err());
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), bad, "it is left as it was");
+        }
+    }
+
+    #[test]
+    fn a_rotated_root_is_picked_up_and_those_who_know_only_the_old_one_still_verify() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = Authority::open(dir.path(), now()).unwrap();
+        let first_root = running.roots()[0].clone();
+        let old_leaf = running.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
+        assert!(!running.reload().unwrap());
+        for rotations in 1..=2 {
+            Authority::open(dir.path(), now()).unwrap().rotate_root(now()).unwrap();
+            assert!(running.reload().unwrap());
+            let roots = running.roots();
+            assert_eq!(roots.len(), rotations + 1);
+            let new_leaf = running.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
+            for root in &roots {
+                assert!(leads_to(&new_leaf.chain, root, now()), "{rotations}");
+            }
+            assert!(leads_to(&old_leaf.chain, &first_root, now()));
+        }
+    }
+
+    #[test]
+    fn the_issuing_certificate_is_renewed_at_half_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        assert!(!authority.renew_issuing(now() + DAY * 180).unwrap());
+        let later = now() + DAY * 190;
+        assert!(authority.renew_issuing(later).unwrap());
+        assert!(!authority.renew_issuing(later).unwrap());
+        assert_eq!(authority.roots().len(), 1);
+        let issued = authority.sign(&csr(CertificateParams::default()), &id(), DAY, later).unwrap();
+        assert!(leads_to(&issued.chain, &authority.roots()[0], later));
+    }
+
+    #[test]
+    fn our_own_chain_ends_with_the_root_that_tokens_pin() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        authority.rotate_root(now()).unwrap();
+        let own = SpiffeId::controller(&TrustDomain::parse("td").unwrap());
+        let (issued, _key) = authority.own(&own, DAY, now()).unwrap();
+        assert_eq!(digest(issued.chain.last().unwrap()), authority.root_digest());
+        assert!(leads_to(&issued.chain, &authority.roots()[0], now()));
+    }
+}

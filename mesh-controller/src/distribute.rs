@@ -1,0 +1,444 @@
+//! Which version of its view each node has, and what it must hear to have the newest.
+//!
+//! A version is `<epoch>-<n>`: the epoch is drawn at start, so that nobody resumes from what another process counted.
+//! Per node the last [`KEPT`] differences are kept; an agent that comes back with one of these versions hears only what
+//! changed since. An agent that is slow hears of many changes at once: nothing is queued per change, only the number
+//! of the newest version waits for it.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard},
+    time::SystemTime,
+};
+
+use mesh_core::{
+    view::{Delta, Key, NodeView, Resource},
+    wire::{self, proto::ViewUpdate},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{digest::hex, model::Model, project::Common, report::Reports, source::ledger::Ledger};
+
+/// Differences kept per node: what an agent may miss and still resume.
+pub const KEPT: usize = 64;
+/// Longest error of an agent that is kept, characters.
+const MAX_ERROR: usize = 1000;
+/// Longest version of an agent that is kept, characters.
+const MAX_AGENT_VERSION: usize = 100;
+
+/// Everything that is in force, at one moment.
+#[derive(Debug, Clone)]
+pub struct World {
+    /// The desired state.
+    pub model: Arc<Model>,
+    /// Where it came from, and what was refused.
+    pub ledger: Arc<Ledger>,
+    /// What agents said.
+    pub reports: Arc<Reports>,
+    /// What views are made of.
+    pub common: Arc<Common>,
+}
+
+/// All nodes and their views.
+#[derive(Debug)]
+pub struct Hub {
+    epoch: String,
+    world: watch::Sender<Arc<World>>,
+    nodes: Mutex<BTreeMap<String, Track>>,
+}
+
+/// One node's view and who has heard of it.
+#[derive(Debug)]
+struct Track {
+    view: NodeView,
+    number: u64,
+    /// What led to the last versions, the newest last.
+    steps: VecDeque<Delta>,
+    newest: watch::Sender<u64>,
+    agent: Agent,
+}
+
+/// What is known of a node's agent.
+#[derive(Debug, Default)]
+struct Agent {
+    /// Counts its connections; the last one is in force.
+    connection: u64,
+    /// Ends the connection that is in force.
+    cancel: Option<CancellationToken>,
+    version: String,
+    acked: Option<String>,
+    error: Option<String>,
+    since: Option<SystemTime>,
+}
+
+/// What `meshctl status` says of an agent.
+#[derive(Debug, Clone)]
+pub struct AgentState {
+    /// The node.
+    pub node: String,
+    /// It watches now.
+    pub connected: bool,
+    /// When that last changed.
+    pub since: Option<SystemTime>,
+    /// The agent's own version.
+    pub agent_version: String,
+    /// The newest version of its view.
+    pub current: String,
+    /// The version that it has put in force.
+    pub acked: Option<String>,
+    /// Why it could not put the last one in force.
+    pub error: Option<String>,
+}
+
+impl Hub {
+    /// A hub with a first state of the world.
+    pub fn new(world: World) -> Arc<Self> {
+        let epoch = hex(&rand::random::<[u8; 6]>());
+        Arc::new(Self { epoch, world: watch::channel(Arc::new(world)).0, nodes: Mutex::default() })
+    }
+
+    /// What is in force now.
+    pub fn world(&self) -> Arc<World> {
+        self.world.borrow().clone()
+    }
+
+    /// Puts a new state of the world in force, and tells the agents whose views it changes.
+    pub fn publish(&self, world: World) {
+        let common = world.common.clone();
+        let mut nodes = self.nodes();
+        // Within the lock: a node that connects sees this world, or is among those that hear of it.
+        self.world.send_replace(Arc::new(world));
+        for (node, track) in nodes.iter_mut() {
+            track.advance(common.view(node));
+        }
+    }
+
+    /// Takes an agent's connection; an older one of the same node ends.
+    ///
+    /// `resume` is the version that the agent has, as it says.
+    pub fn connect(self: &Arc<Self>, node: &str, resume: &str, agent_version: &str) -> Subscription {
+        let mut nodes = self.nodes();
+        let track =
+            nodes.entry(node.to_owned()).or_insert_with(|| Track::new(self.world().common.view(node)));
+        let cancel = CancellationToken::new();
+        if let Some(older) = track.agent.cancel.replace(cancel.clone()) {
+            older.cancel();
+        }
+        track.agent.connection += 1;
+        track.agent.version = agent_version.chars().take(MAX_AGENT_VERSION).collect();
+        track.agent.since = Some(SystemTime::now());
+        let acks = Acks { hub: self.clone(), node: node.to_owned(), connection: track.agent.connection };
+        Subscription {
+            acks,
+            has: self.number(resume),
+            first: true,
+            newest: track.newest.subscribe(),
+            replaced: cancel,
+        }
+    }
+
+    /// All agents that ever connected since the start.
+    pub fn agents(&self) -> Vec<AgentState> {
+        let nodes = self.nodes();
+        let state = |(node, track): (&String, &Track)| AgentState {
+            node: node.clone(),
+            connected: track.agent.cancel.is_some(),
+            since: track.agent.since,
+            agent_version: track.agent.version.clone(),
+            current: self.version(track.number),
+            acked: track.agent.acked.clone(),
+            error: track.agent.error.clone(),
+        };
+        nodes.iter().map(state).collect()
+    }
+
+    /// How many agents watch.
+    pub fn connected(&self) -> usize {
+        self.nodes().values().filter(|track| track.agent.cancel.is_some()).count()
+    }
+
+    fn version(&self, number: u64) -> String {
+        format!("{}-{number}", self.epoch)
+    }
+
+    /// The number in a version of this epoch.
+    fn number(&self, version: &str) -> Option<u64> {
+        version.strip_prefix(&self.epoch)?.strip_prefix('-')?.parse().ok()
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Track>> {
+        self.nodes.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl Track {
+    fn new(view: NodeView) -> Self {
+        Self { view, number: 1, steps: VecDeque::new(), newest: watch::channel(1).0, agent: Agent::default() }
+    }
+
+    fn advance(&mut self, next: NodeView) {
+        let step = self.view.diff(&next);
+        if step.is_empty() {
+            return;
+        }
+        self.view = next;
+        self.number += 1;
+        self.steps.push_back(step);
+        if self.steps.len() > KEPT {
+            self.steps.pop_front();
+        }
+        self.newest.send_replace(self.number);
+    }
+
+    /// What changed since a version, as one difference; `None` if that version is not known any more.
+    fn since(&self, number: u64) -> Option<Delta> {
+        let behind = usize::try_from(self.number.checked_sub(number)?).ok()?;
+        let from = self.steps.len().checked_sub(behind)?;
+        let mut changes: BTreeMap<Key, Option<Resource>> = BTreeMap::new();
+        for step in self.steps.iter().skip(from) {
+            changes.extend(step.removes.iter().map(|key| (key.clone(), None)));
+            changes.extend(step.upserts.iter().map(|resource| (resource.key(), Some(resource.clone()))));
+        }
+        let mut delta = Delta::default();
+        for (key, change) in changes {
+            match change {
+                Some(resource) => delta.upserts.push(resource),
+                None => delta.removes.push(key),
+            }
+        }
+        Some(delta)
+    }
+
+    fn complete(&self) -> Delta {
+        NodeView::default().diff(&self.view)
+    }
+}
+
+/// One agent's connection.
+#[derive(Debug)]
+pub struct Subscription {
+    acks: Acks,
+    /// What the agent has, or is about to have.
+    has: Option<u64>,
+    first: bool,
+    newest: watch::Receiver<u64>,
+    replaced: CancellationToken,
+}
+
+impl Subscription {
+    /// The next update, at once the first time (empty if the agent has the newest version already); `None` once
+    /// a newer connection of the node took over. Cancel-safe.
+    pub async fn next(&mut self) -> Option<ViewUpdate> {
+        loop {
+            if self.replaced.is_cancelled() {
+                return None;
+            }
+            if let Some(update) = self.update() {
+                return Some(update);
+            }
+            // Cancel-safe: neither branch holds anything.
+            tokio::select! {
+                () = self.replaced.cancelled() => {}
+                changed = self.newest.changed() => changed.ok()?,
+            }
+        }
+    }
+
+    fn update(&mut self) -> Option<ViewUpdate> {
+        self.newest.mark_unchanged();
+        let nodes = self.acks.hub.nodes();
+        let track = nodes.get(&self.acks.node)?;
+        if !self.first && self.has == Some(track.number) {
+            return None;
+        }
+        let known = self.has.and_then(|number| track.since(number));
+        let complete = known.is_none();
+        let delta = known.unwrap_or_else(|| track.complete());
+        let number = track.number;
+        drop(nodes);
+        self.has = Some(number);
+        self.first = false;
+        Some(wire::update(self.acks.hub.version(number), complete, &delta))
+    }
+
+    /// Where the agent's answers go.
+    pub fn acks(&self) -> Acks {
+        self.acks.clone()
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.acks.agent(|agent| {
+            agent.cancel = None;
+            agent.since = Some(SystemTime::now());
+        });
+    }
+}
+
+/// What the agent of one connection says of its versions.
+#[derive(Debug, Clone)]
+pub struct Acks {
+    hub: Arc<Hub>,
+    node: String,
+    connection: u64,
+}
+
+impl Acks {
+    /// Takes an answer; an empty error means that the version is in force.
+    pub fn take(&self, version: &str, error: &str) {
+        self.agent(|agent| {
+            if error.is_empty() {
+                agent.acked = Some(version.chars().take(MAX_ERROR).collect());
+                agent.error = None;
+            } else {
+                agent.error = Some(error.chars().take(MAX_ERROR).collect());
+            }
+        });
+    }
+
+    /// Does something to the agent's state, unless a newer connection took over.
+    fn agent(&self, change: impl FnOnce(&mut Agent)) {
+        let mut nodes = self.hub.nodes();
+        let track = nodes.get_mut(&self.node);
+        if let Some(track) = track.filter(|track| track.agent.connection == self.connection) {
+            change(&mut track.agent);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use futures_util::FutureExt;
+    use mesh_core::{identity::TrustDomain, view::Mesh};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{Object, Workload};
+
+    fn world(workloads: &[(&str, u8)]) -> World {
+        let objects: Vec<Object> = workloads
+            .iter()
+            .map(|(name, last)| {
+                Object::Workload(Workload {
+                    name: format!("s/{name}").parse().unwrap(),
+                    labels: BTreeMap::new(),
+                    enroll: Some(true),
+                    node: "n".into(),
+                    addresses: vec![[10, 0, 0, *last].into()],
+                    service_account: "default".into(),
+                    ready: true,
+                })
+            })
+            .collect();
+        let model: Model = objects.iter().collect();
+        let mesh = Arc::new(Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] });
+        let common = Arc::new(Common::new(&model, mesh, &BTreeSet::new()));
+        World { model: Arc::new(model), ledger: Arc::default(), reports: Arc::default(), common }
+    }
+
+    /// What an agent has after these updates.
+    fn apply(view: &mut NodeView, update: &ViewUpdate) {
+        if update.complete {
+            *view = NodeView::default();
+        }
+        view.apply(wire::delta(update).unwrap());
+    }
+
+    #[test]
+    fn the_first_update_is_complete_then_only_changes_come() {
+        let hub = Hub::new(world(&[("a", 1), ("b", 2)]));
+        let mut agent = hub.connect("n", "", "1");
+        let first = agent.next().now_or_never().flatten().unwrap();
+        assert!(first.complete && first.upserts.len() == 3);
+        assert!(agent.next().now_or_never().is_none(), "nothing has changed");
+        hub.publish(world(&[("a", 1), ("b", 2)]));
+        assert!(agent.next().now_or_never().is_none(), "still nothing has changed");
+        hub.publish(world(&[("a", 1), ("c", 3)]));
+        let second = agent.next().now_or_never().flatten().unwrap();
+        assert!(!second.complete);
+        assert_eq!((second.upserts.len(), second.removes.as_slice()), (1, &["workload/s/b".to_owned()][..]));
+    }
+
+    #[test]
+    fn many_changes_reach_a_slow_agent_as_one() {
+        let hub = Hub::new(world(&[]));
+        let mut agent = hub.connect("n", "", "1");
+        agent.next().now_or_never().flatten().unwrap();
+        for last in 1..10 {
+            hub.publish(world(&[("a", last)]));
+        }
+        let update = agent.next().now_or_never().flatten().unwrap();
+        assert_eq!(update.upserts.len(), 1);
+        assert!(agent.next().now_or_never().is_none());
+    }
+
+    #[test]
+    fn a_newer_connection_of_the_node_ends_the_older_one() {
+        let hub = Hub::new(world(&[]));
+        let mut older = hub.connect("n", "", "1");
+        older.next().now_or_never().flatten().unwrap();
+        let newer = hub.connect("n", "", "2");
+        assert!(older.next().now_or_never().unwrap().is_none());
+        older.acks().take("x", "");
+        drop(older);
+        let state = hub.agents().remove(0);
+        assert_eq!((state.connected, state.acked, state.agent_version.as_str()), (true, None, "2"));
+        newer.acks().take(&state.current, "");
+        newer.acks().take("later", "cannot");
+        let state = hub.agents().remove(0);
+        assert_eq!((state.acked, state.error), (Some(state.current), Some("cannot".to_owned())));
+        drop(newer);
+        assert_eq!(hub.connected(), 0);
+    }
+
+    #[test]
+    fn a_version_of_another_epoch_or_too_old_is_answered_completely() {
+        let hub = Hub::new(world(&[]));
+        let mut agent = hub.connect("n", "", "1");
+        let first = agent.next().now_or_never().flatten().unwrap().version;
+        for round in 0..=KEPT {
+            hub.publish(world(&[("a", round as u8)]));
+        }
+        for version in [first.as_str(), "other-1", "", "-1", "nonsense"] {
+            let update = hub.connect("n", version, "1").next().now_or_never().flatten().unwrap();
+            assert!(update.complete, "{version}");
+        }
+        let ahead = format!("{}-99999", first.split_once('-').unwrap().0);
+        assert!(hub.connect("n", &ahead, "1").next().now_or_never().flatten().unwrap().complete);
+    }
+
+    proptest! {
+        #[test]
+        fn resuming_from_any_kept_version_gives_the_newest_view(
+            history in prop::collection::vec(prop::collection::btree_map("[a-d]", 1u8..4, 0..4), 1..12),
+            from in 0usize..12,
+        ) {
+            let worlds: Vec<World> = history
+                .iter()
+                .map(|entry| world(&entry.iter().map(|(name, last)| (name.as_str(), *last)).collect::<Vec<_>>()))
+                .collect();
+            let hub = Hub::new(worlds[0].clone());
+            let mut follower = hub.connect("n", "", "1");
+            let mut view = NodeView::default();
+            let mut seen = vec![];
+            for world in &worlds {
+                hub.publish(world.clone());
+                if let Some(update) = follower.next().now_or_never().flatten() {
+                    apply(&mut view, &update);
+                    seen.push((update.version, view.clone()));
+                }
+            }
+            let newest = worlds.last().unwrap().common.view("n");
+            prop_assert_eq!(&view, &newest);
+            let (version, mut old) = seen[from % seen.len()].clone();
+            let update = hub.connect("n", &version, "1").next().now_or_never().flatten().unwrap();
+            prop_assert!(!update.complete);
+            apply(&mut old, &update);
+            prop_assert_eq!(&old, &newest);
+        }
+    }
+}

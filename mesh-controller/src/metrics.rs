@@ -1,0 +1,145 @@
+//! The controller's counters. Names are a contract: dashboards and alerts use them.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// Whether a document is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DocumentLabels {
+    /// Which.
+    pub state: DocumentState,
+}
+
+/// Values of [`DocumentLabels`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types)]
+pub enum DocumentState {
+    /// In force.
+    accepted,
+    /// Not.
+    refused,
+}
+
+/// Whose certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CertificateLabels {
+    /// Which.
+    pub kind: CertificateKind,
+}
+
+/// Values of [`CertificateLabels`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types)]
+pub enum CertificateKind {
+    /// A node's.
+    node,
+    /// A workload's.
+    workload,
+}
+
+/// How a join ended.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct JoinLabels {
+    /// Which.
+    pub result: JoinResult,
+}
+
+/// Values of [`JoinLabels`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types)]
+pub enum JoinResult {
+    /// The node is one of the mesh.
+    ok,
+    /// The token or the request was not good.
+    refused,
+    /// Something here failed.
+    failed,
+}
+
+/// All of them, registered.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Documents of the source.
+    pub documents: Family<DocumentLabels, Gauge<u64, AtomicU64>>,
+    /// Agents that are watching.
+    pub agents_connected: Gauge<u64, AtomicU64>,
+    /// Updates sent to agents.
+    pub views_sent: Counter,
+    /// Certificates signed.
+    pub certificates_issued: Family<CertificateLabels, Counter>,
+    /// Joins tried.
+    pub joins: Family<JoinLabels, Counter>,
+    /// Connections that ended because a limit was hit before they were served.
+    pub handshakes_refused: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("nodemesh");
+        let documents = Family::default();
+        let agents_connected = Gauge::default();
+        let views_sent = Counter::default();
+        let certificates_issued = Family::default();
+        let joins = Family::default();
+        let handshakes_refused = Counter::default();
+        registry.register("documents", "Documents of the source, by state", documents.clone());
+        registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
+        registry.register("views_sent", "View updates sent to agents", views_sent.clone());
+        registry.register("certificates_issued", "Certificates signed", certificates_issued.clone());
+        registry.register("joins", "Joins, by result", joins.clone());
+        registry.register(
+            "handshakes_refused",
+            "Connections of agents ended before or during their handshake",
+            handshakes_refused.clone(),
+        );
+        Self {
+            registry,
+            documents,
+            agents_connected,
+            views_sent,
+            certificates_issued,
+            joins,
+            handshakes_refused,
+        }
+    }
+}
+
+impl Metrics {
+    /// The Prometheus text format.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a String never fails");
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_labels_are_those_of_the_contract() {
+        let metrics = Metrics::default();
+        metrics.documents.get_or_create(&DocumentLabels { state: DocumentState::refused }).set(2);
+        metrics.joins.get_or_create(&JoinLabels { result: JoinResult::ok }).inc();
+        let labels = CertificateLabels { kind: CertificateKind::workload };
+        metrics.certificates_issued.get_or_create(&labels).inc();
+        metrics.views_sent.inc();
+        let text = metrics.text();
+        for line in [
+            "nodemesh_documents{state=\"refused\"} 2",
+            "nodemesh_agents_connected 0",
+            "nodemesh_views_sent_total 1",
+            "nodemesh_certificates_issued_total{kind=\"workload\"} 1",
+            "nodemesh_joins_total{result=\"ok\"} 1",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
+        }
+    }
+}

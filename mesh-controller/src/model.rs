@@ -1,0 +1,223 @@
+//! Everything that the sources want, checked and in the mesh's words: the one input of every projection.
+//!
+//! Sources build it, nothing else changes it. It holds no times, no file names and nothing that agents reported.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use mesh_core::{
+    identity::{SpiffeId, TrustDomain},
+    model::{Mode, Name, Policy},
+};
+use serde::{Deserialize, Serialize};
+
+/// The kinds that the controller understands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Kind {
+    /// Kubernetes' own; carries the enrolment and the mode of its workloads.
+    Namespace,
+    /// `nodemesh.io/v1alpha1`.
+    Workload,
+    /// Kubernetes' own.
+    Service,
+    /// `nodemesh.io/v1alpha1`.
+    AuthorizationPolicy,
+}
+
+impl Kind {
+    /// All kinds, in the order in which a person reads them.
+    pub const ALL: [Self; 4] = [Self::Namespace, Self::Workload, Self::Service, Self::AuthorizationPolicy];
+
+    /// `kind:` in a manifest.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Workload => "Workload",
+            Self::Service => "Service",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+        }
+    }
+
+    /// `apiVersion:` in a manifest.
+    pub const fn api_version(self) -> &'static str {
+        match self {
+            Self::Namespace | Self::Service => "v1",
+            Self::Workload | Self::AuthorizationPolicy => "nodemesh.io/v1alpha1",
+        }
+    }
+
+    /// The kind with this name.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What an object is called; unique in a model. A namespace has itself as its namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: Name,
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Namespace => write!(f, "Namespace {}", self.name.name),
+            kind => write!(f, "{kind} {}", self.name),
+        }
+    }
+}
+
+/// A namespace's say about its workloads.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Namespace {
+    /// Its name.
+    pub name: String,
+    /// Workloads without a word of their own are enrolled.
+    pub enroll: bool,
+    /// Whether its workloads take plaintext.
+    pub mode: Mode,
+}
+
+/// A workload as its manifest wants it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Its name.
+    pub name: Name,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// Its own word on enrolment, which wins over its namespace's.
+    pub enroll: Option<bool>,
+    /// The node it runs on.
+    pub node: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The account that gives it its identity.
+    pub service_account: String,
+    /// Services send connections to it.
+    pub ready: bool,
+}
+
+/// A service as its manifest wants it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its name.
+    pub name: Name,
+    /// Its virtual addresses; none for a headless one.
+    pub addresses: Vec<IpAddr>,
+    /// All of these labels; none selects nothing.
+    pub selector: BTreeMap<String, String>,
+    /// Its TCP ports.
+    pub ports: Vec<Port>,
+}
+
+/// One port of a [`Service`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// May be empty.
+    pub name: String,
+    /// What clients ask for.
+    pub port: u16,
+    /// What the workloads listen on.
+    pub target: u16,
+}
+
+/// One checked object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Object {
+    /// A namespace.
+    Namespace(Namespace),
+    /// A workload.
+    Workload(Workload),
+    /// A service.
+    Service(Service),
+    /// A policy.
+    AuthorizationPolicy(Policy),
+}
+
+impl Object {
+    /// What it is called.
+    pub fn key(&self) -> ObjectKey {
+        match self {
+            Self::Namespace(namespace) => ObjectKey {
+                kind: Kind::Namespace,
+                name: Name::new(namespace.name.clone(), namespace.name.clone()),
+            },
+            Self::Workload(workload) => ObjectKey { kind: Kind::Workload, name: workload.name.clone() },
+            Self::Service(service) => ObjectKey { kind: Kind::Service, name: service.name.clone() },
+            Self::AuthorizationPolicy(policy) => {
+                ObjectKey { kind: Kind::AuthorizationPolicy, name: policy.name.clone() }
+            }
+        }
+    }
+}
+
+/// The whole desired state.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Model {
+    /// By name.
+    pub namespaces: BTreeMap<String, Namespace>,
+    /// By name.
+    pub workloads: BTreeMap<Name, Workload>,
+    /// By name.
+    pub services: BTreeMap<Name, Service>,
+    /// By name; shared as they are by every view that has them.
+    pub policies: BTreeMap<Name, Arc<Policy>>,
+}
+
+impl<'a> FromIterator<&'a Object> for Model {
+    fn from_iter<I: IntoIterator<Item = &'a Object>>(objects: I) -> Self {
+        let mut model = Self::default();
+        for object in objects {
+            match object {
+                Object::Namespace(it) => drop(model.namespaces.insert(it.name.clone(), it.clone())),
+                Object::Workload(it) => drop(model.workloads.insert(it.name.clone(), it.clone())),
+                Object::Service(it) => drop(model.services.insert(it.name.clone(), it.clone())),
+                Object::AuthorizationPolicy(it) => {
+                    drop(model.policies.insert(it.name.clone(), Arc::new(it.clone())));
+                }
+            }
+        }
+        model
+    }
+}
+
+impl Model {
+    /// Whether a workload's traffic is meant to be captured: its own word, else its namespace's, else no.
+    pub fn enrolled(&self, workload: &Workload) -> bool {
+        let of_namespace = || self.namespaces.get(&workload.name.namespace).is_some_and(|ns| ns.enroll);
+        workload.enroll.unwrap_or_else(of_namespace)
+    }
+
+    /// Whether a workload takes plaintext.
+    pub fn mode(&self, workload: &Workload) -> Mode {
+        self.namespaces.get(&workload.name.namespace).map_or(Mode::default(), |ns| ns.mode)
+    }
+
+    /// The nodes that have a workload.
+    pub fn nodes(&self) -> BTreeSet<&str> {
+        self.workloads.values().map(|workload| workload.node.as_str()).collect()
+    }
+
+    /// Whether an enrolled workload of this node has this identity: only then may the node have its certificate.
+    pub fn node_has_identity(&self, node: &str, identity: &SpiffeId, trust_domain: &TrustDomain) -> bool {
+        self.workloads.values().any(|workload| {
+            workload.node == node
+                && self.enrolled(workload)
+                && SpiffeId::workload(trust_domain, &workload.name.namespace, &workload.service_account)
+                    .is_ok_and(|id| id == *identity)
+        })
+    }
+}

@@ -1,0 +1,310 @@
+//! What each node must know, from the whole desired state and what agents reported. Pure: the same inputs always give
+//! the same view, on every replica.
+//!
+//! What is the same for all nodes is built once ([`Common`]) and shared; a node's view adds the policies that select
+//! one of its workloads.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use mesh_core::{
+    model::{Endpoint, Name, Policy, Service, ServicePort, Workload},
+    view::{Mesh, NodeView, Resource},
+};
+
+use crate::model::{self, Model};
+
+/// Everything that every node knows, and the policies to choose from.
+#[derive(Debug, Clone)]
+pub struct Common {
+    mesh: Arc<Mesh>,
+    workloads: Vec<Arc<Workload>>,
+    services: Vec<Arc<Service>>,
+    policies: Vec<Arc<Policy>>,
+    /// The workloads of each node, what its policies are chosen by.
+    by_node: BTreeMap<String, Vec<Arc<Workload>>>,
+}
+
+impl Common {
+    /// Builds it. `captured` names the workloads whose own agent says that their capture is in place; the word of
+    /// a workload that is not meant to be enrolled does not count.
+    pub fn new(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>) -> Self {
+        let workloads: Vec<Arc<Workload>> =
+            model.workloads.values().map(|wanted| Arc::new(workload(model, wanted, captured))).collect();
+        let mut by_node: BTreeMap<String, Vec<Arc<Workload>>> = BTreeMap::new();
+        for workload in &workloads {
+            by_node.entry(workload.node.clone()).or_default().push(workload.clone());
+        }
+        let mut ready: BTreeMap<&str, Vec<&model::Workload>> = BTreeMap::new();
+        for workload in model.workloads.values().filter(|workload| workload.ready) {
+            ready.entry(&workload.name.namespace).or_default().push(workload);
+        }
+        let services = model
+            .services
+            .values()
+            .map(|wanted| {
+                let candidates = ready.get(wanted.name.namespace.as_str()).map_or(&[][..], Vec::as_slice);
+                Arc::new(service(wanted, candidates))
+            })
+            .collect();
+        Self { mesh, workloads, services, policies: model.policies.values().cloned().collect(), by_node }
+    }
+
+    /// What the whole mesh shares.
+    pub fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
+    }
+
+    /// All workloads, by name.
+    pub fn workloads(&self) -> &[Arc<Workload>] {
+        &self.workloads
+    }
+
+    /// All services, by name.
+    pub fn services(&self) -> &[Arc<Service>] {
+        &self.services
+    }
+
+    /// All policies, by name.
+    pub fn policies(&self) -> &[Arc<Policy>] {
+        &self.policies
+    }
+
+    /// The view of one node.
+    pub fn view(&self, node: &str) -> NodeView {
+        let local = self.by_node.get(node).map_or(&[][..], Vec::as_slice);
+        let selected = |policy: &&Arc<Policy>| local.iter().any(|workload| policy.selects(workload));
+        let mesh = std::iter::once(Resource::Mesh(self.mesh.clone()));
+        mesh.chain(self.workloads.iter().cloned().map(Resource::Workload))
+            .chain(self.services.iter().cloned().map(Resource::Service))
+            .chain(self.policies.iter().filter(selected).cloned().map(Resource::Policy))
+            .collect()
+    }
+
+    /// A view with every policy, in which any connection can be decided: what `why` looks at.
+    pub fn view_of_all(&self) -> NodeView {
+        let mesh = std::iter::once(Resource::Mesh(self.mesh.clone()));
+        mesh.chain(self.workloads.iter().cloned().map(Resource::Workload))
+            .chain(self.services.iter().cloned().map(Resource::Service))
+            .chain(self.policies.iter().cloned().map(Resource::Policy))
+            .collect()
+    }
+}
+
+/// The view of one node, when only one is wanted.
+pub fn project(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, node: &str) -> NodeView {
+    Common::new(model, mesh, captured).view(node)
+}
+
+fn workload(model: &Model, wanted: &model::Workload, captured: &BTreeSet<Name>) -> Workload {
+    let enrolled = model.enrolled(wanted);
+    Workload {
+        name: wanted.name.clone(),
+        node: wanted.node.clone(),
+        service_account: wanted.service_account.clone(),
+        addresses: wanted.addresses.clone(),
+        labels: wanted.labels.clone(),
+        enrolled,
+        captured: enrolled && captured.contains(&wanted.name),
+        mode: model.mode(wanted),
+    }
+}
+
+/// A service with its ready endpoints: one per matching workload and address.
+fn service(wanted: &model::Service, candidates: &[&model::Workload]) -> Service {
+    let matches = |workload: &model::Workload| {
+        !wanted.selector.is_empty()
+            && wanted.selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
+    };
+    let serving: Vec<&model::Workload> = candidates.iter().copied().filter(|w| matches(w)).collect();
+    let port = |port: &model::Port| ServicePort {
+        name: port.name.clone(),
+        port: port.port,
+        endpoints: serving
+            .iter()
+            .flat_map(|workload| workload.addresses.iter().map(|address| (&workload.name, *address)))
+            .map(|(name, address)| Endpoint { workload: name.clone(), address, port: port.target })
+            .collect(),
+    };
+    Service {
+        name: wanted.name.clone(),
+        addresses: wanted.addresses.clone(),
+        ports: wanted.ports.iter().map(port).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::{
+        identity::TrustDomain,
+        model::{Action, Mode},
+        view::{Key, Snapshot},
+    };
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{Namespace, Object, Port};
+
+    fn mesh() -> Arc<Mesh> {
+        Arc::new(Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![vec![1]] })
+    }
+
+    fn namespace(name: &str, enroll: bool, mode: Mode) -> Object {
+        Object::Namespace(Namespace { name: name.into(), enroll, mode })
+    }
+
+    fn a_workload(name: &str, node: &str, address: &str, ready: bool, enroll: Option<bool>) -> Object {
+        Object::Workload(model::Workload {
+            name: name.parse().unwrap(),
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            enroll,
+            node: node.into(),
+            addresses: vec![address.parse().unwrap()],
+            service_account: "default".into(),
+            ready,
+        })
+    }
+
+    fn a_service(name: &str, selector: &[(&str, &str)]) -> Object {
+        Object::Service(model::Service {
+            name: name.parse().unwrap(),
+            addresses: vec!["10.96.0.1".parse().unwrap()],
+            selector: selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            ports: vec![Port { name: String::new(), port: 80, target: 8080 }],
+        })
+    }
+
+    fn a_policy(name: &str, selector: &[(&str, &str)]) -> Object {
+        Object::AuthorizationPolicy(Policy {
+            name: name.parse().unwrap(),
+            selector: selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            action: Action::Deny,
+            rules: vec![],
+        })
+    }
+
+    fn view(objects: &[Object], captured: &[&str], node: &str) -> NodeView {
+        let captured = captured.iter().map(|name| name.parse().unwrap()).collect();
+        project(&objects.iter().collect(), mesh(), &captured, node)
+    }
+
+    fn only_workload(view: &NodeView) -> Arc<Workload> {
+        Snapshot::new("n", "1", view).unwrap().workloads().next().unwrap().clone()
+    }
+
+    #[test]
+    fn the_workloads_own_word_on_enrolment_wins_over_its_namespaces() {
+        for (of_namespace, own, expected) in
+            [(false, None, false), (true, None, true), (true, Some(false), false), (false, Some(true), true)]
+        {
+            let objects = [
+                namespace("shop", of_namespace, Mode::Strict),
+                a_workload("shop/a", "n", "10.0.0.1", true, own),
+            ];
+            let got = only_workload(&view(&objects, &["shop/a"], "n"));
+            assert_eq!((got.enrolled, got.captured, got.mode), (expected, expected, Mode::Strict));
+        }
+    }
+
+    #[test]
+    fn without_its_namespace_a_workload_is_outside_and_permissive() {
+        let got = only_workload(&view(&[a_workload("shop/a", "n", "10.0.0.1", true, None)], &[], "n"));
+        assert_eq!((got.enrolled, got.mode), (false, Mode::Permissive));
+    }
+
+    #[test]
+    fn a_service_has_the_ready_workloads_of_its_namespace_that_match() {
+        let objects = [
+            a_workload("shop/a", "n", "10.0.0.1", true, None),
+            a_workload("shop/b", "m", "10.0.0.2", true, None),
+            a_workload("shop/down", "m", "10.0.0.3", false, None),
+            a_workload("other/c", "m", "10.0.0.4", true, None),
+            a_service("shop/web", &[("app", "web")]),
+            a_service("shop/none", &[]),
+            a_service("shop/strangers", &[("app", "db")]),
+        ];
+        let snapshot = Snapshot::new("n", "1", &view(&objects, &[], "n")).unwrap();
+        let endpoints = |name: &str| -> Vec<String> {
+            let service = snapshot.service(&name.parse().unwrap()).unwrap();
+            service.ports[0].endpoints.iter().map(|e| format!("{}:{}", e.address, e.port)).collect()
+        };
+        assert_eq!(endpoints("shop/web"), ["10.0.0.1:8080", "10.0.0.2:8080"]);
+        assert!(endpoints("shop/none").is_empty());
+        assert!(endpoints("shop/strangers").is_empty());
+    }
+
+    #[test]
+    fn a_policy_goes_only_to_nodes_that_have_a_workload_it_selects() {
+        let objects = [
+            a_workload("shop/a", "n", "10.0.0.1", true, None),
+            a_workload("other/b", "m", "10.0.0.2", true, None),
+            a_policy("shop/all", &[]),
+            a_policy("shop/web", &[("app", "web")]),
+            a_policy("shop/db", &[("app", "db")]),
+        ];
+        let policies = |node| -> Vec<String> {
+            view(&objects, &[], node)
+                .resources()
+                .map(Resource::key)
+                .filter(|key| matches!(key, Key::Policy(_)))
+                .map(|key| key.to_string())
+                .collect()
+        };
+        assert_eq!(policies("n"), ["policy/shop/all", "policy/shop/web"]);
+        assert!(policies("m").is_empty());
+        assert!(policies("unknown").is_empty());
+    }
+
+    fn arbitrary_objects() -> impl Strategy<Value = Vec<Object>> {
+        let namespaces = prop::collection::vec(
+            ("[ab]", any::<bool>()).prop_map(|(name, enroll)| namespace(&name, enroll, Mode::Permissive)),
+            0..3,
+        );
+        let workloads = prop::collection::vec(
+            ("[ab]/[a-d]", "[nm]", 1u8..200, any::<bool>(), any::<Option<bool>>()).prop_map(
+                |(name, node, last, ready, enroll)| {
+                    a_workload(&name, &node, &format!("10.0.0.{last}"), ready, enroll)
+                },
+            ),
+            0..8,
+        );
+        let services = prop::collection::vec(
+            ("[ab]/[xy]", any::<bool>())
+                .prop_map(|(name, all)| a_service(&name, if all { &[("app", "web")] } else { &[] })),
+            0..3,
+        );
+        let policies = prop::collection::vec("[ab]/[pq]".prop_map(|name| a_policy(&name, &[])), 0..3);
+        (namespaces, workloads, services, policies).prop_map(|(a, b, c, d)| [a, b, c, d].concat())
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_of_objects_never_shows(objects in arbitrary_objects()) {
+            // One object of a name: which of two duplicates wins is the source's business.
+            let unique: BTreeMap<String, Object> =
+                objects.iter().map(|object| (object.key().to_string(), object.clone())).collect();
+            let forward: Vec<Object> = unique.values().cloned().collect();
+            let backward: Vec<Object> = unique.values().rev().cloned().collect();
+            for node in ["n", "m"] {
+                prop_assert_eq!(view(&forward, &["a/a"], node), view(&backward, &["a/a"], node));
+            }
+        }
+
+        #[test]
+        fn every_view_can_be_put_in_force_and_decides_as_the_view_of_all_does(objects in arbitrary_objects()) {
+            let model: Model = objects.iter().collect();
+            let common = Common::new(&model, mesh(), &BTreeSet::new());
+            let all = Snapshot::new("", "1", &common.view_of_all()).unwrap();
+            for node in ["n", "m"] {
+                let snapshot = Snapshot::new(node, "1", &common.view(node)).unwrap();
+                for workload in snapshot.local() {
+                    let here: Vec<&Policy> = snapshot.policies_of(workload).collect();
+                    let everywhere: Vec<&Policy> = all.policies_of(workload).collect();
+                    prop_assert_eq!(here, everywhere);
+                }
+            }
+        }
+    }
+}

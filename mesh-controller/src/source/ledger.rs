@@ -1,0 +1,281 @@
+//! Which of all documents are in force. Pure: what the files say now, and what was in force before, give what is in
+//! force next and what is refused.
+//!
+//! The invariant: an object leaves, or changes, only by a document that is good, or by its document's orderly removal.
+//! As long as a refused document (or a file of which a part cannot be read) may be about an object, its last good
+//! version stays.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Problem, Refused, document, manifest};
+use crate::model::{Model, Object, ObjectKey};
+
+/// What one file says.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct FileContent {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Entry {
+    Accepted { line: usize, object: Box<Object> },
+    Refused { object: Option<ObjectKey>, problems: Vec<Problem> },
+}
+
+impl FileContent {
+    /// Reads and checks a file's text.
+    pub fn parse(text: &str) -> Self {
+        let entry = |document: document::Document<'_>| match manifest::parse(&document) {
+            manifest::Outcome::Empty => None,
+            manifest::Outcome::Accepted(object) => {
+                Some(Entry::Accepted { line: document.line(), object: Box::new(object) })
+            }
+            manifest::Outcome::Refused(object, problems) => Some(Entry::Refused { object, problems }),
+        };
+        Self { entries: document::split(text).into_iter().filter_map(entry).collect() }
+    }
+
+    /// A file that cannot be read at all.
+    pub fn unreadable(reason: String, cure: String) -> Self {
+        let problem = Problem { line: 1, field: String::new(), reason, cure };
+        Self { entries: vec![Entry::Refused { object: None, problems: vec![problem] }] }
+    }
+
+    /// How many documents it has.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// An object in force, and where it came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InForce {
+    /// The object.
+    pub object: Object,
+    /// The file of its document.
+    pub file: PathBuf,
+    /// It is the last good version: its document is refused now.
+    pub kept: bool,
+}
+
+/// What is in force, and what is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ledger {
+    in_force: BTreeMap<ObjectKey, InForce>,
+    refused: Vec<Refused>,
+    documents_refused: usize,
+}
+
+impl Ledger {
+    /// A ledger that remembers objects from before a restart.
+    pub fn remembering(objects: impl IntoIterator<Item = InForce>) -> Self {
+        let in_force = objects.into_iter().map(|entry| (entry.object.key(), entry)).collect();
+        Self { in_force, ..Self::default() }
+    }
+
+    /// What is in force once the files say this.
+    pub fn next(&self, files: &BTreeMap<PathBuf, Arc<FileContent>>) -> Self {
+        let mut next = Self::default();
+        let mut unclear = Unclear::default();
+        next.accept(self, files);
+        for (file, content) in files {
+            for entry in &content.entries {
+                if let Entry::Refused { object, problems } = entry {
+                    next.refuse(file, object.as_ref(), problems);
+                    unclear.note(file, object.as_ref());
+                }
+            }
+        }
+        for (key, entry) in &self.in_force {
+            if !next.in_force.contains_key(key) && unclear.covers(key, &entry.file) {
+                next.in_force.insert(key.clone(), InForce { kept: true, ..entry.clone() });
+            }
+        }
+        if !next.refused.is_empty() {
+            let in_force: BTreeSet<String> = next.in_force.keys().map(ToString::to_string).collect();
+            for refused in &mut next.refused {
+                refused.last_good_in_force = refused.object.as_ref().is_some_and(|it| in_force.contains(it));
+            }
+        }
+        next.refused.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
+        next
+    }
+
+    /// Takes every accepted document; of two about one object, that of the file which had it before, else the first.
+    fn accept(&mut self, before: &Self, files: &BTreeMap<PathBuf, Arc<FileContent>>) {
+        let mut candidates: BTreeMap<ObjectKey, Vec<(&Path, usize, &Object)>> = BTreeMap::new();
+        for (file, content) in files {
+            for entry in &content.entries {
+                if let Entry::Accepted { line, object } = entry {
+                    candidates.entry(object.key()).or_default().push((file, *line, object));
+                }
+            }
+        }
+        for (key, mut claims) in candidates {
+            let incumbent = before.in_force.get(&key).map(|entry| entry.file.as_path());
+            let place = claims.iter().position(|(file, ..)| Some(*file) == incumbent).unwrap_or(0);
+            let (file, line, object) = claims.remove(place);
+            for (other, other_line, _) in claims {
+                let problem = Problem {
+                    line: other_line,
+                    field: "metadata.name".into(),
+                    reason: format!("{key} is already defined at {}:{line}", file.display()),
+                    cure: "remove one of the two, or give it another name".into(),
+                };
+                self.refuse(other, Some(&key), &[problem]);
+            }
+            self.in_force.insert(key, InForce { object: object.clone(), file: file.to_owned(), kept: false });
+        }
+    }
+
+    fn refuse(&mut self, file: &Path, object: Option<&ObjectKey>, problems: &[Problem]) {
+        self.documents_refused += 1;
+        self.refused.extend(problems.iter().map(|problem| Refused {
+            file: file.to_owned(),
+            line: problem.line,
+            object: object.map(ToString::to_string),
+            field: problem.field.clone(),
+            reason: problem.reason.clone(),
+            cure: problem.cure.clone(),
+            last_good_in_force: false,
+        }));
+    }
+
+    /// The desired state.
+    pub fn model(&self) -> Model {
+        self.in_force.values().map(|entry| &entry.object).collect()
+    }
+
+    /// What is wrong, by file and line.
+    pub fn refused(&self) -> &[Refused] {
+        &self.refused
+    }
+
+    /// Documents that are refused; one may have several things wrong with it.
+    pub fn documents_refused(&self) -> usize {
+        self.documents_refused
+    }
+
+    /// Documents that are accepted.
+    pub fn documents_accepted(&self) -> usize {
+        self.in_force.values().filter(|entry| !entry.kept).count()
+    }
+
+    /// The objects whose last good version is in force, what has to survive a restart.
+    pub fn kept(&self) -> impl Iterator<Item = &InForce> {
+        self.in_force.values().filter(|entry| entry.kept)
+    }
+}
+
+/// Objects that a refused document may be about.
+#[derive(Default)]
+struct Unclear<'a> {
+    objects: BTreeSet<&'a ObjectKey>,
+    files: BTreeSet<&'a Path>,
+}
+
+impl<'a> Unclear<'a> {
+    fn note(&mut self, file: &'a Path, object: Option<&'a ObjectKey>) {
+        match object {
+            Some(key) => drop(self.objects.insert(key)),
+            None => drop(self.files.insert(file)),
+        }
+    }
+
+    fn covers(&self, key: &ObjectKey, file: &Path) -> bool {
+        self.objects.contains(key) || self.files.contains(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload(name: &str, address: &str) -> String {
+        format!(
+            "---\napiVersion: nodemesh.io/v1alpha1\nkind: Workload\nmetadata: {{name: {name}, namespace: \
+             shop}}\nspec: {{node: n, addresses: [{address}]}}\n"
+        )
+    }
+
+    /// What is in force after the files say this, as `name=address`, and how many documents are refused.
+    fn step(ledger: &mut Ledger, files: &[(&str, String)]) -> (Vec<String>, usize) {
+        let files = files
+            .iter()
+            .map(|(file, text)| (PathBuf::from(file), Arc::new(FileContent::parse(text))))
+            .collect();
+        *ledger = ledger.next(&files);
+        let in_force = ledger
+            .model()
+            .workloads
+            .values()
+            .map(|workload| format!("{}={}", workload.name.name, workload.addresses[0]))
+            .collect();
+        (in_force, ledger.documents_refused())
+    }
+
+    #[test]
+    fn a_bad_document_is_refused_alone_and_its_last_good_version_stays() {
+        let mut ledger = Ledger::default();
+        let good = workload("a", "10.0.0.1") + &workload("b", "10.0.0.2");
+        assert_eq!(step(&mut ledger, &[("f", good)]).0, ["a=10.0.0.1", "b=10.0.0.2"]);
+        let bad = workload("a", "nonsense") + &workload("b", "10.0.0.3");
+        assert_eq!(step(&mut ledger, &[("f", bad)]), (vec!["a=10.0.0.1".to_owned(), "b=10.0.0.3".into()], 1));
+        assert!(ledger.refused()[0].last_good_in_force);
+        let gone = workload("b", "10.0.0.3");
+        assert_eq!(step(&mut ledger, &[("f", gone)]), (vec!["b=10.0.0.3".to_owned()], 0));
+    }
+
+    #[test]
+    fn while_a_part_of_a_file_cannot_be_parsed_nothing_of_it_goes() {
+        let mut ledger = Ledger::default();
+        let good = workload("a", "10.0.0.1") + &workload("b", "10.0.0.2");
+        step(&mut ledger, &[("f", good.clone()), ("g", workload("c", "10.0.0.3"))]);
+        let broken = workload("a", "10.0.0.1") + "---\nkind: [Workload\n";
+        let (in_force, refused) = step(&mut ledger, &[("f", broken)]);
+        assert_eq!((in_force, refused), (vec!["a=10.0.0.1".to_owned(), "b=10.0.0.2".into()], 1));
+        assert_eq!(step(&mut ledger, &[("f", good)]).1, 0);
+    }
+
+    #[test]
+    fn a_duplicate_is_refused_and_the_incumbent_stays() {
+        let mut ledger = Ledger::default();
+        step(&mut ledger, &[("m", workload("a", "10.0.0.1"))]);
+        let both = [("b", workload("a", "10.0.0.2")), ("m", workload("a", "10.0.0.1"))];
+        assert_eq!(step(&mut ledger, &both), (vec!["a=10.0.0.1".to_owned()], 1));
+        assert!(ledger.refused()[0].reason.contains("m:2"), "{:?}", ledger.refused());
+        assert_eq!(step(&mut ledger, &both[..1]).0, ["a=10.0.0.2"]);
+    }
+
+    #[test]
+    fn what_was_kept_survives_a_restart() {
+        let mut ledger = Ledger::default();
+        step(&mut ledger, &[("f", workload("a", "10.0.0.1"))]);
+        step(&mut ledger, &[("f", workload("a", "x"))]);
+        let saved = serde_json::to_string(&ledger.kept().collect::<Vec<_>>()).unwrap();
+        let mut restarted = Ledger::remembering(serde_json::from_str::<Vec<InForce>>(&saved).unwrap());
+        assert_eq!(step(&mut restarted, &[("f", workload("a", "x"))]), (vec!["a=10.0.0.1".to_owned()], 1));
+        assert_eq!(step(&mut restarted, &[]).0, Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_object_may_move_between_files() {
+        let mut ledger = Ledger::default();
+        step(&mut ledger, &[("f", workload("a", "10.0.0.1"))]);
+        assert_eq!(
+            step(&mut ledger, &[("g", workload("a", "10.0.0.1"))]),
+            (vec!["a=10.0.0.1".to_owned()], 0)
+        );
+    }
+}
