@@ -210,21 +210,21 @@ async fn a_hundred_connections_in_a_row_share_a_few_handshakes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tunnel_that_the_destination_closed_costs_no_connection() {
-    let at_destination = Limits { idle_at_destination: Duration::from_millis(20), ..Limits::default() };
+    let at_destination = Limits { idle_at_destination: Duration::from_millis(1), ..Limits::default() };
     let world = World::with(&Plan::default(), Limits::default(), at_destination);
     let (web, app) = world.web().await;
     echo(app);
     let to = world.outbound(web);
-    // Requests around the idle limit, so that OPEN and close_notify cross now and then.
-    for i in 0..100u32 {
+    let idle = || world.destination.metrics.tunnels("idle").get();
+    for i in 0..200u32 {
         let sent = pattern(10, i);
         assert_eq!(ask(to, &sent).await.unwrap(), sent);
-        tokio::time::timeout(Duration::from_millis(u64::from(15 + i % 10)), std::future::pending::<()>())
-            .await
-            .unwrap_err();
+        // Half of the time the tunnel is certainly closed, else OPEN and close_notify cross now and then.
+        if i % 2 == 0 {
+            eventually(async || (idle() == 0).then_some(())).await;
+        }
     }
-    assert!(world.source.metrics.handshakes("ok") > 2, "tunnels did go stale");
-    assert_eq!(world.destination.metrics.tunnels("busy").get(), 0);
+    assert!(world.source.metrics.handshakes("ok") > 50, "tunnels did go stale");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -473,5 +473,5 @@ async fn a_connection_costs_no_more_memory_than_this() {
     let accepted = Accepted { stream, peer, original: at, direction: Direction::Outbound, workload };
     let future = serve(accepted, world.source.node.clone());
     let size = size_of_val(&future);
-    assert!(size <= 2560, "the future of a connection has {size} bytes");
+    assert!(size <= 3072, "the future of a connection has {size} bytes");
 }

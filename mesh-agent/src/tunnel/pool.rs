@@ -87,7 +87,6 @@ impl Pool {
         if link.is_older_than(self.limits.tunnel_age) {
             return link.retire();
         }
-        link.count_as("idle", &self.metrics);
         let mut buckets = self.buckets();
         let room = !buckets.stopped && buckets.idle < self.limits.idle_total;
         let bucket = buckets.by_key.entry(key).or_insert_with(Bucket::new);
@@ -95,6 +94,7 @@ impl Pool {
             drop(buckets);
             return link.retire();
         }
+        link.count_as("idle", &self.metrics);
         bucket.idle.push(Idle { link, since: Instant::now() });
         buckets.idle += 1;
     }
