@@ -88,7 +88,7 @@ pub(crate) enum Way {
 /// A tunnel on lease to one connection.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    pub(crate) link: Link,
+    pub(crate) link: Box<Link>,
     key: Key,
 }
 
@@ -236,7 +236,7 @@ impl Connector {
 
     async fn lease(
         &self,
-        mut link: Link,
+        mut link: Box<Link>,
         key: Key,
         ask: &Ask<'_>,
         first: &mut First,
@@ -305,7 +305,7 @@ async fn dial(
     own: Arc<SpiffeId>,
     peer: Arc<SpiffeId>,
     to: SocketAddr,
-) -> Result<Link, Refusal> {
+) -> Result<Box<Link>, Refusal> {
     let config = connector.identities.client(&own)?;
     let limits = &connector.limits;
     let tcp =
@@ -334,7 +334,7 @@ pub(crate) async fn take(
     own: Arc<SpiffeId>,
     limits: &Limits,
     metrics: &Metrics,
-) -> Result<Link, Refusal> {
+) -> Result<Box<Link>, Refusal> {
     let handshake = Unverified::accept(tcp, config);
     let new = timed(handshake, limits.handshake_timeout, metrics).await.map_err(|error| match error {
         None => Refusal::from(Reason::HandshakeTimeout),

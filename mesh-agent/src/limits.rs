@@ -10,15 +10,15 @@ pub struct Limits {
     /// A TLS handshake, with SETTINGS on the source's side and with the wait for the first byte on the
     /// destination's: 10 s, for a loaded peer on a long path.
     pub handshake_timeout: Duration,
-    /// From OPEN to ACCEPT or REFUSE, and from the first byte of an OPEN to its last: 10 s; more than
-    /// [`Limits::dial_timeout`], which the destination's agent spends in between.
+    /// From OPEN to ACCEPT or REFUSE: 10 s; more than [`Limits::dial_timeout`], which the destination's agent spends
+    /// in between.
     pub open_timeout: Duration,
     /// A TCP connect, to a peer or to an application: 5 s.
     pub dial_timeout: Duration,
     /// How long a source keeps an idle tunnel: 30 s; less than the destination's, so that the source, which can do it
     /// without a race, is the one that closes.
     pub idle_at_source: Duration,
-    /// How long a destination keeps an idle tunnel: 60 s.
+    /// How long a destination keeps an idle tunnel, also one with half an OPEN: 60 s.
     pub idle_at_destination: Duration,
     /// Age at which a tunnel is not leased again, so that renewed certificates and new roots come into use: 1 h.
     pub tunnel_age: Duration,

@@ -131,13 +131,29 @@ pub(super) fn tunnel_source(
 
 #[cfg(test)]
 mod tests {
+    use rustls::{ClientConfig, ClientConnection, RootCertStore, crypto::ring, version::TLS13};
+
     use super::*;
+
+    fn client_hello(alpn: &[u8]) -> Vec<u8> {
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        config.alpn_protocols = vec![alpn.to_vec()];
+        let mut session = ClientConnection::new(Arc::new(config), "example.org".try_into().unwrap()).unwrap();
+        let mut bytes = vec![];
+        session.write_tls(&mut bytes).unwrap();
+        bytes
+    }
 
     #[test]
     fn only_our_own_client_hello_is_a_tunnel() {
+        assert!(is_tunnel(&client_hello(ALPN)));
+        assert!(is_tunnel(&client_hello(ALPN)[..20]), "not complete yet");
+        assert!(!is_tunnel(&client_hello(b"h2")), "the application's own TLS");
         assert!(!is_tunnel(b"GET / HTTP/1.1\r\n"));
         assert!(!is_tunnel(b""));
-        assert!(!is_tunnel(&[0x16, 3, 1, 0, 1, 99]));
-        assert!(is_tunnel(&[0x16, 3, 1, 2, 0, 1]), "not complete yet");
     }
 }

@@ -127,7 +127,7 @@ async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mu
 }
 
 /// The tunnel of another agent. Who it is must be what the view says, lease by lease.
-async fn handshake(accepted: Accepted, view: &Snapshot, node: &Node) -> Result<(Link, At), Refusal> {
+async fn handshake(accepted: Accepted, view: &Snapshot, node: &Node) -> Result<(Box<Link>, At), Refusal> {
     let at = At::of(&accepted);
     let connector = &node.inner.connector;
     let own = view.identity(&at.workload.name).ok_or(Reason::DestinationUnknown)?;
@@ -138,7 +138,7 @@ async fn handshake(accepted: Accepted, view: &Snapshot, node: &Node) -> Result<(
 }
 
 /// One lease after another, until the tunnel is idle for too long, broken, or the agent stops.
-async fn leases(mut link: Link, at: At, node: &Node) {
+async fn leases(mut link: Box<Link>, at: At, node: &Node) {
     let limits = node.limits();
     let metrics = &node.inner.connector.metrics;
     loop {
@@ -146,8 +146,8 @@ async fn leases(mut link: Link, at: At, node: &Node) {
         // Waiting for OPEN is cancel-safe: what was read of it stays in the link.
         let asked = tokio::select! {
             asked = tokio::time::timeout(limits.idle_at_destination, link.next()) => asked,
-            () = node.drain().draining() => return link.close(limits.ready_wait).await,
-            () = at.workload.leaving() => return link.close(limits.ready_wait).await,
+            () = node.drain().draining() => return Box::pin(link.close(limits.ready_wait)).await,
+            () = at.workload.leaving() => return Box::pin(link.close(limits.ready_wait)).await,
         };
         let open = match asked {
             Ok(Ok(Event::Control(Control::Open(open)))) => open,
@@ -159,7 +159,7 @@ async fn leases(mut link: Link, at: At, node: &Node) {
             // The peer went away with nothing under way: nobody's connection.
             Ok(Err(_)) => return,
             Err(_) if link.is_mid_frame() => return unasked(&at, node, Reason::OpenTimeout, "half an OPEN"),
-            Err(_) => return link.close(limits.ready_wait).await,
+            Err(_) => return Box::pin(link.close(limits.ready_wait)).await,
         };
         link.count_as("busy", metrics);
         match lease(link, open, &at, node).await {
@@ -178,7 +178,7 @@ fn unasked(at: &At, node: &Node, reason: Reason, detail: impl Into<std::borrow::
 }
 
 /// One lease: one connection, decided on the newest view. The tunnel, if it takes another.
-async fn lease(mut link: Link, open: Open, at: &At, node: &Node) -> Option<Link> {
+async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<Box<Link>> {
     let wait = node.limits().ready_wait;
     let mut entry = begin(at, node);
     let proved = Proved { identity: link.peer().clone(), open };
@@ -221,7 +221,7 @@ async fn lease(mut link: Link, open: Open, at: &At, node: &Node) -> Option<Link>
 }
 
 /// Ends a connection in its midst: application and tunnel are reset, by being dropped.
-fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Link> {
+fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Box<Link>> {
     entry.finish(Err(refusal.into()));
     None
 }

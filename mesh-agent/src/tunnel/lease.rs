@@ -54,7 +54,7 @@ pub(crate) struct Said {
 
 /// The source's end of a lease: whatever the destination still sends is thrown away until it is READY. `None` if the
 /// tunnel cannot be leased again.
-pub(crate) async fn settle(mut link: Link, said: Said, wait: Duration) -> Option<Link> {
+pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> Option<Box<Link>> {
     let ready = async {
         if !said.own_end {
             link.push(&Control::Reset);
@@ -75,7 +75,7 @@ pub(crate) async fn settle(mut link: Link, said: Said, wait: Duration) -> Option
 /// The destination's end of a lease: reads to the source's end, then says READY. `None` if the tunnel is given up.
 ///
 /// The caller has delivered everything, or has reset the application's connection.
-pub(crate) async fn make_ready(mut link: Link, said: Said, wait: Duration) -> Option<Link> {
+pub(crate) async fn make_ready(mut link: Box<Link>, said: Said, wait: Duration) -> Option<Box<Link>> {
     let ready = async {
         if !said.own_end {
             link.push(&Control::Reset);
@@ -91,7 +91,7 @@ pub(crate) async fn make_ready(mut link: Link, said: Said, wait: Duration) -> Op
 }
 
 /// The destination's no: REFUSE stands for its end; the source answers with its own.
-pub(crate) async fn refuse(mut link: Link, reason: Reason, wait: Duration) -> Option<Link> {
+pub(crate) async fn refuse(mut link: Box<Link>, reason: Reason, wait: Duration) -> Option<Box<Link>> {
     let refused = async {
         link.push(&Control::Refuse(Some(reason)));
         link.flush().await?;

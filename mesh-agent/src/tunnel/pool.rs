@@ -49,7 +49,7 @@ struct Bucket {
 
 #[derive(Debug)]
 struct Idle {
-    link: Link,
+    link: Box<Link>,
     since: Instant,
 }
 
@@ -63,7 +63,7 @@ impl Pool {
     }
 
     /// An idle tunnel between these two that is still alive.
-    pub(crate) fn checkout(&self, key: Key, own: &SpiffeId, peer: &SpiffeId) -> Option<Link> {
+    pub(crate) fn checkout(&self, key: Key, own: &SpiffeId, peer: &SpiffeId) -> Option<Box<Link>> {
         loop {
             // Outside of the lock: looking at a tunnel can take a system call, dropping one does.
             let mut link = self.pop(key)?;
@@ -75,7 +75,7 @@ impl Pool {
         }
     }
 
-    fn pop(&self, key: Key) -> Option<Link> {
+    fn pop(&self, key: Key) -> Option<Box<Link>> {
         let mut buckets = self.buckets();
         let idle = buckets.by_key.get_mut(&key)?.idle.pop()?;
         buckets.idle -= 1;
@@ -83,11 +83,10 @@ impl Pool {
     }
 
     /// Gives a tunnel back after READY, or puts a spare in.
-    pub(crate) fn put(&self, key: Key, mut link: Link) {
+    pub(crate) fn put(&self, key: Key, mut link: Box<Link>) {
         if link.is_older_than(self.limits.tunnel_age) {
             return link.retire();
         }
-        link.count_as("idle", &self.metrics);
         let mut buckets = self.buckets();
         let room = !buckets.stopped && buckets.idle < self.limits.idle_total;
         let bucket = buckets.by_key.entry(key).or_insert_with(Bucket::new);
@@ -95,6 +94,7 @@ impl Pool {
             drop(buckets);
             return link.retire();
         }
+        link.count_as("idle", &self.metrics);
         bucket.idle.push(Idle { link, since: Instant::now() });
         buckets.idle += 1;
     }

@@ -1,0 +1,477 @@
+//! The data path of two agents, from application to application: what arrives, who was seen, what is recorded.
+//! Needs root: the agent's sockets carry a mark and a foreign source address.
+
+#[path = "data_path/world.rs"]
+mod world;
+
+use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+
+use mesh_agent::connection::{Accepted, Direction, Limits, serve};
+use mesh_core::model::{Action, Mode, Policy, Rule, Source};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use world::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_arrive_unchanged_around_every_edge_with_half_close() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    for base in [0usize, 16 * 1024, 64 * 1024] {
+        for len in [base.saturating_sub(1), base, base + 1] {
+            let sent = pattern(len, len as u32);
+            assert!(ask(to, &sent).await.unwrap() == sent, "{len} bytes");
+        }
+    }
+    let lines = world.source.log_of(9).await;
+    assert!(lines.iter().all(|line| line["outcome"] == "ok"), "{lines:?}");
+    assert!(lines.iter().any(|line| line["bytes_sent"] == 65537 && line["bytes_received"] == 65537));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forty_megabytes_each_way_at_once_arrive_unchanged() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+    const LEN: usize = 40 << 20;
+    let exchange = async |stream: tokio::net::TcpStream, own: u32, other: u32| {
+        let (mut read, mut write) = stream.into_split();
+        let send = async {
+            write.write_all(&pattern(LEN, own)).await.unwrap();
+            write.shutdown().await.unwrap();
+        };
+        let mut got = Vec::with_capacity(LEN);
+        let (_, received) = tokio::join!(send, read.read_to_end(&mut got));
+        received.unwrap();
+        assert!(got == pattern(LEN, other));
+    };
+    let client = connect(to).await;
+    let (server, _) = accept(&app).await;
+    tokio::time::timeout(Duration::from_secs(60), async {
+        tokio::join!(exchange(client, 1, 2), exchange(server, 2, 1));
+    })
+    .await
+    .expect("does not hang");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_may_speak_first_and_sees_the_clients_address() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let mut client = connect(world.outbound(web)).await;
+    let (mut server, peer) = accept(&app).await;
+    assert_eq!(peer.ip(), ip(CLIENT));
+    server.write_all(b"220 ready\r\n").await.unwrap();
+    let mut greeting = [0; 11];
+    in_time(client.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(&greeting, b"220 ready\r\n");
+    // The server ends first, the client still speaks.
+    server.shutdown().await.unwrap();
+    assert_eq!(in_time(client.read(&mut greeting)).await.unwrap(), 0);
+    client.write_all(b"last words").await.unwrap();
+    drop(client);
+    let mut rest = vec![];
+    in_time(server.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(rest, b"last words");
+    let line = &world.destination.log_of(1).await[0];
+    assert_eq!(line["source"]["identity"], "spiffe://td/ns/shop/sa/client");
+    assert_eq!(line["source"]["workload"], "shop/client");
+    assert_eq!(line["destination"]["identity"], "spiffe://td/ns/shop/sa/web");
+    assert_eq!((&line["outcome"], &line["transport"]), (&"ok".into(), &"tunnel".into()));
+    assert_eq!((&line["bytes_sent"], &line["bytes_received"]), (&10.into(), &11.into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_passes_in_both_directions_while_idle() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+
+    let client = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    reset(client);
+    let error = in_time(server.read_u8()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+
+    let mut client = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    client.write_all(b"x").await.unwrap();
+    in_time(server.read_u8()).await.unwrap();
+    reset(server);
+    let error = in_time(client.read_u8()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+
+    let lines = world.source.log_of(2).await;
+    assert_eq!(lines[0]["reason"], "source_reset");
+    assert_eq!(lines[1]["reason"], "destination_reset");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_passes_in_both_directions_while_the_pipe_is_full() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+
+    let client = connect(to).await;
+    let (server, _) = accept(&app).await;
+    fill(&client).await;
+    reset(client);
+    is_reset(&server).await;
+
+    let client = connect(to).await;
+    let (server, _) = accept(&app).await;
+    fill(&client).await;
+    reset(server);
+    is_reset(&client).await;
+
+    let client = connect(to).await;
+    let (server, _) = accept(&app).await;
+    fill(&server).await;
+    reset(client);
+    is_reset(&server).await;
+
+    let client = connect(to).await;
+    let (server, _) = accept(&app).await;
+    fill(&server).await;
+    reset(server);
+    is_reset(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_after_half_close_passes() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+
+    let mut client = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    client.shutdown().await.unwrap();
+    assert_eq!(in_time(server.read(&mut [0; 1])).await.unwrap(), 0);
+    reset(client);
+    is_reset(&server).await;
+
+    let mut client = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    server.shutdown().await.unwrap();
+    assert_eq!(in_time(client.read(&mut [0; 1])).await.unwrap(), 0);
+    reset(server);
+    is_reset(&client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_before_a_reset_is_still_delivered() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+    let mut client = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    client.write_all(&pattern(100_000, 1)).await.unwrap();
+    in_time(server.read_u8()).await.unwrap();
+    server.write_all(b"413 too large").await.unwrap();
+    drop(server); // unread bytes make this a RST
+    let mut answer = [0; 13];
+    in_time(client.read_exact(&mut answer)).await.unwrap();
+    assert_eq!(&answer, b"413 too large");
+    assert_eq!(in_time(client.read_u8()).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusing_application_resets_the_client_and_says_why() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    drop(app);
+    assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    for agent in [&world.source, &world.destination] {
+        let line = &agent.log_of(1).await[0];
+        assert_eq!(line["outcome"], "refused");
+        assert_eq!((&line["reason"], &line["step"]), (&"dial_refused".into(), &"connect".into()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_connections_in_a_row_share_a_few_handshakes() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    for i in 0..100u32 {
+        let sent = pattern(100, i);
+        assert_eq!(ask(to, &sent).await.unwrap(), sent);
+    }
+    let handshakes = world.source.metrics.handshakes("ok");
+    assert!(handshakes <= 1 + Limits::default().spares as u64 + 1, "{handshakes} handshakes");
+    eventually(async || {
+        (world.connections(&world.destination, Direction::Inbound, "ok") == 100
+            && world.connections(&world.source, Direction::Outbound, "ok") == 100)
+            .then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_that_the_destination_closed_costs_no_connection() {
+    let at_destination = Limits { idle_at_destination: Duration::from_millis(1), ..Limits::default() };
+    let world = World::with(&Plan::default(), Limits::default(), at_destination);
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    let idle = || world.destination.metrics.tunnels("idle").get();
+    for i in 0..200u32 {
+        let sent = pattern(10, i);
+        assert_eq!(ask(to, &sent).await.unwrap(), sent);
+        // Half of the time the tunnel is certainly closed, else OPEN and close_notify cross now and then.
+        if i % 2 == 0 {
+            eventually(async || (idle() == 0).then_some(())).await;
+        }
+    }
+    assert!(world.source.metrics.handshakes("ok") > 50, "tunnels did go stale");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_workloads_certificate_at_the_destination_is_refused_before_a_byte() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    world.ca.install(&world.destination.identities, &identity("web"), &identity("api"));
+    assert_eq!(ask(world.outbound(web), b"secret").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "peer_identity_mismatch");
+    drop(app);
+    assert!(world.destination.log().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_workloads_certificate_at_the_source_is_refused() {
+    let world = World::new(&Plan::default());
+    let (web, _app) = world.web().await;
+    world.ca.install(&world.source.identities, &identity("client"), &identity("api"));
+    assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.destination.log_of(1).await[0]["reason"], "identity_mismatch");
+    let line = &world.source.log_of(1).await[0];
+    assert_eq!((&line["reason"], &line["detail"]), (&"peer_refused".into(), &"identity_mismatch".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_another_root_is_refused() {
+    let world = World::new(&Plan::default());
+    let (web, _app) = world.web().await;
+    Ca::new().install(&world.source.identities, &identity("client"), &identity("client"));
+    assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "peer_handshake_failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn open_for_a_source_that_the_certificate_does_not_cover_is_refused() {
+    let mut plan = Plan::default();
+    // The tunnel comes from the client's other address; the application's own belongs to somebody else.
+    plan.workload("client").addresses = vec![ip("127.0.0.1")];
+    plan.workloads.push(workload("other", &[CLIENT]));
+    let world = World::new(&plan);
+    let (web, _app) = world.web().await;
+    assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.destination.log_of(1).await[0]["reason"], "source_not_covered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_refuses_plaintext_and_permissive_passes_it() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    echo(app);
+    assert_eq!(ask_from(STRANGER, web, b"hello").await.unwrap(), b"hello");
+
+    plan.workload("web").mode = Mode::Strict;
+    world.publish(&plan, "2");
+    assert_eq!(ask_from(STRANGER, web, b"hello").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let lines = world.destination.log_of(2).await;
+    assert_eq!((&lines[0]["outcome"], &lines[0]["transport"]), (&"ok".into(), &"plaintext".into()));
+    assert_eq!((&lines[1]["reason"], &lines[1]["view"]), (&"plaintext_to_strict".into(), &"2".into()));
+    // Tunnels pass.
+    assert_eq!(ask(world.outbound(web), b"x").await.unwrap(), b"x");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_enrolled_source_that_is_not_captured_yet_passes_in_plaintext() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    // It speaks first.
+    let mut client = connect(web).await;
+    client.write_all(b"GET").await.unwrap();
+    let (mut server, _) = accept(&app).await;
+    in_time(server.read_exact(&mut [0; 3])).await.unwrap();
+    // The server speaks first: after a short wait.
+    let mut client = connect(web).await;
+    let (mut server, _) = accept(&app).await;
+    server.write_all(b"220").await.unwrap();
+    in_time(client.read_exact(&mut [0; 3])).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_passes_through_plaintext_too() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let client = connect_from(STRANGER, web).await.unwrap();
+    let (server, _) = accept(&app).await;
+    fill(&client).await;
+    reset(server);
+    is_reset(&client).await;
+    let client = connect_from(STRANGER, web).await.unwrap();
+    let (mut server, _) = accept(&app).await;
+    reset(client);
+    assert_eq!(in_time(server.read_u8()).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let lines = world.destination.log_of(2).await;
+    assert_eq!(
+        (&lines[0]["reason"], &lines[1]["reason"]),
+        (&"destination_reset".into(), &"source_reset".into())
+    );
+}
+
+fn deny(account: &str) -> Policy {
+    let from = vec![Source { identities: vec![identity(account)], ..Source::default() }];
+    let rules = vec![Rule { from, ports: vec![] }];
+    Policy { name: name("no-client"), selector: Default::default(), action: Action::Deny, rules }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deny_refuses_and_the_log_names_the_rule() {
+    let plan = Plan { policies: vec![deny("client")], ..Plan::default() };
+    let world = World::new(&plan);
+    let (web, _app) = world.web().await;
+    let to = world.outbound(web);
+    for _ in 0..2 {
+        assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    for line in &world.destination.log_of(2).await {
+        assert_eq!((&line["reason"], &line["detail"]), (&"policy_deny".into(), &"shop/no-client[0]".into()));
+    }
+    for line in &world.source.log_of(2).await {
+        assert_eq!((&line["reason"], &line["detail"]), (&"peer_refused".into(), &"policy_deny".into()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_deny_ends_live_connections() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let client = connect(world.outbound(web)).await;
+    let (server, _) = accept(&app).await;
+    plan.workload("api").mode = Mode::Strict; // a change that does not concern it
+    world.publish(&plan, "2");
+    plan.policies = vec![deny("client")];
+    world.publish(&plan, "3");
+    is_reset(&client).await;
+    is_reset(&server).await;
+    assert_eq!(world.destination.log_of(1).await[0]["reason"], "policy_deny");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_with_a_refusing_endpoint_serves_every_connection() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let (api, refusing) = world.api().await;
+    echo(app);
+    drop(refusing);
+    plan.service(&[("web", web), ("api", api)]);
+    world.publish(&plan, "2");
+    let to = world.outbound(VIP.parse().unwrap());
+    for i in 0..40u32 {
+        let sent = pattern(20_000, i);
+        assert!(ask(to, &sent).await.unwrap() == sent);
+    }
+    let lines = world.source.log_of(40).await;
+    assert!(lines.iter().all(|line| line["destination"]["workload"] == "shop/web"), "{lines:?}");
+    assert!(lines.iter().all(|line| line["destination"]["service"] == "shop/service"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_outside_of_the_mesh_is_reached_in_plaintext() {
+    let world = World::new(&Plan::default());
+    let outside = listen(&SocketAddr::new(ip("127.0.7.7"), 0));
+    let at = outside.local_addr().unwrap();
+    echo(outside);
+    assert_eq!(ask(world.outbound(at), b"hello").await.unwrap(), b"hello");
+    let line = &world.source.log_of(1).await[0];
+    assert_eq!((&line["outcome"], &line["transport"]), (&"ok".into(), &"plaintext".into()));
+    let closed = listen(&SocketAddr::new(ip("127.0.7.7"), 0)).local_addr().unwrap();
+    assert_eq!(ask(world.outbound(closed), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(2).await[1]["reason"], "dial_refused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agents_own_listener_is_no_destination() {
+    let world = World::new(&Plan::default());
+    let to = world.outbound("127.0.0.1:15001".parse().unwrap());
+    assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "loop_to_listener");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_has_no_more_connections_than_it_may() {
+    let limits = Limits { max_connections_per_workload: 1, ..Limits::default() };
+    let world = World::with(&Plan::default(), limits, Limits::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+    let _client = connect(to).await;
+    let _server = accept(&app).await;
+    assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "limit_connections");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_idle_connections_live_side_by_side() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+    let mut pairs = vec![];
+    for _ in 0..20 {
+        let mut batch = vec![];
+        for _ in 0..50 {
+            batch.push(connect(to).await);
+        }
+        for mut client in batch {
+            client.write_all(b"x").await.unwrap();
+            let (server, _) = accept(&app).await;
+            pairs.push((client, server));
+        }
+    }
+    for (_, server) in &mut pairs {
+        in_time(server.read_exact(&mut [0; 1])).await.unwrap();
+        server.write_all(b"y").await.unwrap();
+    }
+    for (client, _) in &mut pairs {
+        in_time(client.read_exact(&mut [0; 1])).await.unwrap();
+    }
+    assert_eq!(world.source.metrics.active(Direction::Outbound).get(), 1000);
+    drop(pairs);
+    let ended = || world.connections(&world.source, Direction::Outbound, "ok");
+    eventually(async || (ended() == 1000).then_some(())).await;
+    eventually(async || (world.source.metrics.tunnels("busy").get() == 0).then_some(())).await;
+    assert!(world.source.metrics.tunnels("idle").get() <= Limits::default().idle_per_key as i64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drain_lets_connections_finish_and_cuts_at_the_deadline() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let client = connect(world.outbound(web)).await;
+    let (server, _) = accept(&app).await;
+    assert!(world.source.drain.drain(Duration::from_millis(100)).await >= 1);
+    is_reset(&client).await;
+    is_reset(&server).await;
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "agent_stopping");
+    assert_eq!(world.destination.drain.drain(PATIENCE).await, 0, "nothing is left to cut");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_costs_no_more_memory_than_this() {
+    let world = World::new(&Plan::default());
+    let (_web, app) = world.web().await;
+    let at = app.local_addr().unwrap();
+    let stream = connect(at).await;
+    let peer = stream.local_addr().unwrap();
+    let workload = local("client", CLIENT);
+    let accepted = Accepted { stream, peer, original: at, direction: Direction::Outbound, workload };
+    let future = serve(accepted, world.source.node.clone());
+    let size = size_of_val(&future);
+    assert!(size <= 3072, "the future of a connection has {size} bytes");
+}
