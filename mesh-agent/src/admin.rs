@@ -1,1 +1,265 @@
-//! stub
+//! Health, metrics and state over HTTP, for probes, Prometheus and people.
+//!
+//! Serves what others publish and decides nothing. Listens on loopback by default: none of it is a secret, none of it
+//! is for strangers either.
+
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use mesh_core::{identity::SpiffeId, model::Name, view::Snapshot};
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+use time::OffsetDateTime;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    identity::Certificates,
+    rpc::Connection,
+    view::{Enrolment, WorkloadState},
+};
+
+/// Requests under way at a time; more wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 64;
+/// How long a client may take to send its request's head, so that one that sends none is cut.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// OpenMetrics 1.0, which Prometheus reads as its own text.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What the admin server asks the agent.
+pub trait Observed: Send + Sync + 'static {
+    /// `Err` with what is missing as long as the agent cannot carry traffic.
+    fn ready(&self) -> Result<(), String>;
+
+    /// The agent's state.
+    fn state(&self) -> NodeState;
+}
+
+/// `/api/v1/state`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct NodeState {
+    /// The node's name.
+    pub node: String,
+    /// The agent's version.
+    pub agent_version: &'static str,
+    /// The version of the view in force; `None` before the first.
+    pub view_version: Option<String>,
+    /// Whether the controller can be reached.
+    pub controller_connected: bool,
+    /// Why not.
+    pub controller_error: Option<String>,
+    /// The enrolled workloads of this node, by name.
+    pub workloads: Vec<WorkloadStatus>,
+}
+
+/// One workload of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WorkloadStatus {
+    /// `namespace/name`.
+    pub name: Name,
+    /// How far its capture is; `None` when nothing was said yet.
+    pub enrolment: Option<Enrolment>,
+    /// Why it is no further.
+    pub reason: String,
+    /// Its identity.
+    pub identity: Option<SpiffeId>,
+    /// Until when its certificate is valid; `None` when it has none.
+    #[serde(serialize_with = "time::serde::rfc3339::option::serialize")]
+    pub certificate_expires: Option<OffsetDateTime>,
+    /// Why the last attempt at a newer one failed.
+    pub certificate_error: Option<String>,
+}
+
+impl NodeState {
+    /// The state that follows from what the control side publishes.
+    pub fn new(
+        node: &str,
+        snapshot: Option<&Snapshot>,
+        connection: &Connection,
+        certificates: &Certificates,
+        reports: &BTreeMap<Name, WorkloadState>,
+    ) -> Self {
+        let workload = |snapshot: &Snapshot, name: &Name| {
+            let identity = snapshot.identity(name).map(|id| SpiffeId::clone(id));
+            let certificate = identity.as_ref().and_then(|id| certificates.get(id));
+            let report = reports.get(name);
+            WorkloadStatus {
+                name: name.clone(),
+                enrolment: report.map(|report| report.enrolment),
+                reason: report.map(|report| report.reason.clone()).unwrap_or_default(),
+                certificate_expires: certificate.and_then(|certificate| certificate.expires),
+                certificate_error: certificate.and_then(|certificate| certificate.error.clone()),
+                identity,
+            }
+        };
+        Self {
+            node: node.to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION"),
+            view_version: snapshot.map(|snapshot| snapshot.version().to_owned()),
+            controller_connected: *connection == Connection::Open,
+            controller_error: match connection {
+                Connection::Open => None,
+                Connection::Away(reason) => Some(reason.clone()),
+            },
+            workloads: snapshot
+                .map(|snapshot| snapshot.local().map(|local| workload(snapshot, &local.name)).collect())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Shared {
+    registry: Arc<Registry>,
+    agent: Arc<dyn Observed>,
+}
+
+/// Serves until it is told to stop. Requests under way are cut then: nobody's work depends on them.
+pub async fn serve(
+    listener: TcpListener,
+    registry: Arc<Registry>,
+    agent: Arc<dyn Observed>,
+    shutdown: CancellationToken,
+) {
+    let app = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/api/v1/state", get(state))
+        .with_state(Shared { registry, agent });
+    let mut http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    let mut connections = JoinSet::new();
+    loop {
+        // All branches only wait.
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the admin listener cannot accept");
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(app.clone());
+        let (http, shutdown) = (http.clone(), shutdown.clone());
+        connections.spawn(async move {
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            // The client's trouble is the client's.
+            let _ = shutdown.run_until_cancelled(connection).await;
+        });
+    }
+}
+
+/// Opens the listener; an error names the address and the setting.
+pub async fn listen(address: std::net::SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| io::Error::new(error.kind(), format!("--admin-listen {address}: {error}")))
+}
+
+async fn ready(State(shared): State<Shared>) -> Response {
+    match shared.agent.ready() {
+        Ok(()) => "ready\n".into_response(),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(shared): State<Shared>) -> Response {
+    let mut text = String::new();
+    match prometheus_client::encoding::text::encode(&mut text, &shared.registry) {
+        Ok(()) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+async fn state(State(shared): State<Shared>) -> Json<NodeState> {
+    Json(shared.agent.state())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, sync::Mutex};
+
+    use prometheus_client::metrics::counter::Counter;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    struct Agent(Mutex<Result<(), String>>);
+
+    impl Observed for Agent {
+        fn ready(&self) -> Result<(), String> {
+            self.0.lock().unwrap().clone()
+        }
+
+        fn state(&self) -> NodeState {
+            let away = Connection::Away("no route".into());
+            NodeState::new("n1", None, &away, &Certificates::new(), &BTreeMap::new())
+        }
+    }
+
+    async fn ask(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn probes_prometheus_and_people_are_answered() {
+        let mut registry = Registry::default();
+        let repairs: Counter = Counter::default();
+        registry.register("nodemesh_repairs", "What was put back", repairs.clone());
+        repairs.inc();
+        let agent = Arc::new(Agent(Mutex::new(Err("no view yet".into()))));
+        let listener = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = tokio::spawn(serve(listener, Arc::new(registry), agent.clone(), shutdown.clone()));
+
+        assert!(ask(address, "/healthz").await.starts_with("HTTP/1.1 200"));
+        let answer = ask(address, "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("no view yet\n"), "{answer}");
+        *agent.0.lock().unwrap() = Ok(());
+        assert!(ask(address, "/readyz").await.starts_with("HTTP/1.1 200"));
+        let answer = ask(address, "/metrics").await;
+        assert!(answer.contains("nodemesh_repairs_total 1"), "{answer}");
+        let answer = ask(address, "/api/v1/state").await;
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        let state: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(state["node"], "n1");
+        assert_eq!(state["controller_connected"], false);
+        assert_eq!(state["controller_error"], "no route");
+
+        // Somebody who connects and says nothing does not hold up the end.
+        let _silent = TcpStream::connect(address).await.unwrap();
+        shutdown.cancel();
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_named_with_its_setting() {
+        let taken = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = listen(taken.local_addr().unwrap()).await.unwrap_err().to_string();
+        assert!(error.contains("--admin-listen 127.0.0.1:"), "{error}");
+    }
+}

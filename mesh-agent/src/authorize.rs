@@ -1,1 +1,51 @@
-//! stub
+//! May they: the destination's decision, when a connection is opened and again whenever the view changes.
+
+use std::{net::IpAddr, sync::Arc};
+
+use mesh_core::{
+    identity::SpiffeId,
+    model::{Name, Workload},
+    policy::{Request, RuleRef, Verdict, decide},
+    refusal::Reason,
+    view::Snapshot,
+};
+
+use crate::refusal::Refusal;
+
+/// Decides a connection to a workload of this node. The rule that allows it, if one had to.
+pub(crate) fn inbound(
+    view: &Snapshot,
+    destination: &Workload,
+    source: Option<&SpiffeId>,
+    source_address: IpAddr,
+    port: u16,
+) -> Result<Option<RuleRef>, Denied> {
+    let request = Request { source, source_address, port };
+    match decide(destination.mode, view.policies_of(destination), &request) {
+        Verdict::AllowedByDefault => Ok(None),
+        Verdict::Allowed(rule) => Ok(Some(rule)),
+        Verdict::Refused { reason, rule } => Err(Denied { reason, rule }),
+    }
+}
+
+/// A verdict against a connection.
+#[derive(Debug)]
+pub(crate) struct Denied {
+    pub(crate) reason: Reason,
+    pub(crate) rule: Option<RuleRef>,
+}
+
+impl From<Denied> for Refusal {
+    fn from(denied: Denied) -> Self {
+        match denied.rule {
+            Some(rule) => Self::new(denied.reason, rule.to_string()),
+            None => denied.reason.into(),
+        }
+    }
+}
+
+/// The workload that a connection arrived at.
+pub(crate) fn destination(view: &Snapshot, name: &Name) -> Result<Arc<Workload>, Refusal> {
+    let unknown = || Refusal::new(Reason::DestinationUnknown, format!("the view has no workload {name}"));
+    view.workload(name).cloned().ok_or_else(unknown)
+}

@@ -1,1 +1,259 @@
-//! stub
+//! The agent's settings: one struct, read from the command line in one place.
+//!
+//! Data only: what a value means is with the module that it steers. `--print-config` shows what is in force.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use serde::{Serialize, Serializer};
+
+/// The agent of one node of the mesh.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mesh-agent",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+struct CommandLine {
+    #[command(flatten)]
+    run: Option<Config>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Removes everything that the agent put into the kernel: programs, rules, routes, pins.
+    Uninstall(Uninstall),
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run the agent.
+    Run(Config),
+    /// Take it off the machine.
+    Uninstall(Uninstall),
+}
+
+impl Invocation {
+    /// Reads the command line of this process; says what is wrong with it, or `--help`, and exits.
+    pub fn of_process() -> Self {
+        Self::parse(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Reads a command line, the program's name first.
+    pub fn parse<T: Into<std::ffi::OsString> + Clone>(
+        words: impl IntoIterator<Item = T>,
+    ) -> Result<Self, clap::Error> {
+        let line = CommandLine::try_parse_from(words)?;
+        match (line.command, line.run) {
+            (Some(Command::Uninstall(uninstall)), _) => Ok(Self::Uninstall(uninstall)),
+            (None, Some(run)) => Ok(Self::Run(run)),
+            (None, None) => Err(clap::Error::raw(
+                clap::error::ErrorKind::MissingRequiredArgument,
+                "--node and --controller are required; see --help\n",
+            )),
+        }
+    }
+}
+
+/// What the agent needs to leave the machine as it found it.
+#[derive(Debug, Clone, Args)]
+pub struct Uninstall {
+    /// Where programs and maps are pinned.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
+    pub bpffs: PathBuf,
+    /// The run directory of the agent, removed as well when given.
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+}
+
+/// The settings of a running agent.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct Config {
+    /// This node's name, as workloads and the join token name it.
+    #[arg(long, value_name = "NAME")]
+    pub node: String,
+    /// Where the controller serves agents.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub controller: HostPort,
+    /// The join token; read only when this node has no valid certificate.
+    #[arg(long, value_name = "FILE")]
+    pub join_token_file: Option<PathBuf>,
+    /// Keys, certificates and the last view; has to be on a tmpfs, so that keys never reach a disk.
+    #[arg(long, value_name = "DIR", default_value = "/run/nodemesh")]
+    pub run_dir: PathBuf,
+    /// Where programs and maps are pinned; a folder of a bpf file system.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
+    pub bpffs: PathBuf,
+    /// The agent's own control group, by which the kernel's guard knows the agent's sockets.
+    #[arg(long, value_name = "NAME", default_value = "nodemesh-agent")]
+    pub cgroup: String,
+    /// Metrics, health and state over HTTP.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15021")]
+    pub admin_listen: SocketAddr,
+    /// One JSON object a line for every connection; `-` is standard output.
+    #[arg(long, value_name = "PATH|-", default_value = "-")]
+    pub access_log: PathBuf,
+    /// How long connections may take to finish once the agent was told to stop.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    #[serde(serialize_with = "as_text")]
+    pub drain_deadline: Duration,
+    /// Prints the settings in force as JSON and exits.
+    #[arg(long)]
+    #[serde(skip)]
+    pub print_config: bool,
+}
+
+impl Config {
+    /// The settings in force, as JSON.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self)
+            .expect("settings are texts, numbers and paths that came in as arguments")
+    }
+}
+
+/// A host, by name or address, and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPort {
+    /// Name or address, an IPv6 address without brackets.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+/// A text is not `HOST:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not HOST:PORT; write an IPv6 address as [ADDRESS]:PORT")]
+pub struct HostPortError(String);
+
+impl FromStr for HostPort {
+    type Err = HostPortError;
+    fn from_str(text: &str) -> Result<Self, HostPortError> {
+        let bad = || HostPortError(text.to_owned());
+        let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
+        let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(bad)?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        match bare {
+            Some(address) if address.parse::<std::net::Ipv6Addr>().is_ok() => {
+                Ok(Self { host: address.to_owned(), port })
+            }
+            None if !host.is_empty() && !host.contains([':', '[', ']', '/']) => {
+                Ok(Self { host: host.to_owned(), port })
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl From<SocketAddr> for HostPort {
+    fn from(address: SocketAddr) -> Self {
+        Self { host: address.ip().to_string(), port: address.port() }
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Serialize for HostPort {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A text is not a duration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a duration: write a number and ms, s, m or h, as in 500ms, 30s or 24h")]
+pub struct DurationError(String);
+
+/// Reads `500ms`, `30s`, `5m`, `24h`.
+pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
+    let bad = || DurationError(text.to_owned());
+    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    let milliseconds: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(bad()),
+    };
+    number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(bad)
+}
+
+fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    let ms = duration.as_millis();
+    let units = [("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
+    let whole = units.into_iter().find(|(_, of)| ms >= *of && ms.is_multiple_of(*of));
+    let (unit, of) = whole.unwrap_or(("ms", 1));
+    serializer.collect_str(&format_args!("{}{unit}", ms / of))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Invocation, clap::Error> {
+        Invocation::parse(line.split(' '))
+    }
+
+    #[test]
+    fn settings_print_as_they_were_given_and_defaults_are_filled_in() {
+        let line = "mesh-agent --node n1 --controller [fd00::1]:15012 --run-dir /run/x --drain-deadline 90s";
+        let Invocation::Run(config) = parse(line).unwrap() else { panic!("not a run") };
+        let json: serde_json::Value = serde_json::from_str(&config.to_json()).unwrap();
+        assert_eq!(json["node"], "n1");
+        assert_eq!(json["controller"], "[fd00::1]:15012");
+        assert_eq!(json["run_dir"], "/run/x");
+        assert_eq!(json["drain_deadline"], "90s");
+        assert_eq!(json["admin_listen"], "127.0.0.1:15021");
+    }
+
+    #[test]
+    fn a_run_needs_a_node_and_a_controller() {
+        for line in [
+            "mesh-agent",
+            "mesh-agent --node n1",
+            "mesh-agent --controller a:1",
+            "mesh-agent --node n1 --controller a",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn uninstall_needs_neither() {
+        let Invocation::Uninstall(uninstall) = parse("mesh-agent uninstall --bpffs /sys/fs/bpf/x").unwrap()
+        else {
+            panic!("not an uninstall")
+        };
+        assert_eq!(uninstall.bpffs, PathBuf::from("/sys/fs/bpf/x"));
+        assert_eq!(uninstall.run_dir, None);
+    }
+
+    #[test]
+    fn durations_and_addresses_are_checked() {
+        for (text, ms) in [("500ms", 500), ("30s", 30_000), ("5m", 300_000), ("24h", 86_400_000)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)));
+        }
+        for text in ["", "s", "30", "30x", "-1s", "1.5s", "99999999999999999999h", "18446744073709551615h"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+        for text in ["a:1", "10.0.0.1:15012", "[::1]:1"] {
+            assert_eq!(text.parse::<HostPort>().unwrap().to_string(), text);
+        }
+        for text in ["a", ":1", "a:", "a:0", "a:65536", "::1:1", "[a]:1", "http://a:1"] {
+            assert!(text.parse::<HostPort>().is_err(), "{text}");
+        }
+    }
+}

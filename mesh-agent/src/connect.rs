@@ -1,1 +1,452 @@
-//! stub
+//! The way to where a connection leads: a tunnel with both workloads' identities, or plaintext to what is outside of
+//! the mesh; and, on the other node, the last hop to the application.
+//!
+//! A service's endpoint that cannot be reached is ejected and another one is tried, as long as nothing of the
+//! connection was taken ([`crate::tunnel::lease`] has the rule).
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::{
+    frame::Open,
+    identity::SpiffeId,
+    model::{Endpoint, Workload},
+    refusal::Reason,
+    route::{self, Route, Transport},
+    view::Snapshot,
+};
+use rustls::ServerConfig;
+use tokio::{io::Interest, net::TcpStream};
+
+use crate::{
+    balance::{Attempt, Balancer},
+    drain::Drain,
+    identity::{store::Identities, verify},
+    limits::Limits,
+    local::Local,
+    metrics::Metrics,
+    net::{netns::Namespace, socket},
+    record::Entry,
+    refusal::{Failure, Refusal, Stop},
+    tunnel::{
+        Link, LinkError, Unverified,
+        buffers::Buffer,
+        lease::{self, NotOpened, Said},
+        pool::{Key, Pool},
+        read_some,
+    },
+};
+
+/// First bytes that go with OPEN: with both frames' headers they fit into one TLS record.
+const MAX_FIRST: usize = 16 * 1024 - 64;
+
+/// What it takes to reach destinations; one per node.
+#[derive(Debug, Clone)]
+pub(crate) struct Connector {
+    pub(crate) identities: Arc<Identities>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) balancer: Arc<Balancer>,
+    pub(crate) limits: Limits,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) drain: Drain,
+}
+
+/// Who asks for a connection.
+#[derive(Debug)]
+pub(crate) struct Ask<'a> {
+    /// The workload of this node.
+    pub(crate) local: &'a Arc<Local>,
+    /// Its identity.
+    pub(crate) identity: &'a Arc<SpiffeId>,
+    /// The application's connection.
+    pub(crate) app: &'a TcpStream,
+    /// Its own end, as the application knows it.
+    pub(crate) address: SocketAddr,
+    /// What it was decided on.
+    pub(crate) view: &'a Snapshot,
+}
+
+/// A way that is open.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) way: Way,
+    /// Counts as a connection of its endpoint for as long as it lives.
+    pub(crate) attempt: Option<Attempt>,
+}
+
+/// How the destination was reached.
+#[derive(Debug)]
+pub(crate) enum Way {
+    Tunnel(Lease),
+    Plaintext(TcpStream),
+}
+
+/// A tunnel on lease to one connection.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) link: Link,
+    key: Key,
+}
+
+/// Why one destination was not reached.
+enum Miss {
+    /// It took nothing: another one may be tried.
+    NotTaken(Refusal),
+    /// That was it.
+    Final(Stop),
+}
+
+impl From<Stop> for Miss {
+    fn from(stop: Stop) -> Self {
+        Self::Final(stop)
+    }
+}
+
+impl Connector {
+    /// Opens the way. What becomes known on it is written into the entry.
+    pub(crate) async fn open(&self, ask: &Ask<'_>, route: Route, entry: &mut Entry) -> Result<Opened, Stop> {
+        let mut first = First::default();
+        match route {
+            Route::Outside(to) => {
+                entry.destination.address = Some(to);
+                let opened = self.plaintext(ask, to, &mut first, entry).await;
+                opened.map(|way| Opened { way, attempt: None }).map_err(Miss::stop)
+            }
+            Route::Workload(workload, to) => {
+                let opened = self.reach(ask, &workload, to, &mut first, entry).await;
+                opened.map(|way| Opened { way, attempt: None }).map_err(Miss::stop)
+            }
+            Route::Service { service, endpoints } => {
+                entry.destination.service = Some(service.name.clone());
+                self.any_of(ask, &endpoints, &mut first, entry).await
+            }
+        }
+    }
+
+    async fn any_of(
+        &self,
+        ask: &Ask<'_>,
+        endpoints: &[Endpoint],
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Opened, Stop> {
+        let mut untried: Vec<&Endpoint> = endpoints.iter().collect();
+        let mut last = Refusal::from(Reason::NoEndpoint);
+        for _ in 0..self.limits.endpoint_attempts {
+            let Some((index, attempt)) = self.balancer.pick(&untried) else { break };
+            let endpoint = untried.swap_remove(index);
+            let to = SocketAddr::new(endpoint.address, endpoint.port);
+            let Some(workload) = ask.view.workload(&endpoint.workload) else { continue };
+            match self.reach(ask, workload, to, first, entry).await {
+                Ok(way) => {
+                    attempt.connected();
+                    return Ok(Opened { way, attempt: Some(attempt) });
+                }
+                Err(Miss::NotTaken(refusal)) => {
+                    attempt.failed();
+                    tracing::debug!(%to, %refusal, "an endpoint is ejected");
+                    last = refusal;
+                }
+                Err(Miss::Final(stop)) => return Err(stop),
+            }
+        }
+        Err(last.into())
+    }
+
+    async fn reach(
+        &self,
+        ask: &Ask<'_>,
+        workload: &Workload,
+        to: SocketAddr,
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Way, Miss> {
+        entry.destination.workload = Some(workload.name.clone());
+        entry.destination.address = Some(to);
+        match route::transport(workload).map_err(|reason| Miss::NotTaken(reason.into()))? {
+            Transport::Tunnel => {
+                let peer = ask
+                    .view
+                    .identity(&workload.name)
+                    .ok_or_else(|| Miss::NotTaken(Reason::NoEndpoint.into()))?;
+                entry.destination.identity = Some(peer.clone());
+                entry.transport = Some(Transport::Tunnel);
+                self.tunnel(ask, peer, to, first, entry).await.map(Way::Tunnel)
+            }
+            Transport::Plaintext => self.plaintext(ask, to, first, entry).await,
+        }
+    }
+
+    async fn plaintext(
+        &self,
+        ask: &Ask<'_>,
+        to: SocketAddr,
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Way, Miss> {
+        entry.transport = Some(Transport::Plaintext);
+        let dial = socket::dial(&ask.local.namespace, to, self.limits.dial_timeout);
+        let stream = until_reset(ask.app, dial).await?.map_err(|e| Miss::NotTaken(dial_refusal(&e, to)))?;
+        // Only there when a tunnel to another endpoint was tried before.
+        let mut rest = first.bytes();
+        while !rest.is_empty() {
+            let broken = |_| Stop::from(Failure::DestinationReset);
+            stream.writable().await.map_err(broken)?;
+            match stream.try_write(rest) {
+                Ok(n) => rest = &rest[n..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(broken(error).into()),
+            }
+        }
+        entry.flow.sent(first.bytes().len());
+        Ok(Way::Plaintext(stream))
+    }
+
+    /// A lease: on an idle tunnel if there is one, else on a new one; a second time on a new one if an idle tunnel
+    /// turns out to be closed.
+    async fn tunnel(
+        &self,
+        ask: &Ask<'_>,
+        peer: &Arc<SpiffeId>,
+        to: SocketAddr,
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Lease, Miss> {
+        let key = Key { local: ask.local.id(), destination: to };
+        let idle = self.pool.checkout(key, ask.identity, peer);
+        self.dial_spare(key, ask, peer);
+        if let Some(link) = idle {
+            // Lets an application that speaks right after connect get its bytes in.
+            tokio::task::yield_now().await;
+            match self.lease(link, key, ask, first, entry).await {
+                Err(Miss::NotTaken(refusal)) if refusal.reason == Reason::PeerLost => {
+                    tracing::debug!(%to, %refusal, "an idle tunnel was closed, a new one is tried");
+                }
+                other => return other,
+            }
+        }
+        let dial = dial(self.clone(), ask.local.clone(), ask.identity.clone(), peer.clone(), to);
+        let link = until_reset(ask.app, Box::pin(dial)).await?.map_err(Miss::NotTaken)?;
+        self.lease(link, key, ask, first, entry).await
+    }
+
+    async fn lease(
+        &self,
+        mut link: Link,
+        key: Key,
+        ask: &Ask<'_>,
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Lease, Miss> {
+        first.read(ask.app).map_err(|_| Stop::from(Failure::SourceReset))?;
+        let open = Open { source: ask.address, port: key.destination.port() };
+        let asked = lease::open(&mut link, open, first.bytes());
+        let asked = tokio::time::timeout(self.limits.open_timeout, until_reset(ask.app, asked)).await;
+        let nothing_said = Said { own_end: false, peer_end: false };
+        match asked {
+            Ok(Ok(Ok(()))) => {
+                entry.flow.sent(first.bytes().len());
+                first.clear();
+                Ok(Lease { link, key })
+            }
+            Ok(Ok(Err(NotOpened::NotTaken(error)))) => {
+                Err(Miss::NotTaken(Refusal::new(Reason::PeerLost, error.to_string())))
+            }
+            Ok(Ok(Err(NotOpened::MaybeTaken(error)))) => {
+                Err(Stop::from(Refusal::new(Reason::PeerLost, error.to_string())).into())
+            }
+            Ok(Ok(Err(NotOpened::Refused(reason)))) => {
+                self.settle(Lease { link, key }, nothing_said);
+                Err(refused(reason))
+            }
+            Ok(Err(stop)) => {
+                self.settle(Lease { link, key }, nothing_said);
+                Err(stop.into())
+            }
+            Err(_) => {
+                let detail = format!("no answer to OPEN within {:?}", self.limits.open_timeout);
+                Err(Stop::from(Refusal::new(Reason::PeerLost, detail)).into())
+            }
+        }
+    }
+
+    /// Ends a lease in the background; the tunnel is idle again once the peer is READY.
+    pub(crate) fn settle(&self, lease: Lease, said: Said) {
+        let (pool, wait) = (self.pool.clone(), self.limits.ready_wait);
+        self.drain.spawn(async move {
+            if let Some(link) = lease::settle(lease.link, said, wait).await {
+                pool.put(lease.key, link);
+            }
+        });
+    }
+
+    fn dial_spare(&self, key: Key, ask: &Ask<'_>, peer: &Arc<SpiffeId>) {
+        let Some(spare) = self.pool.wants_spare(key) else { return };
+        let dial = dial(self.clone(), ask.local.clone(), ask.identity.clone(), peer.clone(), key.destination);
+        let pool = self.pool.clone();
+        self.drain.spawn(async move {
+            match dial.await {
+                Ok(link) => pool.put(key, link),
+                Err(refusal) => tracing::debug!(%refusal, "no spare tunnel"),
+            }
+            drop(spare);
+        });
+    }
+}
+
+/// A new tunnel, from inside the source's namespace, to the workload that has this identity and no other.
+async fn dial(
+    connector: Connector,
+    local: Arc<Local>,
+    own: Arc<SpiffeId>,
+    peer: Arc<SpiffeId>,
+    to: SocketAddr,
+) -> Result<Link, Refusal> {
+    let config = connector.identities.client(&own)?;
+    let limits = &connector.limits;
+    let tcp =
+        socket::dial(&local.namespace, to, limits.dial_timeout).await.map_err(|e| dial_refusal(&e, to))?;
+    let handshake = Unverified::connect(tcp, config, to.ip());
+    let new =
+        timed(handshake, limits.handshake_timeout, &connector.metrics).await.map_err(
+            |error| match error {
+                None => Refusal::from(Reason::PeerHandshakeTimeout),
+                Some(error) => Refusal::new(Reason::PeerHandshakeFailed, format!("{to}: {error}")),
+            },
+        )?;
+    let proved = verify::peer_identity(new.certificates().as_deref())
+        .map_err(|error| Refusal::new(Reason::PeerHandshakeFailed, format!("{to}: {error}")))?;
+    if proved != *peer {
+        let detail = format!("{to} proved {proved}, the view has {peer}");
+        return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
+    }
+    Ok(new.between(own, proved, &connector.metrics))
+}
+
+/// The destination's side of a tunnel: its handshake, and whoever the certificate says.
+pub(crate) async fn take(
+    tcp: TcpStream,
+    config: Arc<ServerConfig>,
+    own: Arc<SpiffeId>,
+    limits: &Limits,
+    metrics: &Metrics,
+) -> Result<Link, Refusal> {
+    let handshake = Unverified::accept(tcp, config);
+    let new = timed(handshake, limits.handshake_timeout, metrics).await.map_err(|error| match error {
+        None => Refusal::from(Reason::HandshakeTimeout),
+        Some(error) => Refusal::new(Reason::HandshakeFailed, error.to_string()),
+    })?;
+    let proved = verify::peer_identity(new.certificates().as_deref())
+        .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
+    Ok(new.between(own, proved, metrics))
+}
+
+/// The last hop: to the application, inside its namespace, with the client's address.
+pub(crate) async fn application(
+    namespace: &Namespace,
+    client: IpAddr,
+    to: SocketAddr,
+    timeout: Duration,
+) -> Result<TcpStream, Refusal> {
+    socket::dial_as(namespace, client, to, timeout).await.map_err(|error| dial_refusal(&error, to))
+}
+
+async fn timed(
+    handshake: impl Future<Output = Result<Unverified, LinkError>>,
+    limit: Duration,
+    metrics: &Metrics,
+) -> Result<Unverified, Option<LinkError>> {
+    let (label, result) = match tokio::time::timeout(limit, handshake).await {
+        Ok(Ok(new)) => ("ok", Ok(new)),
+        Ok(Err(error)) => ("failed", Err(Some(error))),
+        Err(_) => ("timeout", Err(None)),
+    };
+    metrics.handshake(label);
+    result
+}
+
+/// Waits for something on behalf of an application, unless that resets its connection meanwhile.
+async fn until_reset<T>(app: &TcpStream, work: impl Future<Output = T>) -> Result<T, Stop> {
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        // An error of the wait itself means that the runtime stops.
+        _ = app.ready(Interest::ERROR) => Err(Failure::SourceReset.into()),
+    }
+}
+
+fn dial_refusal(error: &io::Error, to: SocketAddr) -> Refusal {
+    let reason = match error.kind() {
+        io::ErrorKind::ConnectionRefused => Reason::DialRefused,
+        io::ErrorKind::TimedOut => Reason::DialTimeout,
+        _ => Reason::DialFailed,
+    };
+    Refusal::new(reason, format!("{to}: {error}"))
+}
+
+/// What the destination's no means here: its own dial's failure counts as ours, for it is the same to the
+/// application and to the endpoint's ejection; anything else is the destination's to explain.
+fn refused(reason: Option<Reason>) -> Miss {
+    let label = reason.map_or("an unknown reason", Reason::label);
+    match reason {
+        Some(reason @ (Reason::DialRefused | Reason::DialTimeout | Reason::DialFailed)) => {
+            Miss::NotTaken(Refusal::new(reason, "said by the destination's agent"))
+        }
+        Some(
+            Reason::LimitConnections
+            | Reason::AgentStopping
+            | Reason::ViewMissing
+            | Reason::DestinationUnknown,
+        ) => Miss::NotTaken(Refusal::new(Reason::PeerRefused, label)),
+        _ => Miss::Final(Refusal::new(Reason::PeerRefused, label).into()),
+    }
+}
+
+impl Miss {
+    fn stop(self) -> Stop {
+        match self {
+            Self::NotTaken(refusal) => refusal.into(),
+            Self::Final(stop) => stop,
+        }
+    }
+}
+
+/// The first bytes of the application, kept until somebody took them.
+#[derive(Debug, Default)]
+struct First {
+    buffer: Option<Buffer>,
+    len: usize,
+}
+
+impl First {
+    /// Reads what is there, once.
+    fn read(&mut self, app: &TcpStream) -> io::Result<()> {
+        if self.len > 0 {
+            return Ok(());
+        }
+        let mut buffer = Buffer::take();
+        match read_some(app, &mut buffer[..MAX_FIRST]) {
+            // The end comes again when the relay reads.
+            Ok(0) => Ok(()),
+            Ok(n) => {
+                self.len = n;
+                self.buffer = Some(buffer);
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], |buffer| &buffer[..self.len])
+    }
+
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+}

@@ -6,11 +6,11 @@
 //! | row | modules | what |
 //! |---|---|---|
 //! | 1 | [`agent`] | composition: what exists, who owns it, in which order it starts and stops |
-//! | 2 | [`listen`], [`enrol`], [`admin`] | accept loops; the reconcile loop that keeps workloads captured; metrics and state over HTTP |
+//! | 2 | [`listen`], [`enrol`], [`admin`], [`control`] | accept loops; the reconcile loop that keeps workloads captured; metrics and state over HTTP; everything that speaks with the controller |
 //! | 3 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 4 | [`authorize`], [`balance`], [`connect`], [`relay`], [`record`] | its steps |
 //! | 5 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
-//! | 6 | [`net`], [`config`], [`metrics`] | sockets and namespaces; settings; counters |
+//! | 6 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`refusal`], [`net`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; how a connection ends; sockets and namespaces |
 
 pub mod admin;
 pub mod agent;
@@ -20,13 +20,19 @@ pub mod capture;
 pub mod config;
 pub mod connect;
 pub mod connection;
+pub mod control;
 pub mod drain;
 pub mod enrol;
 pub mod identity;
+pub mod limits;
 pub mod listen;
+pub mod local;
 pub mod metrics;
 pub mod net;
 pub mod record;
+pub mod refusal;
 pub mod relay;
+pub mod rpc;
+pub mod run_dir;
 pub mod tunnel;
 pub mod view;

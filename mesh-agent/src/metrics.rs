@@ -1,1 +1,361 @@
-//! stub
+//! The agent's counters. Names and labels are a contract: `docs/reference` lists them, dashboards rely on them.
+//!
+//! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// Which way a connection goes, seen from this node's workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// The workload opened it.
+    Outbound,
+    /// The workload is asked for.
+    Inbound,
+}
+
+impl EncodeLabelValue for Direction {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+        .encode(encoder)
+    }
+}
+
+/// Labels of `nodemesh_connections_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ConnectionLabels {
+    /// Which way.
+    pub direction: Direction,
+    /// The workload of this node, `namespace/name`.
+    pub workload: String,
+    /// `ok`, `refused` or `failed`.
+    pub outcome: &'static str,
+    /// The reason's label; empty for `ok`.
+    pub reason: &'static str,
+    /// `tunnel`, `plaintext`, or empty where it ended before that was known.
+    pub transport: &'static str,
+}
+
+/// A set of one label, that says which way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DirectionLabels {
+    /// Which way.
+    pub direction: Direction,
+}
+
+/// Labels of `nodemesh_bytes_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ByteLabels {
+    /// Which way the connection goes.
+    pub direction: Direction,
+    /// `sent`: from source to destination. `received`: the way back.
+    pub flow: &'static str,
+}
+
+macro_rules! one_label {
+    ($($(#[$doc:meta])* $name:ident { $label:ident: $type:ty })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+        pub struct $name {
+            /// The label's value.
+            pub $label: $type,
+        }
+    )*};
+}
+
+one_label! {
+    /// Labels of `nodemesh_kernel_refused_total`.
+    ReasonLabels { reason: String }
+    /// Labels of `nodemesh_repairs_total`.
+    WhatLabels { what: String }
+    /// Labels of `nodemesh_certificate_expiry_seconds`.
+    IdentityLabels { identity: String }
+    /// Labels of `nodemesh_tunnels`.
+    StateLabels { state: &'static str }
+    /// Labels of `nodemesh_handshakes_total`.
+    ResultLabels { result: &'static str }
+    /// Labels of `nodemesh_view_info`.
+    VersionLabels { version: String }
+}
+
+/// The bytes of one direction's connections.
+#[derive(Debug, Clone)]
+pub struct ByteCounters {
+    /// From source to destination.
+    pub sent: Counter,
+    /// From destination to source.
+    pub received: Counter,
+}
+
+/// Everything that the agent counts.
+#[derive(Debug)]
+pub struct Metrics {
+    connections: Family<ConnectionLabels, Counter>,
+    active: Family<DirectionLabels, Gauge>,
+    outbound_bytes: ByteCounters,
+    inbound_bytes: ByteCounters,
+    kernel_refused: Family<ReasonLabels, Counter>,
+    unprotected: Gauge,
+    enrolled: Gauge,
+    repairs: Family<WhatLabels, Counter>,
+    view: Family<VersionLabels, Gauge>,
+    controller_connected: Gauge,
+    certificate_expiry: Family<IdentityLabels, Gauge<f64, AtomicU64>>,
+    tunnels: Family<StateLabels, Gauge>,
+    handshakes: Family<ResultLabels, Counter>,
+    log_dropped: Counter,
+}
+
+impl Metrics {
+    /// All counters at zero, and the registry that prints them.
+    pub fn new() -> (Arc<Self>, Registry) {
+        let bytes = Family::<ByteLabels, Counter>::default();
+        let of = |direction, flow| bytes.get_or_create(&ByteLabels { direction, flow }).clone();
+        let both =
+            |direction| ByteCounters { sent: of(direction, "sent"), received: of(direction, "received") };
+        let metrics = Self {
+            connections: Family::default(),
+            active: Family::default(),
+            outbound_bytes: both(Direction::Outbound),
+            inbound_bytes: both(Direction::Inbound),
+            kernel_refused: Family::default(),
+            unprotected: Gauge::default(),
+            enrolled: Gauge::default(),
+            repairs: Family::default(),
+            view: Family::default(),
+            controller_connected: Gauge::default(),
+            certificate_expiry: Family::default(),
+            tunnels: Family::default(),
+            handshakes: Family::default(),
+            log_dropped: Counter::default(),
+        };
+        let mut registry = Registry::with_prefix("nodemesh");
+        let m = &metrics;
+        registry.register("connections", "Connections that ended", m.connections.clone());
+        registry.register("connections_active", "Connections that are carried now", m.active.clone());
+        registry.register("bytes", "Bytes of applications that were carried", bytes.clone());
+        registry.register(
+            "kernel_refused",
+            "Packets and connections that the kernel programs refused",
+            m.kernel_refused.clone(),
+        );
+        registry.register(
+            "unprotected_workloads",
+            "Enrolled workloads whose capture is not in place",
+            m.unprotected.clone(),
+        );
+        registry.register("enrolled_workloads", "Workloads whose traffic is captured", m.enrolled.clone());
+        registry.register(
+            "repairs",
+            "Pieces of capture that were missing and were put back",
+            m.repairs.clone(),
+        );
+        registry.register("view_info", "1 for the version of the view in force", m.view.clone());
+        registry.register(
+            "controller_connected",
+            "1 while the controller's stream is open",
+            m.controller_connected.clone(),
+        );
+        registry.register(
+            "certificate_expiry_seconds",
+            "When an identity's certificate expires, Unix time",
+            m.certificate_expiry.clone(),
+        );
+        registry.register("tunnels", "Tunnels to other agents, at either end", m.tunnels.clone());
+        registry.register("handshakes", "TLS handshakes of tunnels, at either end", m.handshakes.clone());
+        registry.register(
+            "access_log_dropped",
+            "Access log lines that the writer could not keep up with",
+            m.log_dropped.clone(),
+        );
+        (Arc::new(metrics), registry)
+    }
+
+    /// A connection ended.
+    pub fn connection_ended(&self, labels: &ConnectionLabels) {
+        self.connections.get_or_create(labels).inc();
+    }
+
+    /// How many connections ended with these labels.
+    pub fn connections(&self, labels: &ConnectionLabels) -> u64 {
+        self.connections.get_or_create(labels).get()
+    }
+
+    /// The gauge of connections that are carried.
+    pub fn active(&self, direction: Direction) -> Gauge {
+        self.active.get_or_create(&DirectionLabels { direction }).clone()
+    }
+
+    /// The byte counters of a direction.
+    pub fn bytes(&self, direction: Direction) -> &ByteCounters {
+        match direction {
+            Direction::Outbound => &self.outbound_bytes,
+            Direction::Inbound => &self.inbound_bytes,
+        }
+    }
+
+    /// The kernel programs refused `delta` more packets or connections for this reason.
+    pub fn kernel_refused(&self, reason: &str, delta: u64) {
+        self.kernel_refused.get_or_create(&ReasonLabels { reason: reason.to_owned() }).inc_by(delta);
+    }
+
+    /// How many enrolled workloads lack a part of their capture.
+    pub fn unprotected(&self, workloads: usize) {
+        self.unprotected.set(workloads as i64);
+    }
+
+    /// How many workloads are captured.
+    pub fn enrolled(&self, workloads: usize) {
+        self.enrolled.set(workloads as i64);
+    }
+
+    /// A missing piece of capture was put back.
+    pub fn repaired(&self, what: &str) {
+        self.repairs.get_or_create(&WhatLabels { what: what.to_owned() }).inc();
+    }
+
+    /// This version of the view is in force.
+    pub fn view(&self, version: &str) {
+        self.view.clear();
+        self.view.get_or_create(&VersionLabels { version: version.to_owned() }).set(1);
+    }
+
+    /// Whether the controller's stream is open.
+    pub fn controller_connected(&self, connected: bool) {
+        self.controller_connected.set(i64::from(connected));
+    }
+
+    /// When an identity's certificate expires, Unix time in seconds; `None` for an identity that is gone.
+    pub fn certificate_expiry(&self, identity: &str, expires: Option<f64>) {
+        let labels = IdentityLabels { identity: identity.to_owned() };
+        match expires {
+            Some(at) => drop(self.certificate_expiry.get_or_create(&labels).set(at)),
+            None => drop(self.certificate_expiry.remove(&labels)),
+        }
+    }
+
+    /// The gauge of tunnels in a state, `busy` or `idle`.
+    pub fn tunnels(&self, state: &'static str) -> Gauge {
+        self.tunnels.get_or_create(&StateLabels { state }).clone()
+    }
+
+    /// A handshake ended: `ok`, `failed` or `timeout`.
+    pub fn handshake(&self, result: &'static str) {
+        self.handshakes.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// How many handshakes ended so.
+    pub fn handshakes(&self, result: &'static str) -> u64 {
+        self.handshakes.get_or_create(&ResultLabels { result }).get()
+    }
+
+    /// Access log lines that were dropped.
+    pub fn log_dropped(&self) -> &Counter {
+        &self.log_dropped
+    }
+}
+
+/// A gauge that counts this value for as long as it lives.
+#[derive(Debug)]
+pub struct Counted(Gauge);
+
+impl Counted {
+    /// Counts one more.
+    pub fn new(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The bytes of one connection, counted while it runs.
+#[derive(Debug)]
+pub struct Flow {
+    sent: AtomicU64,
+    received: AtomicU64,
+    total: ByteCounters,
+}
+
+impl Flow {
+    /// A connection that has carried nothing yet.
+    pub fn new(total: ByteCounters) -> Self {
+        Self { sent: AtomicU64::new(0), received: AtomicU64::new(0), total }
+    }
+
+    /// `n` bytes went on from source to destination.
+    pub fn sent(&self, n: usize) {
+        self.sent.fetch_add(n as u64, Ordering::Relaxed);
+        self.total.sent.inc_by(n as u64);
+    }
+
+    /// `n` bytes went on from destination to source.
+    pub fn received(&self, n: usize) {
+        self.received.fetch_add(n as u64, Ordering::Relaxed);
+        self.total.received.inc_by(n as u64);
+    }
+
+    /// Bytes so far: sent, received.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_contract() {
+        let (metrics, registry) = Metrics::new();
+        let labels = ConnectionLabels {
+            direction: Direction::Outbound,
+            workload: "shop/web".into(),
+            outcome: "refused",
+            reason: "dial_refused",
+            transport: "tunnel",
+        };
+        metrics.connection_ended(&labels);
+        metrics.kernel_refused("plaintext", 2);
+        metrics.handshake("ok");
+        metrics.certificate_expiry("spiffe://td/ns/a/sa/b", Some(12.0));
+        metrics.repaired("listener");
+        metrics.view("7");
+        let busy = Counted::new(metrics.tunnels("busy"));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            r#"nodemesh_connections_total{direction="outbound",workload="shop/web",outcome="refused",reason="dial_refused",transport="tunnel"} 1"#,
+            r#"nodemesh_kernel_refused_total{reason="plaintext"} 2"#,
+            r#"nodemesh_handshakes_total{result="ok"} 1"#,
+            r#"nodemesh_certificate_expiry_seconds{identity="spiffe://td/ns/a/sa/b"} 12.0"#,
+            r#"nodemesh_repairs_total{what="listener"} 1"#,
+            r#"nodemesh_view_info{version="7"} 1"#,
+            r#"nodemesh_tunnels{state="busy"} 1"#,
+            r#"nodemesh_bytes_total{direction="inbound",flow="sent"} 0"#,
+            "nodemesh_unprotected_workloads 0",
+            "nodemesh_enrolled_workloads 0",
+            "nodemesh_controller_connected 0",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        drop(busy);
+        assert_eq!(metrics.tunnels("busy").get(), 0);
+    }
+}

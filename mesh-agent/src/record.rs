@@ -1,1 +1,284 @@
-//! stub
+//! What is told of a connection: one access-log line and one count, exactly once, when it ends.
+//!
+//! An [`Entry`] is opened when a connection arrives, gathers what becomes known of it, and tells it when it is
+//! dropped; [`Entry::finish`] says how it ended. An entry that is dropped without is a task that was dropped, and
+//! says so. Lines go through a bounded channel to one writer thread: a slow disk costs lines, which are counted,
+//! never connections.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, BufWriter, Write},
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use mesh_core::{
+    identity::SpiffeId,
+    model::Name,
+    policy::RuleRef,
+    refusal::{Reason, Step},
+    route::Transport,
+};
+use serde::Serialize;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    metrics::{ConnectionLabels, Counted, Direction, Flow, Metrics},
+    refusal::{Failure, Stop},
+};
+
+/// Lines that wait for the writer at most: about 4 MiB.
+const QUEUE: usize = 8192;
+
+/// Where the lines go; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct AccessLog {
+    lines: mpsc::Sender<Line>,
+}
+
+#[derive(Debug)]
+enum Line {
+    Text(String),
+    Flush(oneshot::Sender<()>),
+}
+
+impl AccessLog {
+    /// Appends to a file, or writes to standard output for `-`. The writer is a thread that ends with the last clone.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        if path == Path::new("-") {
+            return Self::to(io::stdout());
+        }
+        Self::to(OpenOptions::new().create(true).append(true).open(path)?)
+    }
+
+    /// Writes to anything.
+    pub fn to(out: impl Write + Send + 'static) -> io::Result<Self> {
+        let (lines, queue) = mpsc::channel(QUEUE);
+        std::thread::Builder::new()
+            .name("access-log".into())
+            .spawn(move || write(queue, BufWriter::new(out)))?;
+        Ok(Self { lines })
+    }
+
+    /// Done when every line so far is written.
+    pub async fn flush(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.lines.send(Line::Flush(done)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+}
+
+fn write(mut queue: mpsc::Receiver<Line>, mut out: impl Write) {
+    let mut broken = false;
+    while let Some(line) = queue.blocking_recv() {
+        let mut flushed = None;
+        let mut result = match line {
+            Line::Text(text) => out.write_all(text.as_bytes()),
+            Line::Flush(done) => {
+                flushed = Some(done);
+                Ok(())
+            }
+        };
+        if result.is_ok() && (queue.is_empty() || flushed.is_some()) {
+            result = out.flush();
+        }
+        if let Err(error) = &result
+            && !broken
+        {
+            tracing::error!(%error, "the access log cannot be written");
+        }
+        broken = result.is_err();
+        // A closed receiver has stopped waiting.
+        let _ = flushed.map(|done| done.send(()));
+    }
+}
+
+/// Who records: a node.
+#[derive(Debug, Clone)]
+pub(crate) struct Recorder {
+    pub(crate) node: Arc<str>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) log: AccessLog,
+}
+
+/// One end of a connection, as far as it is known.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Party {
+    pub(crate) workload: Option<Name>,
+    pub(crate) service: Option<Name>,
+    pub(crate) identity: Option<Arc<SpiffeId>>,
+    pub(crate) address: Option<SocketAddr>,
+}
+
+/// A connection that will be recorded.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) source: Party,
+    pub(crate) destination: Party,
+    pub(crate) transport: Option<Transport>,
+    pub(crate) rule: Option<RuleRef>,
+    pub(crate) view: Option<Arc<mesh_core::view::Snapshot>>,
+    pub(crate) flow: Flow,
+    recorder: Recorder,
+    direction: Direction,
+    workload: Name,
+    time: SystemTime,
+    began: Instant,
+    result: Result<(), Stop>,
+    withdrawn: bool,
+    _active: Counted,
+}
+
+impl Recorder {
+    /// A connection of this workload has arrived.
+    pub(crate) fn begin(&self, direction: Direction, workload: &Name) -> Box<Entry> {
+        Box::new(Entry {
+            source: Party::default(),
+            destination: Party::default(),
+            transport: None,
+            rule: None,
+            view: None,
+            flow: Flow::new(self.metrics.bytes(direction).clone()),
+            recorder: self.clone(),
+            direction,
+            workload: workload.clone(),
+            time: SystemTime::now(),
+            began: Instant::now(),
+            result: Err(Failure::Dropped.into()),
+            withdrawn: false,
+            _active: Counted::new(self.metrics.active(direction)),
+        })
+    }
+}
+
+impl Entry {
+    /// How it ended. Records it.
+    pub(crate) fn finish(mut self: Box<Self>, result: Result<(), Stop>) {
+        self.result = result;
+    }
+
+    /// It was no connection but a tunnel, whose leases are recorded one by one.
+    pub(crate) fn withdraw(mut self: Box<Self>) {
+        self.withdrawn = true;
+    }
+
+    fn transport_label(&self) -> &'static str {
+        match self.transport {
+            Some(Transport::Tunnel) => "tunnel",
+            Some(Transport::Plaintext) => "plaintext",
+            None => "",
+        }
+    }
+
+    fn line(&self) -> Result<String, serde_json::Error> {
+        let (bytes_sent, bytes_received) = self.flow.totals();
+        let detail = self.result.as_ref().err().map(|stop| match stop {
+            Stop::Refused(refusal) if refusal.detail.is_empty() => refusal.reason.says().to_owned(),
+            Stop::Refused(refusal) => refusal.detail.to_string(),
+            Stop::Failed(failure) => failure.to_string(),
+        });
+        let event = Event {
+            time: OffsetDateTime::from(self.time).format(&Rfc3339).unwrap_or_default(),
+            duration_ms: self.began.elapsed().as_secs_f64() * 1000.0,
+            direction: self.direction,
+            node: &self.recorder.node,
+            source: EndEvent::of(&self.source),
+            destination: EndEvent::of(&self.destination),
+            transport: self.transport_label(),
+            rule: self.rule.as_ref().map(ToString::to_string),
+            bytes_sent,
+            bytes_received,
+            outcome: outcome(&self.result),
+            step: self.result.as_ref().err().map(|stop| match stop {
+                Stop::Refused(refusal) => refusal.reason.step(),
+                Stop::Failed(_) => Step::Relay,
+            }),
+            reason: reason(&self.result),
+            detail,
+            view: self.view.as_ref().map(|view| view.version()),
+        };
+        let mut line = serde_json::to_string(&event)?;
+        line.push('\n');
+        Ok(line)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if self.withdrawn {
+            return;
+        }
+        self.recorder.metrics.connection_ended(&ConnectionLabels {
+            direction: self.direction,
+            workload: self.workload.to_string(),
+            outcome: outcome(&self.result),
+            reason: reason(&self.result).unwrap_or(""),
+            transport: self.transport_label(),
+        });
+        match self.line().map(|line| self.recorder.log.lines.try_send(Line::Text(line))) {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => drop(self.recorder.metrics.log_dropped().inc()),
+            Err(error) => tracing::error!(%error, "an access-log line cannot be written as JSON"),
+        }
+    }
+}
+
+fn outcome(result: &Result<(), Stop>) -> &'static str {
+    match result {
+        Ok(()) => "ok",
+        Err(Stop::Refused(_)) => "refused",
+        Err(Stop::Failed(_)) => "failed",
+    }
+}
+
+fn reason(result: &Result<(), Stop>) -> Option<&'static str> {
+    match result {
+        Ok(()) => None,
+        Err(Stop::Refused(refusal)) => Some(Reason::label(refusal.reason)),
+        Err(Stop::Failed(failure)) => Some(failure.label()),
+    }
+}
+
+/// The access log's line. Sent and received are the source's words, on both nodes: sent is what it sent.
+#[derive(Serialize)]
+struct Event<'a> {
+    time: String,
+    duration_ms: f64,
+    direction: Direction,
+    node: &'a str,
+    source: EndEvent<'a>,
+    destination: EndEvent<'a>,
+    transport: &'static str,
+    rule: Option<String>,
+    bytes_sent: u64,
+    bytes_received: u64,
+    outcome: &'static str,
+    step: Option<Step>,
+    reason: Option<&'static str>,
+    detail: Option<String>,
+    view: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct EndEvent<'a> {
+    workload: Option<&'a Name>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service: Option<&'a Name>,
+    identity: Option<&'a SpiffeId>,
+    address: Option<SocketAddr>,
+}
+
+impl<'a> EndEvent<'a> {
+    fn of(party: &'a Party) -> Self {
+        Self {
+            workload: party.workload.as_ref(),
+            service: party.service.as_ref(),
+            identity: party.identity.as_deref(),
+            address: party.address,
+        }
+    }
+}

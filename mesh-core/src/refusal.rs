@@ -105,6 +105,8 @@ reasons! {
         cure "check the destination's agent";
     LimitConnections = "limit_connections" at Connect, "The workload has as many connections as it may",
         cure "raise max_connections_per_workload, or find what holds them";
+    WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",
+        cure "connect again";
     AgentStopping = "agent_stopping" at Relay, "The agent was stopped and the drain deadline passed",
         cure "raise drain_deadline if connections live longer";
 }

@@ -1,2 +1,310 @@
+//! The kernel programs: glue around the decisions of the library.
+//!
+//! | program | hook | what |
+//! |---|---|---|
+//! | `capture_outbound` | TCX egress of the pod's end | connections of applications turn off to `lo` |
+//! | `deliver` | TCX ingress of the pod's `lo` | hands them to the agent's socket |
+//! | `capture_inbound` | TCX ingress of the pod's end | hands incoming connections to the agent's listener |
+//! | `guard_from_pod` | TCX ingress of the node's end | refuses what is not the agent's |
+//! | `guard_to_pod` | TCX egress of the node's end | recognises the node's own connections |
+//!
+//! Maps are pinned: they and the programs outlive the agent. Each says its size, its eviction, and what happens when
+//! it is full.
 #![no_std]
 #![no_main]
+
+mod skb;
+
+use aya_ebpf::{
+    bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_redirect,
+    macros::{classifier, map},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
+    programs::TcContext,
+};
+use aya_log_ebpf::warn;
+use mesh_ebpf::{
+    abi::{
+        AGENT_MARK, Address, CAPTURED_MARK, Config, Direction, FLAG_CAPTURE_ALL, Guarded, KERNEL_REASONS,
+        KernelReason, ListenerKey, MARK_MASK, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS,
+        ProbeKey, SourceKey,
+    },
+    capture, guard,
+    packet::{Network, Tcp, Transport},
+};
+use skb::Packet;
+
+/// Addresses whose connections are captured. Written by the agent, never evicted; when it is full the agent sets
+/// `FLAG_CAPTURE_ALL`.
+#[map]
+static DESTINATIONS: HashMap<Address, u32> = HashMap::pinned(MAX_DESTINATIONS, 0);
+
+/// The agent's listeners. Entries vanish with their sockets; when it is full the agent enrols no further workload.
+#[map]
+static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(MAX_LISTENERS, 0);
+
+/// Veths of enrolled workloads, by the index of the node's end. Written by the agent; when it is full no further
+/// workload is enrolled.
+#[map]
+static GUARDED: HashMap<u32, Guarded> = HashMap::pinned(MAX_WORKLOADS, 0);
+
+/// Addresses that a veth may send from. Written by the agent, at most four a workload.
+#[map]
+static SOURCES: HashMap<SourceKey, u32> = HashMap::pinned(MAX_WORKLOADS * 4, 0);
+
+/// Connections that the node itself opened to workloads. Least recently used evicted; an evicted probe's connection is
+/// cut if its workload is strict, and the node's next one is entered anew.
+#[map]
+static PROBES: LruHashMap<ProbeKey, u32> = LruHashMap::pinned(MAX_PROBES, 0);
+
+/// The agent's settings: one entry.
+#[map]
+static CONFIG: Array<Config> = Array::pinned(1, 0);
+
+/// Refusals, by reason: fixed size, counts wrap after 2^64.
+#[map]
+static REFUSED: PerCpuArray<u64> = PerCpuArray::pinned(KERNEL_REASONS, 0);
+
+/// When each reason was last logged, in ns of the monotonic clock, per CPU.
+#[map]
+static LOGGED: PerCpuArray<u64> = PerCpuArray::with_max_entries(KERNEL_REASONS, 0);
+
+/// Least time between two log lines of one reason on one CPU, ns.
+const LOG_INTERVAL_NS: u64 = 100_000_000;
+/// The index of `lo`, the same in every namespace (`LOOPBACK_IFINDEX` in the kernel).
+const LO: u32 = 1;
+
+#[classifier]
+fn capture_outbound(ctx: TcContext) -> i32 {
+    if skb::mark(&ctx) & MARK_MASK == AGENT_MARK {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    let facts = PodFacts { ctx: &ctx, packet: &packet, direction: Direction::Outbound };
+    match capture::outbound(packet.tcp(), &facts) {
+        capture::Outbound::Pass => TC_ACT_UNSPEC,
+        capture::Outbound::ToAgent => {
+            ctx.set_mark(CAPTURED_MARK);
+            // SAFETY: a helper without pointers.
+            unsafe { bpf_redirect(LO, BPF_F_INGRESS as u64) as i32 }
+        }
+    }
+}
+
+#[classifier]
+fn deliver(ctx: TcContext) -> i32 {
+    if skb::mark(&ctx) & MARK_MASK != CAPTURED_MARK {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_SHOT };
+    let Some(tcp) = packet.tcp() else { return TC_ACT_SHOT };
+    if skb::accept_frame(&ctx).is_err() {
+        return TC_ACT_SHOT;
+    }
+    if skb::assign_connected(&ctx, &packet.tuple(), tcp.opens()) {
+        return TC_ACT_OK;
+    }
+    let key = ListenerKey { address: packet.network.source, direction: Direction::Outbound as u32 };
+    if tcp.opens() && skb::assign_listener(&ctx, &LISTENERS, &key) { TC_ACT_OK } else { TC_ACT_SHOT }
+}
+
+#[classifier]
+fn capture_inbound(ctx: TcContext) -> i32 {
+    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    let facts = PodFacts { ctx: &ctx, packet: &packet, direction: Direction::Inbound };
+    match capture::inbound(&packet.network, packet.tcp(), &facts) {
+        capture::Inbound::Pass => TC_ACT_UNSPEC,
+        capture::Inbound::ToAgent => {
+            let key = facts.listener_key();
+            if skb::assign_listener(&ctx, &LISTENERS, &key) { TC_ACT_OK } else { TC_ACT_SHOT }
+        }
+        capture::Inbound::Reset(reason) => reset(&ctx, &packet, reason),
+        capture::Inbound::Drop(reason) => drop(&ctx, &packet, reason),
+    }
+}
+
+#[classifier]
+fn guard_from_pod(ctx: TcContext) -> i32 {
+    let Some(workload) = guarded(&ctx) else { return TC_ACT_UNSPEC };
+    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.destination };
+    let data_len = packet.data_len(&ctx);
+    match guard::from_pod(workload, &packet.network, packet.tcp(), data_len, &facts) {
+        guard::Verdict::Pass => TC_ACT_UNSPEC,
+        guard::Verdict::Reset(reason) => reset(&ctx, &packet, reason),
+        guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
+    }
+}
+
+#[classifier]
+fn guard_to_pod(ctx: TcContext) -> i32 {
+    let Some(workload) = guarded(&ctx) else { return TC_ACT_UNSPEC };
+    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    if packet.tcp().is_some_and(Tcp::opens) {
+        recognise_probe(&ctx, &packet);
+    }
+    let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.source };
+    match guard::to_pod(workload, &packet.network, &facts) {
+        guard::Verdict::Pass => TC_ACT_UNSPEC,
+        guard::Verdict::Reset(reason) | guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
+    }
+}
+
+/// Remembers a connection that a socket of the node's own namespace opens, and forgets any other with its 4-tuple.
+/// By the socket, not by an address: what another pod or host sends has no socket here.
+fn recognise_probe(ctx: &TcContext, packet: &Packet) {
+    let key = packet.probe_key_to_pod();
+    // The results are of no interest: a full LRU map evicts, and a missing entry is what removal wants.
+    if skb::is_connected(ctx, &packet.reverse_tuple()) {
+        let _ = PROBES.insert(&key, &1, 0);
+    } else {
+        let _ = PROBES.remove(&key);
+    }
+}
+
+fn guarded(ctx: &TcContext) -> Option<Guarded> {
+    // SAFETY: the value is one word, copied at once.
+    unsafe { GUARDED.get(&skb::ifindex(ctx)) }.copied()
+}
+
+fn captured(address: &Address) -> bool {
+    // SAFETY: only whether there is a value matters.
+    unsafe { DESTINATIONS.get(address) }.is_some()
+        || CONFIG.get(0).is_some_and(|config| config.flags & FLAG_CAPTURE_ALL != 0)
+}
+
+fn is_probe(key: &ProbeKey) -> bool {
+    // SAFETY: only whether there is a value matters.
+    unsafe { PROBES.get(key) }.is_some()
+}
+
+/// What the pod's end can know.
+struct PodFacts<'a> {
+    ctx: &'a TcContext,
+    packet: &'a Packet,
+    direction: Direction,
+}
+
+impl PodFacts<'_> {
+    #[inline(always)]
+    fn listener_key(&self) -> ListenerKey {
+        let address = match self.direction {
+            Direction::Outbound => self.packet.network.source,
+            Direction::Inbound => self.packet.network.destination,
+        };
+        ListenerKey { address, direction: self.direction as u32 }
+    }
+}
+
+impl capture::Facts for PodFacts<'_> {
+    #[inline(always)]
+    fn destination_captured(&self) -> bool {
+        captured(&self.packet.network.destination)
+    }
+    #[inline(always)]
+    fn listener_ready(&self) -> bool {
+        skb::has_listener(&LISTENERS, &self.listener_key())
+    }
+    #[inline(always)]
+    fn taken(&self) -> bool {
+        skb::is_connected(self.ctx, &self.packet.tuple())
+    }
+    #[inline(always)]
+    fn probe(&self) -> bool {
+        is_probe(&self.packet.probe_key_to_pod())
+    }
+}
+
+/// What the node's end can know.
+struct NodeFacts<'a> {
+    ctx: &'a TcContext,
+    packet: &'a Packet,
+    /// The address that is not the workload's.
+    peer: Address,
+}
+
+impl guard::Facts for NodeFacts<'_> {
+    #[inline(always)]
+    fn source_owned(&self) -> bool {
+        let key = SourceKey { ifindex: skb::ifindex(self.ctx), address: self.packet.network.source };
+        // SAFETY: only whether there is a value matters.
+        unsafe { SOURCES.get(&key) }.is_some()
+    }
+    #[inline(always)]
+    fn from_agent(&self) -> bool {
+        let cgroup = skb::cgroup_id(self.ctx);
+        cgroup != 0 && CONFIG.get(0).is_some_and(|config| config.agent_cgroup == cgroup)
+    }
+    #[inline(always)]
+    fn peer_captured(&self) -> bool {
+        captured(&self.peer)
+    }
+    #[inline(always)]
+    fn probe(&self) -> bool {
+        is_probe(&self.packet.probe_key_from_pod())
+    }
+    #[inline(always)]
+    fn dns(&self) -> bool {
+        self.packet.network.transport as u32 == Transport::Udp as u32
+            && skb::udp_port_is_dns(self.ctx, self.packet)
+    }
+    #[inline(always)]
+    fn hop_by_hop_icmp(&self) -> bool {
+        skb::hop_by_hop_is_icmp(self.ctx)
+    }
+}
+
+fn reset(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
+    record(ctx, packet, reason);
+    match skb::send_reset(ctx, packet) {
+        Ok(action) => action,
+        Err(()) => TC_ACT_SHOT,
+    }
+}
+
+fn drop(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
+    record(ctx, packet, reason);
+    TC_ACT_SHOT
+}
+
+/// Counts a refusal, and logs it unless this reason was just logged on this CPU.
+#[inline(never)]
+fn record(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
+    let index = reason as u32;
+    if let Some(count) = REFUSED.get_ptr_mut(index) {
+        // SAFETY: a per-CPU value; nothing else writes it while this program runs on this CPU.
+        unsafe { *count += 1 };
+    }
+    let Some(last) = LOGGED.get_ptr_mut(index) else { return 0 };
+    let now = skb::now_ns();
+    // SAFETY: as above.
+    let quiet = unsafe { now - *last } < LOG_INTERVAL_NS;
+    if quiet {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe { *last = now };
+    let (source_port, destination_port) = packet.ports();
+    let network: &Network = &packet.network;
+    warn!(
+        ctx,
+        "kernel refused: reason {} ifindex {} {:i}:{} -> {:i}:{}",
+        index,
+        skb::ifindex(ctx),
+        skb::octets(&network.source),
+        source_port,
+        skb::octets(&network.destination),
+        destination_port
+    );
+    0
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// The licence under which the kernel lets programs call its GPL-only helpers. The source is Apache-2.0 as well.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

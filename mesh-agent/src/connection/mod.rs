@@ -1,1 +1,124 @@
-//! stub
+//! ★ The story of a connection. [`outbound`] and [`inbound`] tell it from top to bottom; every line there is a step
+//! in a file with the step's name. `docs/LIFE_OF_A_CONNECTION.md` is the same story for readers.
+
+mod identify;
+mod inbound;
+mod outbound;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use mesh_core::{refusal::Reason, view::Snapshot};
+use tokio::{net::TcpStream, sync::watch};
+
+use crate::{
+    balance::Balancer,
+    connect::Connector,
+    drain::Drain,
+    identity::store::Identities,
+    metrics::Metrics,
+    net::socket,
+    record::{AccessLog, Recorder},
+    refusal::Refusal,
+    tunnel::pool::Pool,
+};
+pub use crate::{limits::Limits, local::Local, metrics::Direction};
+
+/// A captured connection: what the kernel programs steered to the agent.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub stream: TcpStream,
+    /// Who opened it.
+    pub peer: SocketAddr,
+    /// What was asked for: the local address of the accepted socket.
+    pub original: SocketAddr,
+    /// Which way it goes.
+    pub direction: Direction,
+    /// The workload that it was captured at.
+    pub workload: Arc<Local>,
+}
+
+/// What every connection needs of the node; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    view: watch::Receiver<Option<Arc<Snapshot>>>,
+    recorder: Recorder,
+    connector: Connector,
+}
+
+impl Node {
+    /// A node of this name. Must be made on the runtime: it starts the task that looks after idle tunnels.
+    pub fn new(
+        name: String,
+        view: watch::Receiver<Option<Arc<Snapshot>>>,
+        identities: Arc<Identities>,
+        metrics: Arc<Metrics>,
+        log: AccessLog,
+        limits: Limits,
+        drain: Drain,
+    ) -> Self {
+        let pool = Pool::new(limits, metrics.clone());
+        let (reaped, stopping) = (pool.clone(), drain.clone());
+        drain.spawn(async move {
+            tokio::select! {
+                () = reaped.reap() => {}
+                () = stopping.draining() => reaped.stop(),
+            }
+        });
+        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log };
+        let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
+        Self { inner: Arc::new(Inner { view, recorder, connector }) }
+    }
+
+    /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
+    pub fn forget(&self, workload: &Local) {
+        self.inner.connector.pool.forget(workload.id());
+    }
+
+    /// The drain under which [`serve`] should be spawned.
+    pub fn drain(&self) -> &Drain {
+        &self.inner.connector.drain
+    }
+
+    fn view(&self) -> Result<Arc<Snapshot>, Reason> {
+        self.inner.view.borrow().clone().ok_or(Reason::ViewMissing)
+    }
+
+    /// Done when a connection of this workload must end now, with the reason. Cancel-safe.
+    async fn cut(&self, workload: &Local) -> Refusal {
+        tokio::select! {
+            () = self.drain().cut() => Reason::AgentStopping.into(),
+            () = workload.leaving() => Reason::WorkloadLeft.into(),
+        }
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.inner.connector.limits
+    }
+}
+
+/// Carries a captured connection to its end, and records how that was. Spawn it with [`Drain::spawn`].
+pub async fn serve(accepted: Accepted, node: Node) {
+    match accepted.direction {
+        Direction::Outbound => {
+            let mut entry = node.inner.recorder.begin(Direction::Outbound, &accepted.workload.name);
+            entry.source.address = Some(accepted.peer);
+            entry.destination.address = Some(accepted.original);
+            // The story may be cut anywhere: what it leaves behind is reset here.
+            let result = tokio::select! {
+                result = outbound::serve(&accepted, &node, &mut entry) => result,
+                refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+            };
+            if result.is_err() {
+                socket::reset(accepted.stream);
+            }
+            entry.finish(result);
+        }
+        Direction::Inbound => inbound::serve(accepted, &node).await,
+    }
+}

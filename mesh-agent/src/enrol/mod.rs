@@ -1,1 +1,253 @@
-//! stub
+//! Keeps the enrolled workloads of this node captured: the reconcile loop between the view and the kernel.
+//!
+//! For every workload: find its namespace, open listeners, route, attach, guard. Then, again and again, *prove* that
+//! all of it is still there and repair what is not. What the loop believes is never taken for what the kernel has.
+
+pub mod discover;
+mod enrolled;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::{
+    model::{Mode, Name, Workload},
+    view::Snapshot,
+};
+use mesh_ebpf::abi::{KernelReason, MAX_WORKLOADS};
+use tokio::{runtime::Handle, sync::watch};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    discover::Census,
+    enrolled::{Enrolled, Incomplete},
+};
+use crate::{
+    capture::{Kernel, Maps},
+    connection::Node,
+    identity::store::Identities,
+    metrics::Metrics,
+    view::report::{Enrolment, ReportHandle},
+};
+
+/// How often everything is proven. The promise is repair within 5 s; a removal is seen after at most this.
+const PROVE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a workload that was not found, or lacks its certificate, is looked for.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What the loop works with.
+#[derive(Debug)]
+pub struct Enroller {
+    /// Programs.
+    pub kernel: Kernel,
+    /// Maps.
+    pub maps: Maps,
+    /// What connections need.
+    pub node: Node,
+    /// Certificates: nothing is captured before its certificate is there.
+    pub identities: Arc<Identities>,
+    /// Where connections run.
+    pub data: Handle,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Where the controller and the admin API hear of it.
+    pub reports: ReportHandle,
+    /// Where settings of namespaces from before enrolment are kept.
+    pub run_dir: PathBuf,
+}
+
+impl Enroller {
+    /// Runs until `stop`. Ends without detaching anything: the guard has the last word until the next agent.
+    pub async fn run(mut self, mut view: watch::Receiver<Option<Arc<Snapshot>>>, stop: CancellationToken) {
+        let mut enrolled: BTreeMap<Name, Enrolled> = BTreeMap::new();
+        let mut counted: HashMap<KernelReason, u64> = self.maps.refused();
+        let mut last_proof = tokio::time::Instant::now();
+        let mut complete = false;
+        loop {
+            let snapshot = view.borrow_and_update().clone();
+            if let Some(snapshot) = snapshot {
+                let prove = last_proof.elapsed() >= PROVE_INTERVAL;
+                if prove {
+                    last_proof = tokio::time::Instant::now();
+                }
+                self.reconcile(&snapshot, &mut enrolled, prove).await;
+                complete = enrolled.len() == snapshot.local().count();
+            }
+            self.count_refusals(&mut counted);
+            let wait = if complete { PROVE_INTERVAL } else { SEARCH_INTERVAL };
+            tokio::select! {
+                // All branches are cancel-safe.
+                () = stop.cancelled() => return,
+                changed = view.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    async fn reconcile(&mut self, view: &Snapshot, enrolled: &mut BTreeMap<Name, Enrolled>, prove: bool) {
+        self.sync_destinations(view);
+        let wanted: BTreeMap<&Name, &Arc<Workload>> =
+            view.local().map(|workload| (&workload.name, workload)).collect();
+        let gone: Vec<Name> = enrolled.keys().filter(|name| !wanted.contains_key(name)).cloned().collect();
+        for name in gone {
+            if let Some(old) = enrolled.remove(&name) {
+                self.unenrol(old).await;
+            }
+        }
+        self.sweep(&wanted, enrolled);
+        for (name, present) in enrolled.iter_mut() {
+            if let Some(workload) = wanted.get(name) {
+                self.follow(present, workload);
+            }
+        }
+        if prove {
+            self.prove(enrolled).await;
+        }
+        self.enrol_missing(view, &wanted, enrolled).await;
+        self.publish(&wanted, enrolled);
+    }
+
+    fn sync_destinations(&mut self, view: &Snapshot) {
+        let wanted: HashSet<IpAddr> = view.captured_addresses().collect();
+        match self.maps.set_destinations(&wanted) {
+            Ok(false) => {}
+            Ok(true) => tracing::warn!(
+                addresses = wanted.len(),
+                "more addresses than the map of destinations holds: capturing every destination"
+            ),
+            Err(error) => {
+                tracing::error!(%error, "cannot write the map of destinations; what was in it stays")
+            }
+        }
+    }
+
+    /// Mode and addresses of a workload may change while it is enrolled.
+    fn follow(&mut self, present: &mut Enrolled, workload: &Workload) {
+        let strict = workload.mode == Mode::Strict;
+        if present.strict != strict {
+            if let Err(error) = self.maps.guard(present.node_ifindex, present.addresses(), strict) {
+                tracing::error!(workload = %workload.name, %error, "cannot change the guard's mode");
+                return;
+            }
+            present.strict = strict;
+        }
+    }
+
+    /// Removes what earlier agents left for workloads that are not wanted any more.
+    fn sweep(&mut self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
+        let keep: HashSet<String> = wanted.keys().map(|name| enrolled::owner(name)).collect();
+        for owner in self.kernel.owners().unwrap_or_default() {
+            if !keep.contains(&owner)
+                && let Err(error) = self.kernel.detach(&owner)
+            {
+                tracing::error!(%owner, %error, "cannot remove the programs of a workload that is gone");
+            }
+        }
+        // A new agent keeps old guards until it has enrolled their workloads anew.
+        if wanted.len() == enrolled.len() {
+            let guarded: BTreeSet<u32> = enrolled.values().map(|e| e.node_ifindex).collect();
+            for ifindex in self.maps.guarded() {
+                if !guarded.contains(&ifindex) {
+                    self.maps.unguard(ifindex);
+                }
+            }
+        }
+    }
+
+    async fn prove(&mut self, enrolled: &mut BTreeMap<Name, Enrolled>) {
+        let mut lost = Vec::new();
+        for (name, present) in enrolled.iter_mut() {
+            match present.prove(&mut self.kernel, &mut self.maps, &self.node, &self.data).await {
+                Ok(repaired) => {
+                    for what in repaired {
+                        tracing::warn!(workload = %name, what, "capture was tampered with; repaired");
+                        self.metrics.repaired(what);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(workload = %name, error = format!("{error:#}"), "lost; looking for it anew");
+                    lost.push(name.clone());
+                }
+            }
+        }
+        for name in lost {
+            self.metrics.repaired("namespace");
+            if let Some(old) = enrolled.remove(&name) {
+                self.unenrol(old).await;
+            }
+        }
+    }
+
+    async fn enrol_missing(
+        &mut self,
+        view: &Snapshot,
+        wanted: &BTreeMap<&Name, &Arc<Workload>>,
+        enrolled: &mut BTreeMap<Name, Enrolled>,
+    ) {
+        let missing: Vec<&Arc<Workload>> = wanted
+            .iter()
+            .filter(|(name, _)| !enrolled.contains_key(**name))
+            .map(|(_, workload)| *workload)
+            .collect();
+        if missing.is_empty() {
+            return;
+        }
+        let census = match Census::take() {
+            Ok(census) => census,
+            Err(error) => {
+                tracing::error!(%error, "cannot look at the node's network namespaces");
+                return;
+            }
+        };
+        for workload in missing {
+            let name = &workload.name;
+            if enrolled.len() >= MAX_WORKLOADS as usize {
+                self.failed(name, &format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"));
+                continue;
+            }
+            match Enrolled::new(workload, &census, view, self).await {
+                Ok(new) => {
+                    tracing::info!(workload = %name, "enrolled");
+                    enrolled.insert(name.clone(), new);
+                    self.reports.set(name, Enrolment::Enrolled, "");
+                }
+                Err(Incomplete::Waiting(reason)) => {
+                    self.reports.set(name, Enrolment::Pending, &reason);
+                }
+                Err(Incomplete::Failed(error)) => self.failed(name, &format!("{error:#}")),
+            }
+        }
+    }
+
+    fn failed(&self, name: &Name, reason: &str) {
+        if self.reports.set(name, Enrolment::Failed, reason) {
+            tracing::error!(workload = %name, reason, "cannot enrol");
+        }
+    }
+
+    async fn unenrol(&mut self, old: Enrolled) {
+        let name = old.name().clone();
+        tracing::info!(workload = %name, "no longer enrolled");
+        old.remove(&mut self.kernel, &mut self.maps, &self.node, &self.run_dir).await;
+        self.reports.set(&name, Enrolment::Gone, "");
+    }
+
+    fn publish(&self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
+        for name in self.reports.all().keys().filter(|name| !wanted.contains_key(name)) {
+            self.reports.set(name, Enrolment::Gone, "");
+        }
+        self.metrics.enrolled(enrolled.len());
+        self.metrics.unprotected(wanted.len() - enrolled.len());
+    }
+
+    fn count_refusals(&self, counted: &mut HashMap<KernelReason, u64>) {
+        for (reason, total) in self.maps.refused() {
+            let before = counted.insert(reason, total).unwrap_or(0);
+            self.metrics.kernel_refused(reason.label(), total.saturating_sub(before));
+        }
+    }
+}

@@ -1,7 +1,8 @@
 //! The certificates that are in force on this node, as ready TLS configurations.
 //!
 //! Connections look configurations up here; the control thread replaces them as certificates are renewed and roots
-//! rotate. What is in force stays until something valid replaces it.
+//! rotate. What is in force stays until something valid replaces it, or until it has expired: a connection that no peer
+//! would take is refused here, where the reason is known.
 
 use std::{
     collections::HashMap,
@@ -15,14 +16,19 @@ use mesh_core::{
 };
 use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::ring, sign::CertifiedKey, version::TLS13};
 use rustls_pki_types::CertificateDer;
+use time::OffsetDateTime;
 
-use super::verify::{SpiffeClientVerifier, SpiffeServerVerifier};
+use super::{
+    credential::not_after,
+    verify::{self, SpiffeClientVerifier, SpiffeServerVerifier},
+};
 
 /// The TLS configurations of one identity.
 #[derive(Debug, Clone)]
 struct Configs {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    expires: OffsetDateTime,
 }
 
 /// All identities of this node.
@@ -44,9 +50,10 @@ impl Identities {
         certificate: Arc<CertifiedKey>,
         roots: &[CertificateDer<'static>],
     ) -> Result<(), rustls::Error> {
+        let expires = not_after(certificate.end_entity_cert()?).map_err(verify::invalid)?;
         let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN])?;
         let server = server_config(certificate, roots, id.trust_domain(), &[ALPN])?;
-        let configs = Configs { client: Arc::new(client), server: Arc::new(server) };
+        let configs = Configs { client: Arc::new(client), server: Arc::new(server), expires };
         self.configs.write().expect("no holder of this lock panics").insert(id, configs);
         Ok(())
     }
@@ -68,11 +75,13 @@ impl Identities {
 
     fn configs(&self, id: &SpiffeId) -> Result<Configs, Reason> {
         let configs = self.configs.read().expect("no holder of this lock panics");
-        configs.get(id).cloned().ok_or(Reason::NoCertificate)
+        let valid = configs.get(id).filter(|found| OffsetDateTime::now_utc() <= found.expires);
+        valid.cloned().ok_or(Reason::NoCertificate)
     }
 }
 
-fn root_store(roots: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>, rustls::Error> {
+/// Roots as rustls wants them; fails when one of them is not a certificate.
+pub(crate) fn root_store(roots: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>, rustls::Error> {
     let mut store = RootCertStore::empty();
     for root in roots {
         store.add(root.clone())?;
@@ -115,4 +124,38 @@ pub fn server_config(
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use time::Duration;
+
+    use super::*;
+    use crate::identity::credential::tests::Authority;
+
+    fn installed(life: Duration) -> (Identities, SpiffeId) {
+        let credential = Authority::new().credential("spiffe://td/ns/shop/sa/web", Duration::HOUR);
+        let (identities, id) = (Identities::new(), credential.id().clone());
+        identities.install(id.clone(), credential.certified(), credential.bundle()).unwrap();
+        if let Some(configs) = identities.configs.write().unwrap().get_mut(&id) {
+            configs.expires = OffsetDateTime::now_utc() + life;
+        }
+        (identities, id)
+    }
+
+    #[test]
+    fn what_is_installed_serves_until_it_is_removed() {
+        let (identities, id) = installed(Duration::HOUR);
+        assert!(identities.client(&id).is_ok());
+        assert!(identities.server(&id).is_ok());
+        identities.remove(&id);
+        assert_eq!(identities.client(&id).unwrap_err(), Reason::NoCertificate);
+    }
+
+    #[test]
+    fn an_expired_certificate_is_none() {
+        let (identities, id) = installed(-Duration::SECOND);
+        assert_eq!(identities.client(&id).unwrap_err(), Reason::NoCertificate);
+        assert_eq!(identities.server(&id).unwrap_err(), Reason::NoCertificate);
+    }
 }

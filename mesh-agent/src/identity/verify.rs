@@ -71,9 +71,44 @@ fn check_identity(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Resu
     let id = identity_of(leaf).and_then(|id| {
         if id.trust_domain() == trust_domain { Ok(()) } else { Err(CertificateIdentityError::Foreign(id)) }
     });
-    id.map_err(|error| {
-        Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(error))))
-    })
+    id.map_err(invalid)
+}
+
+/// A certificate that the handshake must not take, with the reason.
+pub(super) fn invalid(reason: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(reason))))
+}
+
+/// Why a handshake failed, for a person: rustls prints our own reasons as debug text.
+pub fn explain(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(reason)) => reason.0.to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// What a verifier says to a TLS 1.2 signature; none of our configurations negotiates it.
+pub(super) fn only_tls13() -> Error {
+    Error::General("only TLS 1.3 is spoken here".into())
+}
+
+/// Whether a server's handshake was signed with its certificate's key.
+pub(super) fn tls13_signature(
+    message: &[u8],
+    certificate: &CertificateDer<'_>,
+    signature: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, Error> {
+    verify_tls13_signature(
+        message,
+        certificate,
+        signature,
+        &ring::default_provider().signature_verification_algorithms,
+    )
+}
+
+/// The signatures that are understood.
+pub(super) fn schemes() -> Vec<SignatureScheme> {
+    ring::default_provider().signature_verification_algorithms.supported_schemes()
 }
 
 /// Verifies servers' certificates against the roots of one trust domain. Whose certificate it must be is for the
@@ -120,7 +155,7 @@ impl ServerCertVerifier for SpiffeServerVerifier {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("only TLS 1.3 is spoken here".into()))
+        Err(only_tls13())
     }
 
     fn verify_tls13_signature(
@@ -176,7 +211,7 @@ impl ClientCertVerifier for SpiffeClientVerifier {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("only TLS 1.3 is spoken here".into()))
+        Err(only_tls13())
     }
 
     fn verify_tls13_signature(

@@ -1,5 +1,6 @@
 //! Sockets inside other network namespaces: the agent's only contact with `setns` and with socket options that need
 //! privileges.
 
+pub mod cgroup;
 pub mod netns;
 pub mod socket;

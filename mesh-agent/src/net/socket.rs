@@ -12,7 +12,7 @@ use std::{
 
 use mesh_ebpf::abi::{AGENT_MARK, INNER_PORTS};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::netns::Namespace;
 
@@ -22,8 +22,8 @@ const BACKLOG: i32 = 4096;
 const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 
 /// Opens a listener that only the kernel programs lead to: bound to loopback, transparent, so that the accepted
-/// sockets' local address is the original destination.
-pub fn listen(namespace: &Namespace, family: Family) -> io::Result<TcpListener> {
+/// sockets' local address is the original destination. Non-blocking.
+pub fn listen(namespace: &Namespace, family: Family) -> io::Result<std::net::TcpListener> {
     let socket = namespace.enter(|| transparent(family))??;
     let loopback: IpAddr = match family {
         Family::V4 => std::net::Ipv4Addr::LOCALHOST.into(),
@@ -31,7 +31,7 @@ pub fn listen(namespace: &Namespace, family: Family) -> io::Result<TcpListener> 
     };
     socket.bind(&SockAddr::from(SocketAddr::new(loopback, 0)))?;
     socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    Ok(socket.into())
 }
 
 /// An address family.

@@ -1,0 +1,150 @@
+//! What the agent writes into the kernel programs' maps, and the counters it reads from them.
+
+use std::{
+    collections::{HashMap as StdMap, HashSet},
+    net::IpAddr,
+    os::fd::AsRawFd,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
+};
+use mesh_ebpf::abi::{
+    Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
+    MAX_DESTINATIONS, SourceKey,
+};
+
+/// The maps.
+pub struct Maps {
+    destinations: HashMap<MapData, Address, u32>,
+    listeners: SockHash<MapData, ListenerKey>,
+    guarded: HashMap<MapData, u32, Guarded>,
+    sources: HashMap<MapData, SourceKey, u32>,
+    config: Array<MapData, Config>,
+    refused: PerCpuArray<MapData, u64>,
+    agent_cgroup: u64,
+    /// What is in `destinations`.
+    captured: HashSet<IpAddr>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").field("captured", &self.captured.len()).finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Takes the maps out of the loaded object and puts the agent's cgroup in force.
+    pub fn new(bpf: &mut Ebpf, agent_cgroup: u64) -> anyhow::Result<Self> {
+        let mut take =
+            |name: &str| bpf.take_map(name).ok_or_else(|| anyhow::anyhow!("the object has no map {name}"));
+        let destinations: HashMap<MapData, Address, u32> = take("DESTINATIONS")?.try_into()?;
+        let captured = destinations.keys().filter_map(Result::ok).map(ip_of).collect();
+        let mut maps = Self {
+            destinations,
+            listeners: take("LISTENERS")?.try_into()?,
+            guarded: take("GUARDED")?.try_into()?,
+            sources: take("SOURCES")?.try_into()?,
+            config: take("CONFIG")?.try_into()?,
+            refused: take("REFUSED")?.try_into()?,
+            agent_cgroup,
+            captured,
+        };
+        // Until the first view is here, what an earlier agent had captured stays captured.
+        let flags = maps.config.get(&0, 0).map_or(0, |config| config.flags);
+        maps.set_flags(flags)?;
+        Ok(maps)
+    }
+
+    fn set_flags(&mut self, flags: u32) -> Result<(), MapError> {
+        self.config.set(0, &Config { agent_cgroup: self.agent_cgroup, flags, reserved: 0 }, 0)
+    }
+
+    /// Makes these the captured destinations. If they are more than the map holds, everything is captured, so that
+    /// nothing leaves as plaintext for want of room; returns whether that is so.
+    pub fn set_destinations(&mut self, wanted: &HashSet<IpAddr>) -> Result<bool, MapError> {
+        let overflow = wanted.len() > MAX_DESTINATIONS as usize;
+        if overflow {
+            self.set_flags(FLAG_CAPTURE_ALL)?;
+        }
+        for gone in self.captured.difference(wanted).copied().collect::<Vec<_>>() {
+            self.destinations.remove(&Address::from_ip(gone))?;
+            self.captured.remove(&gone);
+        }
+        let new: Vec<IpAddr> = wanted.difference(&self.captured).copied().collect();
+        let room = MAX_DESTINATIONS as usize - self.captured.len();
+        for address in new.into_iter().take(room) {
+            self.destinations.insert(&Address::from_ip(address), &1, 0)?;
+            self.captured.insert(address);
+        }
+        if !overflow {
+            self.set_flags(0)?;
+        }
+        Ok(overflow)
+    }
+
+    /// Puts a listener in force for an address of a workload.
+    pub fn set_listener(
+        &mut self,
+        address: IpAddr,
+        direction: Direction,
+        listener: &impl AsRawFd,
+    ) -> Result<(), MapError> {
+        let key = ListenerKey { address: Address::from_ip(address), direction: direction as u32 };
+        self.listeners.insert(&key, listener.as_raw_fd(), 0)
+    }
+
+    /// Takes an address's listeners out of force.
+    pub fn remove_listeners(&mut self, address: IpAddr) {
+        for direction in [Direction::Outbound, Direction::Inbound] {
+            let key = ListenerKey { address: Address::from_ip(address), direction: direction as u32 };
+            // Gone already if the socket was closed; that is what is wanted.
+            let _ = self.listeners.remove(&key);
+        }
+    }
+
+    /// Puts the guard of a veth in force.
+    pub fn guard(&mut self, ifindex: u32, addresses: &[IpAddr], strict: bool) -> Result<(), MapError> {
+        for address in addresses {
+            let key = SourceKey { ifindex, address: Address::from_ip(*address) };
+            self.sources.insert(&key, &1, 0)?;
+        }
+        let flags = if strict { FLAG_STRICT } else { 0 };
+        self.guarded.insert(&ifindex, &Guarded { flags }, 0)
+    }
+
+    /// Takes the guard of a veth out of force.
+    pub fn unguard(&mut self, ifindex: u32) {
+        // Missing entries are what is wanted.
+        let _ = self.guarded.remove(&ifindex);
+        let of_veth: Vec<SourceKey> =
+            self.sources.keys().filter_map(Result::ok).filter(|key| key.ifindex == ifindex).collect();
+        for key in of_veth {
+            let _ = self.sources.remove(&key);
+        }
+    }
+
+    /// Veths that have a guard in force.
+    pub fn guarded(&self) -> Vec<u32> {
+        self.guarded.keys().filter_map(Result::ok).collect()
+    }
+
+    /// Refusals by reason since the maps were made, over all CPUs.
+    pub fn refused(&self) -> StdMap<KernelReason, u64> {
+        let count = |reason: KernelReason| {
+            let values = self.refused.get(&(reason as u32), 0);
+            values.map_or(0, |values| values.iter().sum())
+        };
+        KernelReason::ALL.iter().map(|reason| (*reason, count(*reason))).collect()
+    }
+}
+
+fn ip_of(address: Address) -> IpAddr {
+    let mut bytes = [0; 16];
+    for (chunk, word) in bytes.chunks_exact_mut(4).zip(address.0) {
+        chunk.copy_from_slice(&word.to_ne_bytes());
+    }
+    let v6 = std::net::Ipv6Addr::from(bytes);
+    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
+}

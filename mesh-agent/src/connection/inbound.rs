@@ -1,0 +1,290 @@
+//! A connection to a workload of this node, from its capture to its last byte; and the tunnels of other agents, that
+//! carry one such connection after another.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use mesh_core::{
+    frame::{Control, Open},
+    identity::SpiffeId,
+    policy::RuleRef,
+    refusal::Reason,
+    route::Transport,
+    view::Snapshot,
+};
+
+use super::{
+    Accepted, Node,
+    identify::{self, Arrival},
+};
+use crate::{
+    authorize, connect,
+    local::{Admission, Local},
+    metrics::Direction,
+    net::socket,
+    record::Entry,
+    refusal::{Failure, Refusal, Stop},
+    relay::{
+        self, ResetOnDrop,
+        tunnel::{Carried, Stopped},
+    },
+    tunnel::{Event, Link, LinkError, lease},
+};
+
+/// The story of what arrives at a workload's address: plaintext, which is one connection, or a tunnel, whose leases
+/// are one connection each.
+pub(super) async fn serve(accepted: Accepted, node: &Node) {
+    let mut entry = begin(&At::of(&accepted), node);
+    entry.source.address = Some(accepted.peer);
+    let arrived = tokio::select! {
+        arrived = Box::pin(arrive(&accepted, node, &mut entry)) => arrived,
+        refusal = node.cut(&accepted.workload) => Err(refusal),
+    };
+    match arrived {
+        Ok((Arrival::Tunnel, view)) => match Box::pin(handshake(accepted, &view, node)).await {
+            Ok((link, at)) => {
+                entry.withdraw();
+                leases(link, at, node).await;
+            }
+            Err(refusal) => entry.finish(Err(refusal.into())),
+        },
+        Ok((Arrival::Plaintext, view)) => {
+            let result = tokio::select! {
+                result = plaintext(&accepted, &view, node, &mut entry) => result,
+                refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+            };
+            if result.is_err() {
+                socket::reset(accepted.stream);
+            }
+            entry.finish(result);
+        }
+        Err(refusal) => {
+            socket::reset(accepted.stream);
+            entry.finish(Err(refusal.into()));
+        }
+    }
+}
+
+/// Where something arrived: what stays the same for all leases of a tunnel.
+#[derive(Debug, Clone)]
+struct At {
+    from: SocketAddr,
+    original: SocketAddr,
+    workload: Arc<Local>,
+}
+
+impl At {
+    fn of(accepted: &Accepted) -> Self {
+        Self { from: accepted.peer, original: accepted.original, workload: accepted.workload.clone() }
+    }
+}
+
+fn begin(at: &At, node: &Node) -> Box<Entry> {
+    let mut entry = node.inner.recorder.begin(Direction::Inbound, &at.workload.name);
+    entry.destination.workload = Some(at.workload.name.clone());
+    entry.destination.address = Some(at.original);
+    entry
+}
+
+/// Does the source speak TLS?
+async fn arrive(
+    accepted: &Accepted,
+    node: &Node,
+    entry: &mut Entry,
+) -> Result<(Arrival, Arc<Snapshot>), Refusal> {
+    identify::not_a_loop(accepted)?;
+    let view = node.view()?;
+    entry.view = Some(view.clone());
+    let destination = authorize::destination(&view, &accepted.workload.name)?;
+    entry.destination.identity = view.identity(&destination.name).cloned();
+    let arrival = identify::arrival(accepted, &view, &destination, node.limits()).await?;
+    entry.transport = Some(match arrival {
+        Arrival::Tunnel => Transport::Tunnel,
+        Arrival::Plaintext => Transport::Plaintext,
+    });
+    Ok((arrival, view))
+}
+
+/// One plaintext connection.
+async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
+    let (at, client) = (At::of(accepted), accepted.peer.ip());
+    // May they? The address names the source for the log alone: nothing proves it.
+    entry.source.workload = view.workload_at(client).map(|workload| workload.name.clone());
+    entry.rule = may(view, &at, None)?;
+    let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
+
+    // The application, and the bytes, for as long as they may.
+    let limits = node.limits();
+    let app =
+        Box::pin(connect::application(&at.workload.namespace, client, at.original, limits.dial_timeout));
+    let app = ResetOnDrop::new(app.await?);
+    tokio::select! {
+        carried = relay::plain::run(&accepted.stream, app, &entry.flow, limits.ready_wait) => Ok(carried?),
+        refusal = revoked(node, &at, None) => Err(refusal.into()),
+    }
+}
+
+/// The tunnel of another agent. Who it is must be what the view says, lease by lease.
+async fn handshake(accepted: Accepted, view: &Snapshot, node: &Node) -> Result<(Link, At), Refusal> {
+    let at = At::of(&accepted);
+    let connector = &node.inner.connector;
+    let own = view.identity(&at.workload.name).ok_or(Reason::DestinationUnknown)?;
+    let config = connector.identities.server(own)?;
+    let link =
+        connect::take(accepted.stream, config, own.clone(), &connector.limits, &connector.metrics).await?;
+    Ok((link, at))
+}
+
+/// One lease after another, until the tunnel is idle for too long, broken, or the agent stops.
+async fn leases(mut link: Link, at: At, node: &Node) {
+    let limits = node.limits();
+    let metrics = &node.inner.connector.metrics;
+    loop {
+        link.count_as("idle", metrics);
+        // Waiting for OPEN is cancel-safe: what was read of it stays in the link.
+        let asked = tokio::select! {
+            asked = tokio::time::timeout(limits.idle_at_destination, link.next()) => asked,
+            () = node.drain().draining() => return link.close(limits.ready_wait).await,
+            () = at.workload.leaving() => return link.close(limits.ready_wait).await,
+        };
+        let open = match asked {
+            Ok(Ok(Event::Control(Control::Open(open)))) => open,
+            Ok(Ok(_)) => return unasked(&at, node, Reason::BadFrame, "not an OPEN"),
+            Ok(Err(LinkError::Closed)) => return link.retire(),
+            Ok(Err(error @ (LinkError::Frame(_) | LinkError::Tls(_)))) => {
+                return unasked(&at, node, Reason::BadFrame, error.to_string());
+            }
+            // The peer went away with nothing under way: nobody's connection.
+            Ok(Err(_)) => return,
+            Err(_) if link.is_mid_frame() => return unasked(&at, node, Reason::OpenTimeout, "half an OPEN"),
+            Err(_) => return link.close(limits.ready_wait).await,
+        };
+        link.count_as("busy", metrics);
+        match lease(link, open, &at, node).await {
+            Some(ready) => link = ready,
+            None => return,
+        }
+    }
+}
+
+/// A tunnel that ends for a reason without having asked for a connection.
+fn unasked(at: &At, node: &Node, reason: Reason, detail: impl Into<std::borrow::Cow<'static, str>>) {
+    let mut entry = begin(at, node);
+    entry.source.address = Some(at.from);
+    entry.transport = Some(Transport::Tunnel);
+    entry.finish(Err(Refusal::new(reason, detail).into()));
+}
+
+/// One lease: one connection, decided on the newest view. The tunnel, if it takes another.
+async fn lease(mut link: Link, open: Open, at: &At, node: &Node) -> Option<Link> {
+    let wait = node.limits().ready_wait;
+    let mut entry = begin(at, node);
+    let proved = Proved { identity: link.peer().clone(), open };
+    let asked = tokio::select! {
+        asked = Box::pin(admit(&proved, at, node, &mut entry)) => asked,
+        refusal = node.cut(&at.workload) => Err(refusal),
+    };
+    let (app, _place) = match asked {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            let reason = refusal.reason;
+            entry.finish(Err(refusal.into()));
+            return Box::pin(lease::refuse(link, reason, wait)).await;
+        }
+    };
+
+    // The bytes, for as long as they may.
+    let carried = Carried { flow: &entry.flow, direction: Direction::Inbound, wait };
+    link.push(&Control::Accept);
+    let (stopped, said) = tokio::select! {
+        carried = relay::tunnel::run(&app, &mut link, carried) => carried,
+        refusal = revoked(node, at, Some(&proved)) => return cut(entry, refusal),
+        refusal = node.cut(&at.workload) => return cut(entry, refusal),
+    };
+    let (result, usable) = match stopped {
+        Stopped::Finished => {
+            app.finished();
+            (Ok(()), true)
+        }
+        // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
+        Stopped::ApplicationReset => (Err(Failure::DestinationReset), !said.own_end),
+        Stopped::PeerReset => (Err(Failure::SourceReset), true),
+        Stopped::Lost(error) => (Err(Failure::TunnelLost(error.to_string())), false),
+    };
+    entry.finish(result.map_err(Stop::from));
+    if !usable {
+        return None;
+    }
+    Box::pin(lease::make_ready(link, said, wait)).await
+}
+
+/// Ends a connection in its midst: application and tunnel are reset, by being dropped.
+fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Link> {
+    entry.finish(Err(refusal.into()));
+    None
+}
+
+/// What a source has shown of itself: by its certificate, and by its OPEN.
+#[derive(Debug)]
+struct Proved {
+    identity: SpiffeId,
+    open: Open,
+}
+
+/// May they? Then connects the application, as the client.
+async fn admit(
+    proved: &Proved,
+    at: &At,
+    node: &Node,
+    entry: &mut Entry,
+) -> Result<(ResetOnDrop, Admission), Refusal> {
+    let open = &proved.open;
+    entry.transport = Some(Transport::Tunnel);
+    entry.source.address = Some(open.source);
+    entry.source.identity = Some(Arc::new(proved.identity.clone()));
+    if open.port != at.original.port() || open.source.is_ipv4() != at.original.is_ipv4() {
+        let detail =
+            format!("OPEN from {} to port {} on a tunnel to {}", open.source, open.port, at.original);
+        return Err(Refusal::new(Reason::BadFrame, detail));
+    }
+    let view = node.view()?;
+    entry.view = Some(view.clone());
+    entry.destination.identity = view.identity(&at.workload.name).cloned();
+    entry.source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
+    entry.rule = may(&view, at, Some(proved))?;
+    let limits = node.limits();
+    let place = at.workload.admit(limits.max_connections_per_workload)?;
+    let app =
+        connect::application(&at.workload.namespace, open.source.ip(), at.original, limits.dial_timeout);
+    Ok((ResetOnDrop::new(app.await?), place))
+}
+
+/// The decision, the same when a connection is opened and whenever the view changes: is the source who it says, and
+/// may it connect?
+fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Option<RuleRef>, Refusal> {
+    let destination = authorize::destination(view, &at.workload.name)?;
+    let (identity, address): (Option<&SpiffeId>, IpAddr) = match proved {
+        Some(proved) => {
+            identify::tunnel_source(view, at.from.ip(), &proved.identity, &proved.open)?;
+            (Some(&proved.identity), proved.open.source.ip())
+        }
+        None => (None, at.from.ip()),
+    };
+    Ok(authorize::inbound(view, &destination, identity, address, at.original.port())?)
+}
+
+/// Done when a change of the view takes a live connection's permission away. Cancel-safe.
+async fn revoked(node: &Node, at: &At, proved: Option<&Proved>) -> Refusal {
+    let mut views = node.inner.view.clone();
+    while views.changed().await.is_ok() {
+        let view = views.borrow_and_update().clone();
+        // An agent that lost its view decides on the last one.
+        if let Some(Err(refusal)) = view.map(|view| may(&view, at, proved)) {
+            return refusal;
+        }
+    }
+    // Nobody will change the view any more.
+    std::future::pending().await
+}

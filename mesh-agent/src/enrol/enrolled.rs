@@ -1,0 +1,274 @@
+//! One enrolled workload: how it comes to be captured, how that is proven, how it is let go.
+
+use std::{
+    net::{IpAddr, TcpListener},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use mesh_core::{
+    model::{Mode, Name, Workload},
+    view::Snapshot,
+};
+use mesh_ebpf::abi;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Enroller,
+    discover::{Census, Place, PlaceError, still_has},
+};
+use crate::{
+    capture::{
+        Hook, Kernel, Maps,
+        routing::Routing,
+        uninstall::{forget_settings, save_settings, saved_settings},
+    },
+    connection::{Direction, Node},
+    listen,
+    local::Local,
+    net::socket::{self, Family},
+};
+
+/// How long connections of a workload that leaves the mesh may take to end, before capture is taken from under them.
+const LEAVE_WAIT: Duration = Duration::from_secs(1);
+/// The index of `lo`.
+const LO: u32 = 1;
+
+/// A listener with what leads to it.
+#[derive(Debug)]
+struct Listener {
+    socket: TcpListener,
+    direction: Direction,
+    family: Family,
+}
+
+/// A captured workload.
+#[derive(Debug)]
+pub(super) struct Enrolled {
+    local: Arc<Local>,
+    routing: Routing,
+    listeners: Vec<Listener>,
+    stop: CancellationToken,
+    pod_ifindex: u32,
+    /// The node's end of its veth.
+    pub(super) node_ifindex: u32,
+    /// What the guard was told.
+    pub(super) strict: bool,
+}
+
+/// Why a workload is not captured.
+#[derive(Debug)]
+pub(super) enum Incomplete {
+    /// Something that will come is not there yet.
+    Waiting(String),
+    /// Something is wrong.
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Incomplete {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What a workload's pins are called: namespace and name of Kubernetes objects have no underscores, and bpffs takes
+/// no dots.
+pub(super) fn owner(name: &Name) -> String {
+    format!("{}__{}", name.namespace, name.name).replace('.', "_d_")
+}
+
+impl Enrolled {
+    /// Captures a workload. A strict one is guarded before anything else, so that it never speaks plaintext while its
+    /// certificate is on the way.
+    pub(super) async fn new(
+        workload: &Workload,
+        census: &Census,
+        view: &Snapshot,
+        context: &mut Enroller,
+    ) -> Result<Self, Incomplete> {
+        let Place { namespace, pod_ifindex, node_ifindex } = match census.place(&workload.addresses).await {
+            Ok(place) => place,
+            Err(PlaceError::NoNamespace(address)) => {
+                return Err(Incomplete::Waiting(format!(
+                    "no network namespace of this node has {address} yet"
+                )));
+            }
+            Err(error) => return Err(Incomplete::Failed(error.into())),
+        };
+        let strict = workload.mode == Mode::Strict;
+        let local = Local::new(workload.name.clone(), workload.addresses.clone(), namespace);
+        let mut new = Self {
+            routing: Routing::open(&local.namespace).context("cannot open netlink in the pod's namespace")?,
+            local: Arc::new(local),
+            listeners: Vec::new(),
+            stop: CancellationToken::new(),
+            pod_ifindex,
+            node_ifindex,
+            strict,
+        };
+        if strict {
+            new.guard(&mut context.kernel, &mut context.maps)?;
+        }
+        let identity = view.identity(&workload.name).context("the view has no identity for the workload")?;
+        if context.identities.server(identity).is_err() {
+            return Err(Incomplete::Waiting(format!("waits for the certificate of {identity}")));
+        }
+        save_settings(&context.run_dir, &new.local.namespace)?;
+        new.routing
+            .ensure(&new.local.namespace, &new.families())
+            .await
+            .context("cannot set rule, route and sysctls in the pod's namespace")?;
+        for family in new.families() {
+            for direction in [Direction::Outbound, Direction::Inbound] {
+                let listener = new.listen(family, direction, &context.node, &context.data)?;
+                new.lead(&listener, &mut context.maps)?;
+                new.listeners.push(listener);
+            }
+        }
+        for hook in [Hook::Deliver, Hook::CaptureOutbound, Hook::CaptureInbound] {
+            new.attach(hook, &mut context.kernel)?;
+        }
+        new.guard(&mut context.kernel, &mut context.maps)?;
+        Ok(new)
+    }
+
+    pub(super) fn name(&self) -> &Name {
+        &self.local.name
+    }
+
+    pub(super) fn addresses(&self) -> &[IpAddr] {
+        &self.local.addresses
+    }
+
+    fn families(&self) -> Vec<Family> {
+        let mut families: Vec<Family> = self.addresses().iter().copied().map(Family::of).collect();
+        families.sort();
+        families.dedup();
+        families
+    }
+
+    fn listen(
+        &self,
+        family: Family,
+        direction: Direction,
+        node: &Node,
+        data: &Handle,
+    ) -> anyhow::Result<Listener> {
+        let socket =
+            socket::listen(&self.local.namespace, family).context("cannot listen in the pod's namespace")?;
+        listen::spawn(data, &socket, direction, self.local.clone(), node.clone(), self.stop.clone())?;
+        Ok(Listener { socket, direction, family })
+    }
+
+    fn lead(&self, listener: &Listener, maps: &mut Maps) -> anyhow::Result<()> {
+        let direction = match listener.direction {
+            Direction::Outbound => abi::Direction::Outbound,
+            Direction::Inbound => abi::Direction::Inbound,
+        };
+        for address in self.addresses().iter().filter(|address| Family::of(**address) == listener.family) {
+            maps.set_listener(*address, direction, &listener.socket)
+                .context("cannot lead the kernel programs to a listener")?;
+        }
+        Ok(())
+    }
+
+    fn attach(&self, hook: Hook, kernel: &mut Kernel) -> anyhow::Result<()> {
+        let owner = owner(self.name());
+        match hook {
+            Hook::Deliver => kernel.attach(&owner, hook, &self.local.namespace, LO)?,
+            Hook::CaptureOutbound | Hook::CaptureInbound => {
+                kernel.attach(&owner, hook, &self.local.namespace, self.pod_ifindex)?;
+            }
+            Hook::GuardFromPod | Hook::GuardToPod => {
+                let of_node = crate::net::netns::Namespace::of_agent()?;
+                kernel.attach(&owner, hook, &of_node, self.node_ifindex)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn guard(&self, kernel: &mut Kernel, maps: &mut Maps) -> anyhow::Result<()> {
+        maps.guard(self.node_ifindex, self.addresses(), self.strict)
+            .context("cannot write the guard's maps")?;
+        self.attach(Hook::GuardFromPod, kernel)?;
+        self.attach(Hook::GuardToPod, kernel)
+    }
+
+    /// Checks against the kernel that all is in place and repairs what is not; returns the names of what was missing.
+    /// An error means that the workload's place itself is gone.
+    pub(super) async fn prove(
+        &mut self,
+        kernel: &mut Kernel,
+        maps: &mut Maps,
+        node: &Node,
+        data: &Handle,
+    ) -> anyhow::Result<Vec<&'static str>> {
+        for address in self.addresses() {
+            anyhow::ensure!(
+                still_has(&self.local.namespace, *address),
+                "the namespace no longer has {address}"
+            );
+        }
+        let mut repaired = self.routing.ensure(&self.local.namespace, &self.families()).await?;
+        let of_node = crate::net::netns::Namespace::of_agent()?;
+        for hook in Hook::ALL {
+            let (namespace, ifindex) = match hook {
+                Hook::Deliver => (&self.local.namespace, LO),
+                Hook::CaptureOutbound | Hook::CaptureInbound => (&self.local.namespace, self.pod_ifindex),
+                Hook::GuardFromPod | Hook::GuardToPod => (&of_node, self.node_ifindex),
+            };
+            if !kernel.is_attached(hook, namespace, ifindex) {
+                self.attach(hook, kernel)?;
+                repaired.push("program");
+            }
+        }
+        for index in 0..self.listeners.len() {
+            if !is_listening(&self.listeners[index].socket) {
+                let Listener { direction, family, .. } = self.listeners[index];
+                let fresh = self.listen(family, direction, node, data)?;
+                self.lead(&fresh, maps)?;
+                self.listeners[index] = fresh;
+                repaired.push("listener");
+            }
+        }
+        Ok(repaired)
+    }
+
+    /// Lets the workload go: ends its connections first, since without capture their data would leave as plaintext,
+    /// then takes away everything that enrolment brought.
+    pub(super) async fn remove(self, kernel: &mut Kernel, maps: &mut Maps, node: &Node, run_dir: &Path) {
+        for address in self.addresses() {
+            maps.remove_listeners(*address);
+        }
+        self.stop.cancel();
+        self.local.leave(LEAVE_WAIT).await;
+        node.forget(&self.local);
+        let name = self.name();
+        if let Err(error) = kernel.detach(&owner(name)) {
+            tracing::error!(workload = %name, %error, "cannot detach the programs");
+        }
+        maps.unguard(self.node_ifindex);
+        // The namespace may be gone with its last process; then so is what we had there.
+        if let Err(error) = self.routing.remove().await {
+            tracing::debug!(workload = %name, error = format!("{error:#}"), "cannot remove rule and route");
+        }
+        let namespace = &self.local.namespace;
+        let restored = saved_settings(run_dir, namespace).and_then(|settings| {
+            if let Some(settings) = settings {
+                settings.restore(namespace)?;
+            }
+            Ok(forget_settings(run_dir, namespace)?)
+        });
+        if let Err(error) = restored {
+            tracing::debug!(workload = %name, error = format!("{error:#}"), "cannot restore the settings of lo");
+        }
+    }
+}
+
+/// Whether a socket is in the listening state; one that was destroyed from outside (`ss -K`) is not.
+fn is_listening(socket: &TcpListener) -> bool {
+    socket2::SockRef::from(socket).is_listener().unwrap_or(false)
+}

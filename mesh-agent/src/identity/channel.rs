@@ -1,0 +1,129 @@
+//! The authenticated connection to the controller: mutual TLS, and the peer has to be the controller, not merely
+//! somebody of the trust domain.
+
+use std::{io, sync::Arc, time::Duration};
+
+use mesh_core::identity::{SpiffeId, Subject};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::{net::TcpStream, sync::watch};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::transport::Channel;
+
+use super::verify::{CertificateIdentityError, explain, peer_identity};
+use crate::{
+    config::HostPort,
+    rpc::{self, CONNECT_TIMEOUT},
+};
+
+/// What gRPC is called in TLS (RFC 9113 §3.2).
+pub const ALPN_H2: &[u8] = b"h2";
+/// Idle time after which TCP probes: for connections that HTTP/2's own probes do not cover yet.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// Why there is no connection to the controller.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// TCP.
+    #[error("cannot connect to {controller}: {source}")]
+    Dial {
+        /// The controller's address.
+        controller: HostPort,
+        /// The kernel's or the resolver's error.
+        source: io::Error,
+    },
+    /// TLS.
+    #[error("the TLS handshake with {controller} failed: {}", reason(.source))]
+    Handshake {
+        /// The controller's address.
+        controller: HostPort,
+        /// The handshake's error; rustls' own is inside.
+        source: io::Error,
+    },
+    /// Nothing came in time.
+    #[error("{0} did not answer within {CONNECT_TIMEOUT:?}")]
+    Timeout(HostPort),
+    /// The certificate names nobody.
+    #[error("{controller} does not say who it is: {error}")]
+    Nobody {
+        /// The controller's address.
+        controller: HostPort,
+        /// What is wrong with its certificate.
+        error: CertificateIdentityError,
+    },
+    /// A node or a workload answers in the controller's place.
+    #[error("{controller} is {found}, not the controller")]
+    NotController {
+        /// The controller's address.
+        controller: HostPort,
+        /// Who answered.
+        found: SpiffeId,
+    },
+}
+
+impl ConnectError {
+    /// Whether another attempt may succeed without anything being put right.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Dial { .. } | Self::Timeout(_) => true,
+            Self::Handshake { source, .. } => {
+                !matches!(of_tls(source), Some(rustls::Error::InvalidCertificate(_)))
+            }
+            Self::Nobody { .. } | Self::NotController { .. } => false,
+        }
+    }
+}
+
+fn of_tls(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+fn reason(error: &io::Error) -> String {
+    of_tls(error).map_or_else(|| error.to_string(), explain)
+}
+
+/// A channel to the controller. Every new connection uses the configuration that is in force then, so that renewed
+/// certificates and new roots count from the next one on.
+pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientConfig>>) -> Channel {
+    rpc::channel(move || {
+        let (controller, tls) = (controller.clone(), tls.borrow().clone());
+        async move { Ok::<_, ConnectError>(open(&controller, tls).await?.0) }
+    })
+}
+
+/// One connection to the controller, and who it is: its identity is the controller's, in the trust domain that the
+/// configuration's verifier let pass.
+pub(super) async fn open(
+    controller: &HostPort,
+    tls: Arc<ClientConfig>,
+) -> Result<(TlsStream<TcpStream>, SpiffeId), ConnectError> {
+    let connecting = async {
+        let stream = TcpStream::connect((controller.host.as_str(), controller.port))
+            .await
+            .map_err(|source| ConnectError::Dial { controller: controller.clone(), source })?;
+        prepare(&stream).map_err(|source| ConnectError::Dial { controller: controller.clone(), source })?;
+        // No name is checked and none is sent: the certificate's SPIFFE ID is what counts.
+        let name = ServerName::try_from("controller").expect("a valid DNS name");
+        TlsConnector::from(tls)
+            .connect(name, stream)
+            .await
+            .map_err(|source| ConnectError::Handshake { controller: controller.clone(), source })
+    };
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
+        .await
+        .map_err(|_| ConnectError::Timeout(controller.clone()))??;
+    let found = peer_identity(stream.get_ref().1.peer_certificates())
+        .map_err(|error| ConnectError::Nobody { controller: controller.clone(), error })?;
+    match found.subject() {
+        Subject::Controller => Ok((stream, found)),
+        Subject::Node(_) | Subject::Workload { .. } => {
+            Err(ConnectError::NotController { controller: controller.clone(), found })
+        }
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive = socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
+    socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}

@@ -1,0 +1,60 @@
+//! The limits of the data path: how long anything may take, how much of anything may be held.
+//!
+//! One struct, handed to every step as data, so that a limit is named once and tests can set it.
+
+use std::time::Duration;
+
+/// What a connection may take. `Default` is what the agent runs with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// A TLS handshake, with SETTINGS on the source's side and with the wait for the first byte on the
+    /// destination's: 10 s, for a loaded peer on a long path.
+    pub handshake_timeout: Duration,
+    /// From OPEN to ACCEPT or REFUSE, and from the first byte of an OPEN to its last: 10 s; more than
+    /// [`Limits::dial_timeout`], which the destination's agent spends in between.
+    pub open_timeout: Duration,
+    /// A TCP connect, to a peer or to an application: 5 s.
+    pub dial_timeout: Duration,
+    /// How long a source keeps an idle tunnel: 30 s; less than the destination's, so that the source, which can do it
+    /// without a race, is the one that closes.
+    pub idle_at_source: Duration,
+    /// How long a destination keeps an idle tunnel: 60 s.
+    pub idle_at_destination: Duration,
+    /// Age at which a tunnel is not leased again, so that renewed certificates and new roots come into use: 1 h.
+    pub tunnel_age: Duration,
+    /// How long the end of a lease may wait for the peer's last words: 1 s. After it the tunnel is given up.
+    pub ready_wait: Duration,
+    /// How long a permissive destination waits for the first byte of an enrolled source before it takes the
+    /// connection for plaintext in which the server speaks first: 300 ms.
+    pub sniff: Duration,
+    /// Idle tunnels that are kept ready for a (source, destination) in use: 2.
+    pub spares: usize,
+    /// Most idle tunnels of one (source, destination): 64.
+    pub idle_per_key: usize,
+    /// Most idle tunnels in all: 4096, a fifth of a usual descriptor limit.
+    pub idle_total: usize,
+    /// Most connections of one workload at a time, both directions together: 20,000.
+    pub max_connections_per_workload: usize,
+    /// Endpoints of a service that are tried for one connection: 3.
+    pub endpoint_attempts: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(10),
+            open_timeout: Duration::from_secs(10),
+            dial_timeout: Duration::from_secs(5),
+            idle_at_source: Duration::from_secs(30),
+            idle_at_destination: Duration::from_secs(60),
+            tunnel_age: Duration::from_secs(3600),
+            ready_wait: Duration::from_secs(1),
+            sniff: Duration::from_millis(300),
+            spares: 2,
+            idle_per_key: 64,
+            idle_total: 4096,
+            max_connections_per_workload: 20_000,
+            endpoint_attempts: 3,
+        }
+    }
+}

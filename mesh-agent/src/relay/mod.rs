@@ -1,0 +1,128 @@
+//! The bytes: from application to tunnel and back, or from socket to socket.
+//!
+//! What TCP can do is carried over: half close either way, reset either way (also while the other side is blocked),
+//! connections without a byte. A direction waits for readiness without holding memory, then borrows a buffer for as
+//! long as bytes are in hand.
+
+pub(crate) mod plain;
+pub(crate) mod tunnel;
+
+use std::{
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{io::Interest, net::TcpStream};
+
+use crate::tunnel::read_some;
+
+/// Reads after which a direction lets others run: 1 MiB of bulk.
+const TURN: u32 = 16;
+
+/// Lets other connections of the same worker run from time to time.
+#[derive(Debug, Default)]
+struct Turns(u32);
+
+impl Turns {
+    async fn took(&mut self) {
+        self.0 += 1;
+        if self.0.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// A connection that is reset when it is dropped, unless it came to its proper end: whatever cuts a relay short, the
+/// application must not take it for the end of the data.
+#[derive(Debug)]
+pub(crate) struct ResetOnDrop(TcpStream);
+
+impl ResetOnDrop {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        // Fails only for a socket that is gone already; then there is nothing to reset.
+        let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+        Self(stream)
+    }
+
+    /// Both directions have ended.
+    pub(crate) fn finished(self) {
+        let _ = socket2::SockRef::from(&self.0).set_linger(None);
+    }
+}
+
+impl std::ops::Deref for ResetOnDrop {
+    type Target = TcpStream;
+    fn deref(&self) -> &TcpStream {
+        &self.0
+    }
+}
+
+/// The connection was reset, or failed otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reset;
+
+/// An application's connection, as both directions of a relay see it.
+///
+/// The kernel reports a reset once, to whichever direction asks first; the other one would take it for a proper end.
+/// So it is noted here.
+#[derive(Debug)]
+struct Socket<'a> {
+    stream: &'a TcpStream,
+    reset: AtomicBool,
+}
+
+impl<'a> Socket<'a> {
+    fn new(stream: &'a TcpStream) -> Self {
+        Self { stream, reset: AtomicBool::new(false) }
+    }
+
+    fn died(&self) -> Reset {
+        self.reset.store(true, Ordering::Relaxed);
+        Reset
+    }
+
+    fn is_reset(&self) -> bool {
+        self.reset.load(Ordering::Relaxed)
+    }
+
+    /// Waits for bytes or the end. Cancel-safe.
+    async fn readable(&self) -> Result<(), Reset> {
+        self.stream.readable().await.map_err(|_| self.died())
+    }
+
+    /// Waits for room. Cancel-safe.
+    async fn writable(&self) -> Result<(), Reset> {
+        self.stream.writable().await.map_err(|_| self.died())
+    }
+
+    /// Waits for a reset, also while nothing is read. Cancel-safe.
+    async fn failed(&self) -> Reset {
+        // An error of the wait itself means that the runtime stops: the same for the caller.
+        let _ = self.stream.ready(Interest::ERROR).await;
+        self.died()
+    }
+
+    /// Reads what is there; 0 is the end, `None` is nothing there.
+    fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, Reset> {
+        match read_some(self.stream, buffer) {
+            Ok(0) if self.is_reset() => Err(Reset),
+            Ok(n) => Ok(Some(n)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(_) => Err(self.died()),
+        }
+    }
+
+    /// Writes what there is room for; `None` is no room.
+    fn write(&self, bytes: &[u8]) -> Result<Option<usize>, Reset> {
+        match self.stream.try_write(bytes) {
+            Ok(n) => Ok(Some(n)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(_) => Err(self.died()),
+        }
+    }
+
+    /// Half close.
+    fn finish(&self) -> Result<(), Reset> {
+        socket2::SockRef::from(self.stream).shutdown(std::net::Shutdown::Write).map_err(|_| self.died())
+    }
+}

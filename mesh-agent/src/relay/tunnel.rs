@@ -1,0 +1,225 @@
+//! Application to tunnel and back, for both ends of a tunnel.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use mesh_core::frame::{Control, HEADER_LEN, Header, Kind};
+use tokio::net::TcpStream;
+
+use super::{Reset, Socket, Turns};
+use crate::{
+    metrics::{Direction, Flow},
+    tunnel::{
+        Event, Incoming, Link, LinkError, Tls,
+        buffers::{Buffer, READ},
+        lease::Said,
+    },
+};
+
+/// How a relay stopped.
+#[derive(Debug)]
+pub(crate) enum Stopped {
+    /// Both directions ended, and everything was delivered.
+    Finished,
+    /// The application on this node reset its connection.
+    ApplicationReset,
+    /// The peer's end was reset.
+    PeerReset,
+    /// The tunnel broke.
+    Lost(LinkError),
+}
+
+/// What the bytes of a relay count as.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Carried<'a> {
+    /// The connection's counters.
+    pub(crate) flow: &'a Flow,
+    /// Outbound: the application here is the source.
+    pub(crate) direction: Direction,
+    /// How long the bytes that a reset application had sent before may take to be passed on.
+    pub(crate) wait: Duration,
+}
+
+impl Carried<'_> {
+    fn up(&self, n: usize) {
+        match self.direction {
+            Direction::Outbound => self.flow.sent(n),
+            Direction::Inbound => self.flow.received(n),
+        }
+    }
+
+    fn down(&self, n: usize) {
+        match self.direction {
+            Direction::Outbound => self.flow.received(n),
+            Direction::Inbound => self.flow.sent(n),
+        }
+    }
+}
+
+/// Carries bytes until both directions have ended or one is broken. What was said decides how the lease ends
+/// ([`crate::tunnel::lease`]); unless it finished, the caller resets the application's connection.
+pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: Carried<'_>) -> (Stopped, Said) {
+    let (tls, incoming) = link.halves();
+    let app = &Socket::new(app);
+    let mut up = std::pin::pin!(up(app, tls, carried));
+    // First both directions run. A branch that loses keeps its future, except when the connection is given up.
+    {
+        let mut down = std::pin::pin!(down(app, tls, incoming, carried));
+        tokio::select! {
+            ended = &mut up => {
+                if let Err(broken) = ended {
+                    return (broken.into(), Said { own_end: false, peer_end: false });
+                }
+                // The application has ended: nothing reads it any more, but its reset has to be seen.
+                let ended = tokio::select! {
+                    ended = &mut down => ended,
+                    reset = app.failed() => Err(reset.into()),
+                };
+                return match ended {
+                    Ok(End::Fin) => (Stopped::Finished, Said { own_end: true, peer_end: true }),
+                    Ok(End::Reset) => (Stopped::PeerReset, Said { own_end: true, peer_end: true }),
+                    Err(broken) => (broken.into(), Said { own_end: true, peer_end: false }),
+                };
+            }
+            ended = &mut down => match ended {
+                Ok(End::Fin) => {}
+                Ok(End::Reset) => return (Stopped::PeerReset, Said { own_end: false, peer_end: true }),
+                Err(broken) => {
+                    if matches!(broken, Broken::Application) {
+                        // What it had sent before it died (an answer, before it closed without reading the request)
+                        // is the peer's to read; a dead socket gives it without waiting.
+                        let _ = tokio::time::timeout(carried.wait, up).await;
+                    }
+                    return (broken.into(), Said { own_end: false, peer_end: false });
+                }
+            },
+        }
+    }
+    // The peer has ended: nothing more may come, but its going away has to be seen.
+    tokio::select! {
+        ended = &mut up => match ended {
+            Ok(()) => (Stopped::Finished, Said { own_end: true, peer_end: true }),
+            Err(broken) => (broken.into(), Said { own_end: false, peer_end: true }),
+        },
+        word = incoming.next(tls) => {
+            let error = word.map_or_else(|error| error, |_| LinkError::OutOfTurn);
+            (Stopped::Lost(error), Said { own_end: false, peer_end: true })
+        }
+    }
+}
+
+/// The peer's last word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Fin,
+    Reset,
+}
+
+/// Which side of a direction is gone.
+#[derive(Debug)]
+enum Broken {
+    Application,
+    Link(LinkError),
+}
+
+impl From<Reset> for Broken {
+    fn from(_: Reset) -> Self {
+        Self::Application
+    }
+}
+
+impl From<std::io::Error> for Broken {
+    fn from(error: std::io::Error) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+impl From<LinkError> for Broken {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error)
+    }
+}
+
+impl From<Broken> for Stopped {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Application => Self::ApplicationReset,
+            Broken::Link(error) => Self::Lost(error),
+        }
+    }
+}
+
+/// Application to tunnel, up to FIN.
+async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Broken> {
+    let mut turns = Turns::default();
+    tls.flush().await?; // ACCEPT, where this is the destination
+    loop {
+        app.readable().await?;
+        let mut buffer = Buffer::take();
+        let Some(n) = app.read(&mut buffer[HEADER_LEN..READ])? else { continue };
+        if n == 0 {
+            let mut fin = BytesMut::with_capacity(HEADER_LEN);
+            Control::Fin.encode(&mut fin);
+            tls.push(&fin);
+        } else {
+            buffer[..HEADER_LEN].copy_from_slice(&Header { kind: Kind::Data, len: n }.encode());
+            tls.push(&buffer[..HEADER_LEN + n]);
+        }
+        drop(buffer);
+        // Both waits are cancel-safe.
+        tokio::select! {
+            biased;
+            flushed = tls.flush() => flushed?,
+            reset = app.failed() => return Err(reset.into()),
+        }
+        if n == 0 {
+            return Ok(());
+        }
+        carried.up(n);
+        turns.took().await;
+    }
+}
+
+/// Tunnel to application, up to the peer's last word.
+async fn down(
+    app: &Socket<'_>,
+    tls: &Tls,
+    incoming: &mut Incoming,
+    carried: Carried<'_>,
+) -> Result<End, Broken> {
+    let mut turns = Turns::default();
+    loop {
+        match incoming.next(tls).await? {
+            Event::Data => deliver(app, tls, incoming, carried).await?,
+            Event::Control(Control::Fin) => {
+                app.finish()?;
+                return Ok(End::Fin);
+            }
+            Event::Control(Control::Reset) => return Ok(End::Reset),
+            Event::Control(_) => return Err(LinkError::OutOfTurn.into()),
+        }
+        turns.took().await;
+    }
+}
+
+async fn deliver(
+    app: &Socket<'_>,
+    tls: &Tls,
+    incoming: &mut Incoming,
+    carried: Carried<'_>,
+) -> Result<(), Broken> {
+    while !incoming.data().is_empty() {
+        match app.write(incoming.data())? {
+            Some(n) => {
+                incoming.consume(n);
+                carried.down(n);
+            }
+            // Both waits are cancel-safe.
+            None => tokio::select! {
+                ready = app.writable() => ready?,
+                () = tls.failed() => return Err(LinkError::Truncated.into()),
+            },
+        }
+    }
+    Ok(())
+}

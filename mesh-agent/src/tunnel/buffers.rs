@@ -1,0 +1,53 @@
+//! Buffers that a connection borrows while it has bytes in hand.
+//!
+//! An idle connection holds none: it waits for readiness first and borrows after. The pool bounds what is kept for
+//! the next borrower, not what is lent: a connection that stalls keeps its one buffer per direction, which the limit
+//! on connections of a workload bounds, and cannot make others wait for theirs.
+
+use std::{
+    ops::{Deref, DerefMut},
+    sync::{Mutex, PoisonError},
+};
+
+/// Bytes that one read takes at most: more than 64 KiB was not faster (`docs/adr/0002-leased-connections.md`).
+pub(crate) const READ: usize = 64 * 1024;
+/// Bytes of a buffer: what [`READ`] bytes of ciphertext can become when the start of a record was read before.
+pub(crate) const SIZE: usize = READ + 18 * 1024;
+/// Buffers kept for reuse: 10 MiB.
+const KEPT: usize = 128;
+
+static FREE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+
+/// A borrowed buffer of [`SIZE`] bytes; its content is what the last borrower left.
+#[derive(Debug)]
+pub(crate) struct Buffer(Option<Box<[u8]>>);
+
+impl Buffer {
+    /// Borrows a buffer.
+    pub(crate) fn take() -> Self {
+        let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Self(Some(free.unwrap_or_else(|| vec![0; SIZE].into_boxed_slice())))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < KEPT {
+            free.extend(self.0.take());
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        self.0.as_deref().expect("taken only by drop")
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0.as_deref_mut().expect("taken only by drop")
+    }
+}

@@ -1,0 +1,219 @@
+//! Decrypted bytes cut into frames, as they come: a DATA frame's bytes are handed on in pieces, never gathered.
+//!
+//! Holds a buffer only while it has bytes in hand. All state is in the value, so waiting for the next frame can be
+//! cancelled at any await.
+
+use bytes::Bytes;
+use mesh_core::frame::{Control, HEADER_LEN, Header, Kind, MAX_CONTROL};
+
+use super::{
+    buffers::Buffer,
+    tls::{LinkError, Tls},
+};
+
+/// What the peer said.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// Bytes of the application: see [`Incoming::data`].
+    Data,
+    /// Any other frame.
+    Control(Control),
+}
+
+/// The receiving half of a tunnel.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    plain: Option<Plain>,
+    closed: bool,
+    head: [u8; HEADER_LEN + MAX_CONTROL],
+    head_len: u8,
+    /// Bytes that are left of the DATA frame whose header was read.
+    data_left: u32,
+}
+
+#[derive(Debug)]
+struct Plain {
+    buffer: Buffer,
+    start: usize,
+    end: usize,
+}
+
+impl Default for Incoming {
+    fn default() -> Self {
+        Self { plain: None, closed: false, head: [0; HEADER_LEN + MAX_CONTROL], head_len: 0, data_left: 0 }
+    }
+}
+
+impl Incoming {
+    /// The next frame, or the next piece of a DATA frame once the last was consumed. Cancel-safe.
+    pub(crate) async fn next(&mut self, tls: &Tls) -> Result<Event, LinkError> {
+        loop {
+            if let Some(event) = self.parse()? {
+                return Ok(event);
+            }
+            self.read(tls).await?;
+        }
+    }
+
+    /// Waits for bytes, without looking at them: for the handshake. Cancel-safe.
+    pub(crate) async fn read(&mut self, tls: &Tls) -> Result<(), LinkError> {
+        while !self.read_now(tls)? {
+            tls.readable().await?;
+        }
+        Ok(())
+    }
+
+    /// Reads what is there; whether anything was.
+    fn read_now(&mut self, tls: &Tls) -> Result<bool, LinkError> {
+        if self.closed {
+            return Err(LinkError::Closed);
+        }
+        let mut buffer = Buffer::take();
+        let (start, end) = match &self.plain {
+            // Only in the handshake: frames that came with its last flight wait here.
+            Some(waiting) => {
+                let len = waiting.end - waiting.start;
+                buffer[..len].copy_from_slice(&waiting.buffer[waiting.start..waiting.end]);
+                (0, len)
+            }
+            None => (0, 0),
+        };
+        let Some(filled) = tls.fill(&mut buffer[end..])? else { return Ok(false) };
+        self.closed = filled.closed;
+        let end = end + filled.bytes;
+        self.plain = (end > start).then_some(Plain { buffer, start, end });
+        Ok(true)
+    }
+
+    /// Whether the peer has said nothing since the last frame, and is still there.
+    pub(crate) fn is_quiet(&mut self, tls: &Tls) -> bool {
+        self.plain.is_none()
+            && self.head_len == 0
+            && self.data_left == 0
+            && matches!(self.read_now(tls), Ok(false))
+    }
+
+    /// Whether a frame has begun and not ended.
+    pub(crate) fn is_mid_frame(&self) -> bool {
+        self.head_len > 0 || self.data_left > 0
+    }
+
+    /// The piece that [`Event::Data`] announced.
+    pub(crate) fn data(&self) -> &[u8] {
+        let Some(plain) = &self.plain else { return &[] };
+        let len = (plain.end - plain.start).min(self.data_left as usize);
+        &plain.buffer[plain.start..plain.start + len]
+    }
+
+    /// `n` bytes of [`Incoming::data`] are done with.
+    pub(crate) fn consume(&mut self, n: usize) {
+        debug_assert!(n <= self.data().len(), "only what is there can be consumed");
+        self.data_left -= n as u32;
+        self.advance(n);
+    }
+
+    /// Throws the announced piece away.
+    pub(crate) fn discard(&mut self) {
+        self.consume(self.data().len());
+    }
+
+    fn parse(&mut self) -> Result<Option<Event>, LinkError> {
+        loop {
+            if self.data_left > 0 {
+                return Ok((!self.data().is_empty()).then_some(Event::Data));
+            }
+            if !self.gather(HEADER_LEN) {
+                return Ok(None);
+            }
+            let [a, b, c, d, ..] = self.head;
+            let header = Header::decode([a, b, c, d])?;
+            if header.kind == Kind::Data {
+                self.head_len = 0;
+                self.data_left = header.len as u32;
+                continue;
+            }
+            let len = HEADER_LEN + header.len;
+            if !self.gather(len) {
+                return Ok(None);
+            }
+            self.head_len = 0;
+            let payload = Bytes::copy_from_slice(&self.head[HEADER_LEN..len]);
+            return Ok(Some(Event::Control(Control::decode(header.kind, payload)?)));
+        }
+    }
+
+    /// Moves plaintext into `head` until that has `want` bytes; whether it has.
+    fn gather(&mut self, want: usize) -> bool {
+        let have = usize::from(self.head_len);
+        let Some(plain) = &self.plain else { return have >= want };
+        let n = want.saturating_sub(have).min(plain.end - plain.start);
+        self.head[have..have + n].copy_from_slice(&plain.buffer[plain.start..plain.start + n]);
+        self.head_len += n as u8;
+        self.advance(n);
+        have + n >= want
+    }
+
+    fn advance(&mut self, n: usize) {
+        if let Some(plain) = &mut self.plain {
+            plain.start += n;
+            if plain.start == plain.end {
+                self.plain = None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::{BufMut, BytesMut};
+    use mesh_core::{frame::Open, refusal::Reason};
+
+    use super::*;
+
+    /// Feeds `bytes` in pieces of `step` and tells what was understood.
+    fn events(bytes: &[u8], step: usize) -> Result<(Vec<Control>, Vec<u8>), LinkError> {
+        let mut incoming = Incoming::default();
+        let (mut controls, mut data) = (vec![], vec![]);
+        for piece in bytes.chunks(step) {
+            let mut buffer = Buffer::take();
+            buffer[..piece.len()].copy_from_slice(piece);
+            incoming.plain = Some(Plain { buffer, start: 0, end: piece.len() });
+            while let Some(event) = incoming.parse()? {
+                match event {
+                    Event::Control(control) => controls.push(control),
+                    Event::Data => {
+                        data.extend_from_slice(incoming.data());
+                        incoming.discard();
+                    }
+                }
+            }
+            assert!(incoming.plain.is_none(), "everything is taken, and the buffer given back");
+        }
+        assert!(!incoming.is_mid_frame());
+        Ok((controls, data))
+    }
+
+    #[test]
+    fn frames_are_the_same_wherever_reads_cut_them() {
+        let open = Control::Open(Open { source: "[fd01::1]:4000".parse().unwrap(), port: 80 });
+        let said = vec![open, Control::Refuse(Some(Reason::DialRefused)), Control::Fin, Control::Ready];
+        let mut bytes = BytesMut::new();
+        for control in &said {
+            control.encode(&mut bytes);
+            bytes.put_slice(&Header { kind: Kind::Data, len: 3 }.encode());
+            bytes.put_slice(b"abc");
+            bytes.put_slice(&Header { kind: Kind::Data, len: 0 }.encode());
+        }
+        for step in 1..bytes.len() {
+            let (controls, data) = events(&bytes, step).unwrap();
+            assert_eq!(controls, said, "in pieces of {step}");
+            assert_eq!(data, b"abc".repeat(4), "in pieces of {step}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_frame_is_an_error() {
+        assert!(events(&[99, 0, 0, 0], 4).is_err());
+        assert!(events(&[5, 0, 0, 9], 4).is_err());
+    }
+}

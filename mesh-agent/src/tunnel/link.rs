@@ -1,0 +1,179 @@
+//! One tunnel.
+
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use mesh_core::{
+    frame::{Control, HEADER_LEN, Header, Kind, VERSION},
+    identity::SpiffeId,
+};
+use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::net::TcpStream;
+
+use super::{
+    incoming::{Event, Incoming},
+    tls::{LinkError, Tls},
+};
+use crate::metrics::{Counted, Metrics};
+
+/// A tunnel after its handshake, while nobody has said yet whose certificate it must be.
+#[derive(Debug)]
+pub(crate) struct Unverified {
+    tls: Tls,
+    incoming: Incoming,
+}
+
+impl Unverified {
+    /// The source's side: handshake, then SETTINGS of the peer, which says that it took our certificate.
+    pub(crate) async fn connect(
+        tcp: TcpStream,
+        config: Arc<ClientConfig>,
+        to: IpAddr,
+    ) -> Result<Self, LinkError> {
+        let session = ClientConnection::new(config, ServerName::IpAddress(to.into()))?;
+        let mut new = Self::handshake(tcp, session.into()).await?;
+        match new.incoming.next(&new.tls).await? {
+            Event::Control(Control::Settings(VERSION)) => Ok(new),
+            _ => Err(LinkError::Version),
+        }
+    }
+
+    /// The destination's side: handshake, then our SETTINGS.
+    pub(crate) async fn accept(tcp: TcpStream, config: Arc<ServerConfig>) -> Result<Self, LinkError> {
+        let session = ServerConnection::new(config)?;
+        let new = Self::handshake(tcp, session.into()).await?;
+        push(&new.tls, &Control::Settings(VERSION));
+        new.tls.flush().await?;
+        Ok(new)
+    }
+
+    async fn handshake(tcp: TcpStream, session: Connection) -> Result<Self, LinkError> {
+        let mut new = Self { tls: Tls::new(tcp, session)?, incoming: Incoming::default() };
+        loop {
+            new.tls.flush().await?;
+            if !new.tls.is_handshaking() {
+                break;
+            }
+            new.incoming.read(&new.tls).await?;
+        }
+        if !new.tls.agreed() {
+            return Err(LinkError::Version);
+        }
+        new.tls.reset_on_drop()?;
+        Ok(new)
+    }
+
+    /// The peer's certificates, leaf first.
+    pub(crate) fn certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
+        self.tls.peer_certificates()
+    }
+
+    /// The tunnel of these two, by their certificates.
+    pub(crate) fn between(self, own: Arc<SpiffeId>, peer: SpiffeId, metrics: &Metrics) -> Link {
+        let Self { tls, incoming } = self;
+        let counted = Counted::new(metrics.tunnels("busy"));
+        Link { tls, incoming, own, peer, born: Instant::now(), counted }
+    }
+}
+
+/// A tunnel to a peer whose identity is known. Dropping it resets it; [`Link::retire`] and [`Link::close`] end it
+/// politely.
+#[derive(Debug)]
+pub(crate) struct Link {
+    tls: Tls,
+    incoming: Incoming,
+    own: Arc<SpiffeId>,
+    peer: SpiffeId,
+    born: Instant,
+    counted: Counted,
+}
+
+impl Link {
+    /// Its two halves, for the two directions of a relay.
+    pub(crate) fn halves(&mut self) -> (&Tls, &mut Incoming) {
+        (&self.tls, &mut self.incoming)
+    }
+
+    /// The identity that the peer proved.
+    pub(crate) fn peer(&self) -> &SpiffeId {
+        &self.peer
+    }
+
+    /// Whether it is a tunnel of these two.
+    pub(crate) fn is_between(&self, own: &SpiffeId, peer: &SpiffeId) -> bool {
+        *self.own == *own && self.peer == *peer
+    }
+
+    /// Whether it was made longer ago than `age`.
+    pub(crate) fn is_older_than(&self, age: Duration) -> bool {
+        self.born.elapsed() > age
+    }
+
+    /// Whether it could be leased now: no word from the peer, and it is still there.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        self.incoming.is_quiet(&self.tls)
+    }
+
+    /// Whether the peer has begun a frame and not ended it.
+    pub(crate) fn is_mid_frame(&self) -> bool {
+        self.incoming.is_mid_frame()
+    }
+
+    /// Counts as leased, or as waiting for its next lease.
+    pub(crate) fn count_as(&mut self, state: &'static str, metrics: &Metrics) {
+        self.counted = Counted::new(metrics.tunnels(state));
+    }
+
+    /// The peer's next frame. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Result<Event, LinkError> {
+        self.incoming.next(&self.tls).await
+    }
+
+    /// Throws away the piece of DATA that the last event announced.
+    pub(crate) fn discard(&mut self) {
+        self.incoming.discard();
+    }
+
+    /// Encrypts a frame; sent by the next flush.
+    pub(crate) fn push(&self, control: &Control) {
+        push(&self.tls, control);
+    }
+
+    /// Encrypts a frame followed by a DATA frame, in one record if they fit.
+    pub(crate) fn push_with_data(&self, control: &Control, data: &[u8]) {
+        let mut frames = BytesMut::with_capacity(2 * HEADER_LEN + 32 + data.len());
+        control.encode(&mut frames);
+        if !data.is_empty() {
+            frames.extend_from_slice(&Header { kind: Kind::Data, len: data.len() }.encode());
+            frames.extend_from_slice(data);
+        }
+        self.tls.push(&frames);
+    }
+
+    /// Sends all that is encrypted. Cancel-safe.
+    pub(crate) async fn flush(&self) -> Result<(), LinkError> {
+        Ok(self.tls.flush().await?)
+    }
+
+    /// Ends it with close_notify, without waiting.
+    pub(crate) fn retire(self) {
+        self.tls.retire();
+    }
+
+    /// Ends it with close_notify, after which nothing of the peer is taken any more.
+    pub(crate) async fn close(self, wait: Duration) {
+        self.tls.close(wait).await;
+    }
+}
+
+/// Encrypts a frame; sent by the next flush.
+pub(super) fn push(tls: &Tls, control: &Control) {
+    let mut frame = BytesMut::with_capacity(64);
+    control.encode(&mut frame);
+    tls.push(&frame);
+}
