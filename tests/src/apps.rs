@@ -98,7 +98,9 @@ pub fn http(name: &str) -> Handler {
         }
         let body = format!("{name} saw {}\n", peer.ip());
         let length = body.len();
-        write!(&stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
+        // In one piece, so that a capture of plaintext has the text in one segment.
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+        (&stream).write_all((head + &body).as_bytes())
     })
 }
 

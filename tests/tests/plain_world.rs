@@ -1,7 +1,13 @@
 //! A world without a mesh: what the other tests stand on. If one of these fails, no failure elsewhere means anything.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::{fs, net::IpAddr};
+use std::{
+    fs,
+    net::IpAddr,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use mesh_tests::{Shape, World, apps, until, wait::holds};
 
@@ -94,7 +100,43 @@ fn nothing_is_left_behind() {
     assert_eq!(names().len(), 3);
     drop(world);
     assert!(names().is_empty() && !directory.exists());
-    until("the program inside has ended", std::time::Duration::from_secs(5), || {
+    until("the program inside has ended", Duration::from_secs(5), || {
         holds(inside.try_wait().unwrap().is_some(), || "it runs".into())
+    });
+}
+
+/// Set for the run of this program that is to crash.
+const CRASH: &str = "NODEMESH_TEST_CRASH";
+
+/// The program runs itself, builds a world there with a process inside, and is killed; the next world removes all of
+/// it, processes included.
+#[test]
+fn the_next_world_removes_what_a_crashed_run_left() {
+    let build = || World::builder().node("a").workload("shop/web", "a").without_mesh().build().unwrap();
+    if std::env::var_os(CRASH).is_some() {
+        let world = build();
+        let inside = world.workload("web").command("sleep").arg("1000").spawn().unwrap();
+        fs::write(
+            std::env::var_os(CRASH).unwrap(),
+            format!("{} {}", world.directory().display(), inside.id()),
+        )
+        .unwrap();
+        std::process::abort();
+    }
+    let told = std::env::temp_dir().join(format!("nodemesh-crash-{}", std::process::id()));
+    let mut crashing = Command::new(std::env::current_exe().unwrap());
+    crashing.args(["--exact", "the_next_world_removes_what_a_crashed_run_left"]).env(CRASH, &told);
+    assert!(!crashing.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    let left = fs::read_to_string(&told).unwrap();
+    fs::remove_file(&told).unwrap();
+    let (directory, inside) = left.split_once(' ').unwrap();
+
+    let world = build();
+    let taken_again = world.directory() == Path::new(directory);
+    assert!(taken_again || !Path::new(directory).exists(), "{directory} is still there");
+    until("the process of the crashed run is gone", Duration::from_secs(5), || {
+        // A killed process stays listed until its parent, now process 1, has read its status.
+        let status = fs::read_to_string(format!("/proc/{inside}/status")).unwrap_or_default();
+        holds(status.is_empty() || status.contains("State:\tZ"), || status)
     });
 }

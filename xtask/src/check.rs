@@ -10,15 +10,23 @@ use crate::{
     setup,
 };
 
-/// What the pure tests are: everything but the tests in worlds, which are integration tests of this package.
+/// The package whose integration tests run in worlds; every other test is pure.
 const WORLDS: &str = "mesh-tests";
 
-/// Everything that needs neither root nor the kernel toolchain.
+/// Everything that needs neither root nor the kernel toolchain nor any tool beside cargo.
 pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         step("Check the format", || succeed(cargo().args(["fmt", "--all", "--check"])))?;
     }
-    pure_tests(filter)
+    step("Pure tests", || {
+        let run = |package: &[&str]| {
+            let mut tests = cargo();
+            tests.args(["test", "--quiet", "--no-fail-fast"]).args(package);
+            succeed(tests.arg("--").args(filter))
+        };
+        run(&["--workspace", "--exclude", WORLDS])?;
+        run(&["--package", WORLDS, "--lib"])
+    })
 }
 
 /// Everything. Fails, and says why, on a machine that cannot run all of it.
@@ -36,12 +44,11 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
         })?;
     }
     let binaries = build_binaries()?;
-    pure_tests(filter)?;
-    step("Tests in worlds", || {
+    let nextest = setup::nextest()?;
+    step("Tests: pure ones, then worlds one at a time", || {
         let mut tests = cargo();
-        tests.args(["test", "--package", WORLDS, "--test", "*", "--no-fail-fast"]);
-        // One world at a time: tests that measure time share two cores with nobody.
-        tests.args(["--", "--test-threads=1"]).args(filter).env("NODEMESH_BIN_DIR", binaries);
+        tests.env("PATH", with_tool(&nextest)?).env("NODEMESH_BIN_DIR", binaries);
+        tests.args(["nextest", "run", "--workspace"]).args(filter);
         succeed(&mut tests)
     })
 }
@@ -73,18 +80,6 @@ pub(crate) fn build_binaries() -> Result<PathBuf> {
             serde_json::from_str(&metadata).context("reading cargo metadata")?;
         let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
         Ok(PathBuf::from(target).join("debug"))
-    })
-}
-
-fn pure_tests(filter: Option<&str>) -> Result<()> {
-    step("Pure tests", || {
-        let run = |package: &[&str]| {
-            let mut tests = cargo();
-            tests.args(["test", "--quiet", "--no-fail-fast"]).args(package);
-            succeed(tests.arg("--").args(filter))
-        };
-        run(&["--workspace", "--exclude", WORLDS])?;
-        run(&["--package", WORLDS, "--lib"])
     })
 }
 

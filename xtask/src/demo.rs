@@ -41,9 +41,12 @@ pub(crate) fn demo(end: End) -> Result<()> {
     let interrupts = interrupts()?;
 
     let world = run::step("Make a world: 2 nodes, 6 workloads, a controller, 2 agents", world)?;
-    let shown = show(&world, started, &interrupts).and_then(|()| match end {
-        End::Once => Ok(()),
-        End::OnInterrupt => linger(&world, &interrupts),
+    let shown = applications(&world).and_then(|_running| {
+        show(&world, started, &interrupts)?;
+        match end {
+            End::Once => Ok(()),
+            End::OnInterrupt => linger(&world, &interrupts),
+        }
     });
     if let Err(error) = &shown {
         if error.is::<Interrupted>() {
@@ -82,7 +85,6 @@ fn applications(world: &World) -> Result<Vec<Server>> {
 }
 
 fn show(world: &World, started: Instant, interrupts: &Receiver<()>) -> Result<()> {
-    let _applications = applications(world)?;
     let shows: [&dyn Fn() -> Result<()>; 7] = [
         &|| request(world, started),
         &|| server_first(world),
@@ -96,9 +98,7 @@ fn show(world: &World, started: Instant, interrupts: &Receiver<()>) -> Result<()
         show()?;
         interrupted(interrupts)?;
     }
-    poke(world);
-    // The applications must live as long as people poke at them; see `linger`.
-    Ok(())
+    poke(world)
 }
 
 /// One HTTP request by curl, with the wire beside it.
@@ -201,7 +201,7 @@ fn metrics_and_command(world: &World) -> Result<()> {
 }
 
 /// How to go on from here.
-fn poke(world: &World) {
+fn poke(world: &World) -> Result<()> {
     let (web, db) = (world.workload("web"), world.workload("db"));
     let yaml = world.yaml.directory().display();
     let inside = format!("ip netns exec {}", web.netns.name());
@@ -211,7 +211,8 @@ fn poke(world: &World) {
     println!("refuse web at db:    cat > {yaml}/deny.yaml <<'END'\n{}END", deny(&web));
     println!("allow it again:      rm {yaml}/deny.yaml");
     println!("enrol old:           sed -i '/nodemesh.io.enroll/d' {yaml}/workload-old.yaml");
-    let ctl = format!("ip netns exec {} target/debug/meshctl", world.controller().netns().name());
+    let meshctl = mesh_tests::process::binaries()?.join("meshctl");
+    let ctl = format!("ip netns exec {} {}", world.controller().netns().name(), meshctl.display());
     println!("ask why:             {ctl} why shop/web {}", db.v4(8080));
     if let Some(pid) = world.agent("a").pid() {
         println!(
@@ -220,6 +221,7 @@ fn poke(world: &World) {
         );
     }
     println!("logs:                {}", world.directory().display());
+    Ok(())
 }
 
 fn deny(web: &Workload) -> String {
@@ -231,7 +233,6 @@ fn deny(web: &Workload) -> String {
 
 /// Keeps the world until interrupted, and starts killed agents again after a while.
 fn linger(world: &World, interrupts: &Receiver<()>) -> Result<()> {
-    let _applications = applications(world)?;
     println!("\nCtrl-C ends it.");
     let mut dead: Vec<(String, Instant)> = vec![];
     loop {

@@ -17,6 +17,8 @@ use crate::run::{clean, find, read, root, step, succeed, target};
 pub(crate) const NIGHTLY: &str = "nightly-2026-10-01";
 /// Links them, with the LLVM of that very nightly.
 const BPF_LINKER: &str = "0.13.0";
+/// Runs the tests, each in its own process, with one summary.
+const NEXTEST: &str = "0.9.151";
 /// Checks licences and advisories of dependencies.
 const CARGO_DENY: &str = "0.20.2";
 /// The oldest kernel with TCX links, which capture rests on.
@@ -55,12 +57,23 @@ pub(crate) fn bpf_linker() -> PathBuf {
 
 /// Installs cargo-deny and returns where it is.
 pub(crate) fn cargo_deny() -> Result<PathBuf> {
-    let program = tools().join("bin/cargo-deny");
-    if !says_version(&program, CARGO_DENY) {
-        eprintln!("  building cargo-deny {CARGO_DENY}, once, for some minutes");
+    cargo_tool("cargo-deny", CARGO_DENY)
+}
+
+/// Installs cargo-nextest and returns where it is.
+pub(crate) fn nextest() -> Result<PathBuf> {
+    cargo_tool("cargo-nextest", NEXTEST)
+}
+
+/// Built without optimization: that takes two minutes on two cores instead of six, and these tools wait for others.
+fn cargo_tool(name: &str, version: &str) -> Result<PathBuf> {
+    let program = tools().join("bin").join(name);
+    if !says_version(&program, version) {
+        eprintln!("  building {name} {version}, once, for two or three minutes");
         let mut install = clean("cargo");
-        install.args(["install", "--locked", "--quiet", "--root"]).arg(tools());
-        succeed(install.arg(format!("cargo-deny@{CARGO_DENY}")))?;
+        install.args(["install", "--locked", "--debug", "--root"]).arg(tools());
+        install.args(["--config", "profile.dev.debug=false"]).arg(format!("{name}@{version}"));
+        succeed(&mut install)?;
     }
     Ok(program)
 }
