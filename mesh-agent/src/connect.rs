@@ -260,7 +260,14 @@ impl Connector {
                 Err(Stop::from(Refusal::new(Reason::PeerLost, error.to_string())).into())
             }
             Ok(Ok(Err(NotOpened::Refused(reason)))) => {
-                self.settle(Lease { link, key }, nothing_said);
+                if reason == Some(Reason::DialRefused) {
+                    // Nobody listens there. An idle tunnel would hold the port, and an application that starts
+                    // without SO_REUSEADDR could not bind it.
+                    link.retire();
+                    self.pool.abandon(&key);
+                } else {
+                    self.settle(Lease { link, key }, nothing_said);
+                }
                 Err(refused(reason))
             }
             Ok(Err(stop)) => {

@@ -25,6 +25,9 @@ const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 /// sockets' local address is the original destination. Non-blocking.
 pub fn listen(namespace: &Namespace, family: Family) -> io::Result<std::net::TcpListener> {
     let socket = namespace.enter(|| transparent(family))??;
+    // Accepted sockets inherit it. They are bound to the application's port, and without it an application that was
+    // restarted could not bind while a tunnel to it is open (inet_csk_bind_conflict in the kernel).
+    socket.set_reuse_address(true)?;
     let loopback: IpAddr = match family {
         Family::V4 => std::net::Ipv4Addr::LOCALHOST.into(),
         Family::V6 => std::net::Ipv6Addr::LOCALHOST.into(),

@@ -126,6 +126,13 @@ impl Pool {
         }
     }
 
+    /// Lets go of all idle tunnels to a destination where nobody listens any more.
+    pub(crate) fn abandon(&self, gone: &Key) {
+        for idle in self.take(|key, bucket| if key == gone { bucket.take_all() } else { vec![] }) {
+            idle.link.retire();
+        }
+    }
+
     /// Lets go of everything; nothing is kept from now on.
     pub(crate) fn stop(&self) {
         self.buckets().stopped = true;
