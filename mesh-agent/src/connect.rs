@@ -44,6 +44,10 @@ use crate::{
 /// First bytes that go with OPEN: with both frames' headers they fit into one TLS record.
 const MAX_FIRST: usize = 16 * 1024 - 64;
 
+/// Tunnels that are tried for one connection to one address: an idle one that was closed, and two new ones, should
+/// the destination be closing tunnels as fast as they come.
+const TUNNELS: u32 = 3;
+
 /// What it takes to reach destinations; one per node.
 #[derive(Debug, Clone)]
 pub(crate) struct Connector {
@@ -206,8 +210,8 @@ impl Connector {
         Ok(Way::Plaintext(stream))
     }
 
-    /// A lease: on an idle tunnel if there is one, else on a new one; a second time on a new one if an idle tunnel
-    /// turns out to be closed.
+    /// A lease: on an idle tunnel if there is one, else on a new one; on another new one while tunnels turn out to be
+    /// closed before they took anything.
     async fn tunnel(
         &self,
         ask: &Ask<'_>,
@@ -217,21 +221,29 @@ impl Connector {
         entry: &mut Entry,
     ) -> Result<Lease, Miss> {
         let key = Key { local: ask.local.id(), destination: to };
-        let idle = self.pool.checkout(key, ask.identity, peer);
+        let mut idle = self.pool.checkout(key, ask.identity, peer);
         self.dial_spare(key, ask, peer);
-        if let Some(link) = idle {
-            // Lets an application that speaks right after connect get its bytes in.
-            tokio::task::yield_now().await;
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let link = match idle.take() {
+                Some(link) => {
+                    // Lets an application that speaks right after connect get its bytes in.
+                    tokio::task::yield_now().await;
+                    link
+                }
+                None => {
+                    let dial = dial(self.clone(), ask.local.clone(), ask.identity.clone(), peer.clone(), to);
+                    until_reset(ask.app, Box::pin(dial)).await?.map_err(Miss::NotTaken)?
+                }
+            };
             match self.lease(link, key, ask, first, entry).await {
-                Err(Miss::NotTaken(refusal)) if refusal.reason == Reason::PeerLost => {
-                    tracing::debug!(%to, %refusal, "an idle tunnel was closed, a new one is tried");
+                Err(Miss::NotTaken(refusal)) if refusal.reason == Reason::PeerLost && attempt < TUNNELS => {
+                    tracing::debug!(%to, %refusal, "a tunnel was closed before it took anything, a new one is tried");
                 }
                 other => return other,
             }
         }
-        let dial = dial(self.clone(), ask.local.clone(), ask.identity.clone(), peer.clone(), to);
-        let link = until_reset(ask.app, Box::pin(dial)).await?.map_err(Miss::NotTaken)?;
-        self.lease(link, key, ask, first, entry).await
     }
 
     async fn lease(

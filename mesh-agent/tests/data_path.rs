@@ -218,13 +218,18 @@ async fn a_tunnel_that_the_destination_closed_costs_no_connection() {
     let idle = || world.destination.metrics.tunnels("idle").get();
     for i in 0..200u32 {
         let sent = pattern(10, i);
-        assert_eq!(ask(to, &sent).await.unwrap(), sent);
-        // Half of the time the tunnel is certainly closed, else OPEN and close_notify cross now and then.
-        if i % 2 == 0 {
+        let answer = ask(to, &sent).await;
+        assert!(
+            answer.as_ref().is_ok_and(|got| *got == sent),
+            "{answer:?}: {:?}",
+            world.source.log().await.last()
+        );
+        // Now and then every tunnel is certainly closed, else OPEN and close_notify cross as chance has it.
+        if i % 20 == 0 {
             eventually(async || (idle() == 0).then_some(())).await;
         }
     }
-    assert!(world.source.metrics.handshakes("ok") > 50, "tunnels did go stale");
+    assert!(world.source.metrics.handshakes("ok") > 10, "tunnels did go stale");
 }
 
 #[tokio::test(flavor = "multi_thread")]
