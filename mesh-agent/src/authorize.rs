@@ -37,10 +37,7 @@ pub(crate) struct Denied {
 
 impl From<Denied> for Refusal {
     fn from(denied: Denied) -> Self {
-        match denied.rule {
-            Some(rule) => Self::new(denied.reason, rule.to_string()),
-            None => denied.reason.into(),
-        }
+        Self { rule: denied.rule, ..denied.reason.into() }
     }
 }
 

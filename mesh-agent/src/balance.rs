@@ -38,7 +38,7 @@ impl Balancer {
         }
         let known: Vec<Load> =
             endpoints.iter().map(|e| loads.get(&address(e)).copied().unwrap_or_default()).collect();
-        let index = balance::pick(&known, self.epoch.elapsed(), (rand::random(), rand::random()))?;
+        let index = balance::pick(&known, self.epoch.elapsed(), rand::random())?;
         let address = address(endpoints[index]);
         loads.entry(address).or_default().active += 1;
         drop(loads);

@@ -6,11 +6,14 @@
 //! | row | modules | what |
 //! |---|---|---|
 //! | 1 | [`agent`] | composition: what exists, who owns it, in which order it starts and stops |
-//! | 2 | [`listen`], [`enrol`], [`admin`], [`control`] | accept loops; the reconcile loop that keeps workloads captured; metrics and state over HTTP; everything that speaks with the controller |
-//! | 3 | [`connection`] | ★ the story of a connection, outbound and inbound |
-//! | 4 | [`authorize`], [`balance`], [`connect`], [`relay`], [`record`] | its steps |
-//! | 5 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
-//! | 6 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`refusal`], [`net`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; how a connection ends; sockets and namespaces |
+//! | 2 | [`enrol`], [`admin`], [`control`] | the reconcile loop that keeps workloads captured; metrics and state over HTTP; everything that speaks with the controller |
+//! | 3 | [`listen`] | accept loops |
+//! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
+//! | 5 | [`connect`] | the way there |
+//! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
+//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
+//! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
+//! | 9 | [`refusal`], [`net`] | how a connection ends; sockets and namespaces |
 
 pub mod admin;
 pub mod agent;

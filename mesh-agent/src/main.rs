@@ -2,8 +2,8 @@
 
 use mesh_agent::{
     agent,
-    capture::uninstall,
     config::{Config, Invocation},
+    enrol::uninstall,
 };
 use tracing_subscriber::EnvFilter;
 

@@ -174,6 +174,14 @@ impl Entry {
         }
     }
 
+    /// The rule that refused, or else the one that allowed.
+    fn deciding_rule(&self) -> Option<&RuleRef> {
+        match &self.result {
+            Err(Stop::Refused(refusal)) => refusal.rule.as_ref(),
+            Ok(()) | Err(Stop::Failed(_)) => self.rule.as_ref(),
+        }
+    }
+
     fn line(&self) -> Result<String, serde_json::Error> {
         let (bytes_sent, bytes_received) = self.flow.totals();
         let detail = self.result.as_ref().err().map(|stop| match stop {
@@ -189,7 +197,7 @@ impl Entry {
             source: EndEvent::of(&self.source),
             destination: EndEvent::of(&self.destination),
             transport: self.transport_label(),
-            rule: self.rule.as_ref().map(ToString::to_string),
+            rule: self.deciding_rule().map(ToString::to_string),
             bytes_sent,
             bytes_received,
             outcome: outcome(&self.result),

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use mesh_core::refusal::Reason;
+use mesh_core::{policy::RuleRef, refusal::Reason};
 
 /// A connection that was ended on purpose.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -15,18 +15,20 @@ pub struct Refusal {
     pub reason: Reason,
     /// What a person needs besides: the address, the rule, the error of the kernel. May be empty.
     pub detail: Cow<'static, str>,
+    /// The rule that said no, where one did.
+    pub rule: Option<RuleRef>,
 }
 
 impl Refusal {
     /// A refusal with what is special about this one.
     pub fn new(reason: Reason, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { reason, detail: detail.into() }
+        Self { reason, detail: detail.into(), rule: None }
     }
 }
 
 impl From<Reason> for Refusal {
     fn from(reason: Reason) -> Self {
-        Self { reason, detail: Cow::Borrowed("") }
+        Self::new(reason, "")
     }
 }
 

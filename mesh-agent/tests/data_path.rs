@@ -345,7 +345,7 @@ async fn a_deny_refuses_and_the_log_names_the_rule() {
         assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
     for line in &world.destination.log_of(2).await {
-        assert_eq!((&line["reason"], &line["detail"]), (&"policy_deny".into(), &"shop/no-client[0]".into()));
+        assert_eq!((&line["reason"], &line["rule"]), (&"policy_deny".into(), &"shop/no-client[0]".into()));
     }
     for line in &world.source.log_of(2).await {
         assert_eq!((&line["reason"], &line["detail"]), (&"peer_refused".into(), &"policy_deny".into()));

@@ -9,7 +9,7 @@ pub const CAPTURED_MARK: u32 = 0x1e00_0000;
 /// The bits of a mark that are ours.
 pub const MARK_MASK: u32 = 0x1f00_0000;
 /// Local ports of the agent's connections to applications: apart from those of tunnels, which the kernel takes from
-/// `net.ipv4.ip_local_port_range`, so that the two never share a 4-tuple.
+/// `net.ipv4.ip_local_port_range` (32768–60999 unless changed), so that the two never share a 4-tuple.
 pub const INNER_PORTS: RangeInclusive<u16> = 10_000..=31_999;
 
 /// Entries of the map of captured addresses. When the mesh has more, the agent sets [`FLAG_CAPTURE_ALL`], so that
@@ -173,7 +173,7 @@ pub const KERNEL_REASONS: u32 = KernelReason::ALL.len() as u32;
 mod pod {
     use super::*;
 
-    // SAFETY (all): `repr(C)` or transparent, only integers, no padding: checked by the asserts below.
+    // SAFETY: `repr(C)` or transparent, only integers, no padding: checked by the asserts below.
     unsafe impl aya::Pod for Address {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ListenerKey {}

@@ -13,7 +13,7 @@ pub trait Facts {
     /// The source address is one of the workload behind this veth.
     fn source_owned(&self) -> bool;
     /// The packet's socket belongs to the agent's cgroup.
-    fn from_agent(&self) -> bool;
+    fn is_agents(&self) -> bool;
     /// The other side's address is a workload or a service of the mesh, or everything is captured.
     fn peer_captured(&self) -> bool;
     /// The node itself opened this connection.
@@ -53,7 +53,7 @@ pub fn from_pod(
     let strict = workload.flags & FLAG_STRICT != 0;
     let Some(tcp) = tcp else { return not_tcp(strict, network, facts) };
     if tcp.opens() {
-        if facts.from_agent() || !facts.peer_captured() {
+        if facts.is_agents() || !facts.peer_captured() {
             return Verdict::Pass;
         }
         return Verdict::Reset(KernelReason::NotCaptured);
@@ -62,12 +62,12 @@ pub fn from_pod(
         return Verdict::Pass;
     }
     if tcp.answers() {
-        if facts.from_agent() || facts.probe() {
+        if facts.is_agents() || facts.probe() {
             return Verdict::Pass;
         }
         return Verdict::Drop(KernelReason::AnswerOfStrict);
     }
-    if data_len == 0 || facts.from_agent() || !facts.peer_captured() || facts.probe() {
+    if data_len == 0 || facts.is_agents() || !facts.peer_captured() || facts.probe() {
         return Verdict::Pass;
     }
     Verdict::Reset(KernelReason::PlaintextOfStrict)
@@ -121,7 +121,7 @@ mod tests {
         fn source_owned(&self) -> bool {
             self.owned
         }
-        fn from_agent(&self) -> bool {
+        fn is_agents(&self) -> bool {
             self.agent
         }
         fn peer_captured(&self) -> bool {

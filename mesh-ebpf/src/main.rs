@@ -231,7 +231,7 @@ impl guard::Facts for NodeFacts<'_> {
         unsafe { SOURCES.get(&key) }.is_some()
     }
     #[inline(always)]
-    fn from_agent(&self) -> bool {
+    fn is_agents(&self) -> bool {
         let cgroup = skb::cgroup_id(self.ctx);
         cgroup != 0 && CONFIG.get(0).is_some_and(|config| config.agent_cgroup == cgroup)
     }

@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod slot;
+pub mod tcx;
 pub mod topology;
 pub mod wait;
 pub mod wire;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mesh_tests::{
     Server, Workload, WorkloadSpec, World, apps, log,
     manifests::{self, Enrolment, Mode},
-    until,
+    tcx, until,
     wait::holds,
     workload::TIMEOUT,
 };
@@ -18,18 +18,20 @@ const REPAIR: Duration = Duration::from_secs(5);
 #[track_caller]
 fn assert_untouched(world: &World, workload: &Workload) {
     let look = |line: &str| workload.shell(line).unwrap();
-    let pod = look("bpftool net list dev eth0; bpftool net list dev lo");
-    assert!(!pod.contains("tcx"), "programs on {}'s end:\n{pod}", workload.name);
-    let node = world.node(&workload.node).netns.shell(&format!("bpftool net list dev {}", workload.device));
-    let node = node.unwrap();
-    assert!(!node.contains("tcx"), "programs on the node's end of {}:\n{node}", workload.name);
+    for device in ["eth0", "lo"] {
+        let links = tcx::links(&workload.netns, device).unwrap();
+        assert!(links.is_empty(), "programs on {device} of {}: links {links:?}", workload.name);
+    }
+    let links = tcx::links(&world.node(&workload.node).netns, &workload.device).unwrap();
+    assert!(links.is_empty(), "programs on the node's end of {}: links {links:?}", workload.name);
     for family in ["-4", "-6"] {
         let rules = look(&format!("ip {family} rule"));
         assert!(!rules.contains("fwmark"), "rules in {}:\n{rules}", workload.name);
         let routes = look(&format!("ip {family} route show table all type local"));
         assert!(!routes.contains("default") && !routes.contains("0.0.0.0/0"), "{routes}");
     }
-    let listening = look("ss -Hltn | wc -l");
+    // The agent's listeners are bound to loopback, the tests' own to the wildcard.
+    let listening = look("ss -Hltn | grep -cE '127.0.0.1:|\\[::1\\]:' || true");
     assert_eq!(listening.trim(), "0", "listeners in {}: {}", workload.name, look("ss -Hltnp"));
 }
 
@@ -155,29 +157,11 @@ fn a_detached_program_is_repaired() {
         (node.clone(), web.device.clone()),
     ];
     for (netns, device) in places {
-        let links = || tcx_links(&netns.shell(&format!("bpftool net list dev {device}")).unwrap());
+        let links = || tcx::links(&netns, &device).unwrap();
         let whole = links().len();
-        if whole == 0 {
-            // Which of the ends carry programs is the agent's choice, but some must.
-            assert_eq!(device, "lo", "nothing is attached to {device}");
-            continue;
-        }
-        repairs(
-            &world,
-            &device,
-            || links().len() < whole,
-            || {
-                let id = links()[0];
-                netns.shell(&format!("bpftool link detach id {id}")).unwrap();
-            },
-        );
+        assert!(whole > 0, "nothing is attached to {device}");
+        repairs(&world, &device, || links().len() < whole, || tcx::detach(links()[0]).unwrap());
     }
-}
-
-/// The link ids in the output of `bpftool net list`.
-fn tcx_links(text: &str) -> Vec<u32> {
-    let lines = text.lines().filter(|line| line.contains("tcx/"));
-    lines.filter_map(|line| line.split("link_id ").nth(1)?.split_whitespace().next()?.parse().ok()).collect()
 }
 
 #[test]

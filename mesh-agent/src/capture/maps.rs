@@ -142,8 +142,8 @@ impl Maps {
 
 fn ip_of(address: Address) -> IpAddr {
     let mut bytes = [0; 16];
-    for (chunk, word) in bytes.chunks_exact_mut(4).zip(address.0) {
-        chunk.copy_from_slice(&word.to_ne_bytes());
+    for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(address.0) {
+        *chunk = word.to_ne_bytes();
     }
     let v6 = std::net::Ipv6Addr::from(bytes);
     v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)

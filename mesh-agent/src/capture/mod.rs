@@ -7,7 +7,7 @@ pub mod log;
 pub mod maps;
 pub mod programs;
 pub mod routing;
-pub mod uninstall;
+pub mod settings;
 
 pub use maps::Maps;
 pub use programs::{Hook, Kernel};

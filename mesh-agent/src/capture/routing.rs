@@ -150,7 +150,7 @@ impl Routing {
         let mut found = false;
         // Read to the end: a dump left half read would mix with the next.
         while let Some(route) = routes.try_next().await? {
-            let table = route.attributes.iter().any(|attribute| *attribute == RouteAttribute::Table(TABLE));
+            let table = route.attributes.contains(&RouteAttribute::Table(TABLE));
             found |= table && route.header.kind == RouteType::Local;
         }
         Ok(found)

@@ -24,7 +24,7 @@ use crate::{
     capture::{
         Hook, Kernel, Maps,
         routing::Routing,
-        uninstall::{forget_settings, save_settings, saved_settings},
+        settings::{forget_settings, save_settings, saved_settings},
     },
     connection::{Direction, Node},
     listen,

@@ -5,6 +5,8 @@
 
 pub mod discover;
 mod enrolled;
+mod grace;
+pub mod uninstall;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -36,6 +38,8 @@ use crate::{
 
 /// How often everything is proven. The promise is repair within 5 s; a removal is seen after at most this.
 const PROVE_INTERVAL: Duration = Duration::from_secs(1);
+/// From this many workloads at once on, the kernel is asked for expedited grace periods while they are enrolled.
+const MANY: usize = 8;
 /// How often a workload that was not found, or lacks its certificate, is looked for.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -203,6 +207,7 @@ impl Enroller {
                 return;
             }
         };
+        let _quick = (missing.len() > MANY).then(grace::Expedited::begin);
         for workload in missing {
             let name = &workload.name;
             if enrolled.len() >= MAX_WORKLOADS as usize {

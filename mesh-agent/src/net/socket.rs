@@ -18,8 +18,9 @@ use super::netns::Namespace;
 
 /// Pending connections that a listener holds; `net.core.somaxconn` caps it.
 const BACKLOG: i32 = 4096;
-/// `IP_LOCAL_PORT_RANGE` (linux/in.h), since Linux 6.3.
-const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+/// Random ports that are tried for a connection to an application. With half of the range taken by connections to the
+/// same destination, one in 2^32 connections finds none.
+const INNER_PORT_ATTEMPTS: u32 = 32;
 
 /// Opens a listener that only the kernel programs lead to: bound to loopback, transparent, so that the accepted
 /// sockets' local address is the original destination. Non-blocking.
@@ -62,20 +63,38 @@ pub async fn dial(namespace: &Namespace, to: SocketAddr, timeout: Duration) -> i
 }
 
 /// Connects to an application inside its own namespace with the client's address as source, so that the application
-/// sees whom it serves. The port is the kernel's choice out of [`INNER_PORTS`], apart from the ports of tunnels.
+/// sees whom it serves.
+///
+/// The port is one of [`INNER_PORTS`], bound explicitly: the kernel's own choice (and `IP_LOCAL_PORT_RANGE`, which can
+/// only narrow `net.ipv4.ip_local_port_range`) would sooner or later be a port from which a tunnel of the same client
+/// comes, and two connections of the namespace would have the same 4-tuple.
 pub async fn dial_as(
     namespace: &Namespace,
     client: IpAddr,
     to: SocketAddr,
     timeout: Duration,
 ) -> io::Result<TcpStream> {
-    let family = Family::of(to.ip());
-    let socket = namespace.enter(|| transparent(family))??;
-    set_option(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
-    let range = (u32::from(*INNER_PORTS.end()) << 16) | u32::from(*INNER_PORTS.start());
-    set_option(&socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, range as libc::c_int)?;
-    socket.bind(&SockAddr::from(SocketAddr::new(client, 0)))?;
-    connect(socket, to, timeout).await
+    let mut taken = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for _ in 0..INNER_PORT_ATTEMPTS {
+        let socket = namespace.enter(|| transparent(Family::of(to.ip())))??;
+        // Ports are shared by connections to different destinations; the 4-tuple has to be unique, the port not.
+        socket.set_reuse_address(true)?;
+        let port = rand::random_range(INNER_PORTS);
+        let bound = socket.bind(&SockAddr::from(SocketAddr::new(client, port)));
+        let result = match bound {
+            Ok(()) => connect(socket, to, timeout).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable) =>
+            {
+                taken = error;
+            }
+            other => return other,
+        }
+    }
+    Err(taken)
 }
 
 async fn connect(socket: Socket, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {

@@ -1,0 +1,38 @@
+//! Removes every trace of capture from a node, also when no agent runs: links, maps, rules, routes, settings.
+
+use std::{fs, io, path::Path};
+
+use super::discover;
+use crate::{
+    capture::{
+        routing::Routing,
+        settings::{forget_settings, saved_settings},
+    },
+    net::netns::Namespace,
+};
+
+/// Removes what is pinned below `bpffs` and what the node's namespaces have of us. Programs go with their links.
+/// Must be called inside a runtime.
+pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>) -> anyhow::Result<()> {
+    match fs::remove_dir_all(bpffs) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    for path in discover::namespaces()? {
+        // A namespace may go while we look; then nothing is left in it.
+        let Ok(namespace) = Namespace::open(&path) else { continue };
+        let routing = Routing::open(&namespace)?;
+        routing.remove().await?;
+        if let Some(run_dir) = run_dir
+            && let Some(settings) = saved_settings(run_dir, &namespace)?
+        {
+            settings.restore(&namespace)?;
+            forget_settings(run_dir, &namespace)?;
+        }
+    }
+    match run_dir.map(fs::remove_dir_all) {
+        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    Ok(())
+}
