@@ -24,8 +24,8 @@ pub struct Limits {
     pub tunnel_age: Duration,
     /// How long the end of a lease may wait for the peer's last words: 1 s. After it the tunnel is given up.
     pub ready_wait: Duration,
-    /// How long a permissive destination waits for the first byte of an enrolled source before it takes the
-    /// connection for plaintext in which the server speaks first: 300 ms.
+    /// How long a permissive destination waits for the first byte of a source that is enrolled but not captured yet,
+    /// before it takes the connection for plaintext in which the server speaks first: 300 ms.
     pub sniff: Duration,
     /// Idle tunnels that are kept ready for a (source, destination) in use: 2.
     pub spares: usize,

@@ -295,7 +295,9 @@ async fn strict_refuses_plaintext_and_permissive_passes_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_enrolled_source_that_is_not_captured_yet_passes_in_plaintext() {
-    let world = World::new(&Plan::default());
+    let mut plan = Plan::default();
+    plan.workload("client").captured = false;
+    let world = World::new(&plan);
     let (web, app) = world.web().await;
     // It speaks first.
     let mut client = connect(web).await;

@@ -65,17 +65,17 @@ pub(super) async fn arrival(
     destination: &Workload,
     limits: &Limits,
 ) -> Result<Arrival, Refusal> {
-    if !view.workload_at(accepted.peer.ip()).is_some_and(|source| source.enrolled) {
-        return Ok(Arrival::Plaintext);
-    }
-    let permissive = destination.mode == Mode::Permissive;
-    let wait = if permissive { limits.sniff } else { limits.handshake_timeout };
+    let source = view.workload_at(accepted.peer.ip()).filter(|source| source.enrolled);
+    let Some(source) = source else { return Ok(Arrival::Plaintext) };
+    // Silence of a captured source is a tunnel whose agent is busy, not an application that waits to be spoken to.
+    let may_be_silent = destination.mode == Mode::Permissive && !source.captured;
+    let wait = if may_be_silent { limits.sniff } else { limits.handshake_timeout };
     let mut buffer = Buffer::take();
     match tokio::time::timeout(wait, accepted.stream.peek(&mut buffer[..MAX_PEEK])).await {
         Ok(Ok(n)) if is_tunnel(&buffer[..n]) => Ok(Arrival::Tunnel),
         Ok(Ok(_)) => Ok(Arrival::Plaintext),
         Ok(Err(error)) => Err(Refusal::new(Reason::HandshakeFailed, error.to_string())),
-        Err(_) if permissive => Ok(Arrival::Plaintext),
+        Err(_) if may_be_silent => Ok(Arrival::Plaintext),
         Err(_) => Err(Reason::HandshakeTimeout.into()),
     }
 }

@@ -68,7 +68,8 @@ impl Enroller {
     /// Runs until `stop`. Ends without detaching anything: the guard has the last word until the next agent.
     pub async fn run(mut self, mut view: watch::Receiver<Option<Arc<Snapshot>>>, stop: CancellationToken) {
         let mut enrolled: BTreeMap<Name, Enrolled> = BTreeMap::new();
-        let mut counted: HashMap<KernelReason, u64> = self.maps.refused();
+        // The kernel counts on while no agent runs; the first look takes that in.
+        let mut counted: HashMap<KernelReason, u64> = HashMap::new();
         let mut last_proof = tokio::time::Instant::now();
         let mut complete = false;
         loop {
