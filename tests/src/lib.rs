@@ -15,6 +15,7 @@
 //! | [`wire`] | what crossed the wire between the nodes |
 //! | [`topology`] | addresses and links, in the shapes of real CNI plugins |
 //! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
+//! | [`tcx`] | what is attached to an interface, asked of the kernel |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
 
 pub mod agent;
