@@ -95,6 +95,7 @@ pub struct Builder {
     services: Vec<ServiceSpec>,
     mesh: bool,
     settled_within: Duration,
+    certificate_ttl: Option<Duration>,
 }
 
 /// One machine of a world.
@@ -133,6 +134,12 @@ impl Builder {
     /// How workloads hang on their nodes; routed unless said.
     pub fn shape(mut self, shape: Shape) -> Self {
         self.shape = shape;
+        self
+    }
+
+    /// How long certificates live; the controller's default unless said.
+    pub fn certificate_ttl(mut self, ttl: Duration) -> Self {
+        self.certificate_ttl = Some(ttl);
         self
     }
 
@@ -213,7 +220,7 @@ impl Builder {
         }
         world.write_services(&self.services)?;
         if self.mesh {
-            world.start_controller()?;
+            world.start_controller(self.certificate_ttl)?;
             world.start_agents()?;
             let inside = |w: &&WorkloadSpec| {
                 let by_namespace = self.namespaces.get(&w.namespace).map_or(Enrolment::Enrolled, |n| n.0);
@@ -250,6 +257,7 @@ impl World {
             services: vec![],
             mesh: true,
             settled_within: SETTLED,
+            certificate_ttl: None,
         }
     }
 
@@ -448,11 +456,12 @@ impl World {
         Ok(())
     }
 
-    fn start_controller(&mut self) -> Result<()> {
+    fn start_controller(&mut self, certificate_ttl: Option<Duration>) -> Result<()> {
         let netns = NetNs::create(&format!("{}-controller", self.slot.prefix()), self.rp_filter)?;
         let address = self.plan.controller();
         topology::hang(&self.wire, &netns, "controller", address, self.plan)?;
-        let controller = Controller::new(netns, address, self.yaml.directory(), &self.directory);
+        let controller =
+            Controller::new(netns, address, self.yaml.directory(), &self.directory, certificate_ttl);
         controller.start()?;
         self.controller = Some(controller);
         Ok(())

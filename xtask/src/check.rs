@@ -10,9 +10,6 @@ use crate::{
     setup,
 };
 
-/// The package whose integration tests run in worlds; every other test is pure.
-const WORLDS: &str = "mesh-tests";
-
 /// Everything that needs neither root nor the kernel toolchain nor any tool beside cargo.
 pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
@@ -24,8 +21,9 @@ pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
             tests.args(["test", "--quiet", "--no-fail-fast"]).args(package);
             succeed(tests.arg("--").args(filter))
         };
-        run(&["--workspace", "--exclude", WORLDS])?;
-        run(&["--package", WORLDS, "--lib"])
+        run(&["--workspace", "--lib", "--bins"])?;
+        run(&["--package", "mesh-agent", "--test", "control"])?;
+        run(&["--package", "mesh-controller", "--package", "xtask", "--tests"])
     })
 }
 

@@ -23,6 +23,9 @@ const OF_OUTER_CARGO: [&str; 10] = [
     "RUSTUP_TOOLCHAIN",
 ];
 
+/// Prefixes of what `cargo run` tells a program about its package.
+const OF_OUR_PACKAGE: [&str; 3] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"];
+
 /// The root of the workspace.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a directory of the workspace")
@@ -54,9 +57,15 @@ pub(crate) fn clean(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-/// The cargo that runs us, on this workspace.
+/// The cargo that runs us, on this workspace. Without what `cargo run` says of our own package: build scripts that look
+/// at it would run again at every change between this and a cargo that was typed.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        if OF_OUR_PACKAGE.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
     command.current_dir(root());
     command
 }

@@ -84,6 +84,17 @@ impl Maps {
         Ok(overflow)
     }
 
+    /// Whether every destination is captured, known or not.
+    pub fn captures_everything(&self) -> bool {
+        // A map that cannot be read is taken for the safer case.
+        self.config.get(&0, 0).map_or(true, |config| config.flags & FLAG_CAPTURE_ALL != 0)
+    }
+
+    /// How many listeners the kernel programs can lead to.
+    pub fn listeners(&self) -> usize {
+        self.listeners.keys().filter_map(Result::ok).count()
+    }
+
     /// Puts a listener in force for an address of a workload.
     pub fn set_listener(
         &mut self,
