@@ -1,12 +1,22 @@
 //! The authenticated connection to the controller: mutual TLS, and the peer has to be the controller, not merely
 //! somebody of the trust domain.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use mesh_core::identity::{SpiffeId, Subject};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::watch,
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::Channel;
 
@@ -82,13 +92,64 @@ fn reason(error: &io::Error) -> String {
     of_tls(error).map_or_else(|| error.to_string(), explain)
 }
 
-/// A channel to the controller. Every new connection uses the configuration that is in force then, so that renewed
-/// certificates and new roots count from the next one on.
+/// A channel to the controller. Each connection of it ends when the configuration that it was made with is replaced:
+/// the controller does not serve a connection beyond the life of the certificate that opened it, and a connection that
+/// is in use would otherwise never be made anew.
 pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientConfig>>) -> Channel {
     rpc::channel(move || {
-        let (controller, tls) = (controller.clone(), tls.borrow().clone());
-        async move { Ok::<_, ConnectError>(open(&controller, tls).await?.0) }
+        let (controller, mut tls) = (controller.clone(), tls.clone());
+        let config = tls.borrow_and_update().clone();
+        async move {
+            let (stream, _) = open(&controller, config).await?;
+            let replaced = Box::pin(async move {
+                // Without its sender the configuration is the last; the connection may live on.
+                if tls.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            });
+            Ok::<_, ConnectError>(UntilReplaced { stream, replaced })
+        }
     })
+}
+
+/// A stream that reads as ended once its configuration was replaced. The reader is always waiting, as HTTP/2's is.
+struct UntilReplaced {
+    stream: TlsStream<TcpStream>,
+    replaced: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl AsyncRead for UntilReplaced {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.replaced.as_mut().poll(context) {
+            Poll::Ready(()) => {
+                self.replaced = Box::pin(std::future::ready(()));
+                Poll::Ready(Ok(()))
+            }
+            Poll::Pending => Pin::new(&mut self.stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for UntilReplaced {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// One connection to the controller, and who it is: its identity is the controller's, in the trust domain that the
