@@ -29,7 +29,6 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("ss", "iproute2"),
     ("iptables", "iptables"),
-    ("bpftool", "bpftool"),
     ("iperf3", "iperf3"),
     ("curl", "curl"),
     ("ncat", "ncat"),
