@@ -35,6 +35,8 @@ pub fn spawn(
                 () = drain.draining() => break,
                 result = listener.accept() => match result {
                     Ok((stream, peer)) => start(stream, peer, direction, &local, &node),
+                    // Destroyed from outside (`ss -K`): the enrolment notices and opens another.
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
                     Err(error) => wait_after(error).await,
                 },
             }

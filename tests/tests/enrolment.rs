@@ -195,6 +195,31 @@ fn a_workload_moves_to_another_node_while_traffic_flows() {
     assert_eq!(web.exchange(world.workload("db").v4(8080), b"x").unwrap(), b"x");
 }
 
+#[test]
+fn a_workload_that_gets_another_address_is_captured_at_it() {
+    let world = World::shop().build().unwrap();
+    let (web, api, db) = (world.workload("web"), world.workload("api"), world.workload("db"));
+    let app = echoing(&api);
+    let old = api.v4(0).ip().to_string();
+    let (range, _) = old.rsplit_once('.').unwrap();
+    let new = format!("{range}.77");
+    api.shell(&format!("ip addr add {new}/32 dev eth0")).unwrap();
+    world.node("a").netns.shell(&format!("ip route add {new}/32 dev {}", api.device)).unwrap();
+    world.yaml.replace("workload-api.yaml", &format!("\"{old}\""), &format!("\"{new}\"")).unwrap();
+    let to = format!("{new}:8080").parse().unwrap();
+    until("the new address is captured", TIMEOUT, || {
+        let answer = db.exchange(to, b"x").map_err(|e| e.to_string())?;
+        assert_eq!(answer, b"x");
+        let reached = |line: &serde_json::Value| {
+            line["destination"]["address"] == to.to_string() && line["transport"] == "tunnel"
+        };
+        let lines = world.agent("a").access_log().map_err(|e| format!("{e:#}"))?;
+        holds(lines.iter().any(reached), || "not by a tunnel yet".to_owned())
+    });
+    assert!(app.peers().iter().any(|peer| peer.ip() == db.v4(0).ip()));
+    assert_eq!(web.exchange(to, b"same node").unwrap(), b"same node");
+}
+
 /// As when a container crashes and the runtime makes a new sandbox under the same name, before anyone told the mesh.
 #[test]
 fn a_workload_whose_namespace_is_recreated_is_enrolled_anew() {

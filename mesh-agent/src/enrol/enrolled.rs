@@ -268,6 +268,13 @@ impl Enrolled {
     }
 }
 
+impl Drop for Enrolled {
+    /// Ends the accept loops, also of an enrolment that failed half-way.
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
 /// Whether a socket is in the listening state; one that was destroyed from outside (`ss -K`) is not.
 fn is_listening(socket: &TcpListener) -> bool {
     socket2::SockRef::from(socket).is_listener().unwrap_or(false)

@@ -97,7 +97,12 @@ impl Enroller {
         self.sync_destinations(view);
         let wanted: BTreeMap<&Name, &Arc<Workload>> =
             view.local().map(|workload| (&workload.name, workload)).collect();
-        let gone: Vec<Name> = enrolled.keys().filter(|name| !wanted.contains_key(name)).cloned().collect();
+        // A workload that was given other addresses is another one to everything that capture rests on.
+        let stays = |(name, present): &(&Name, &Enrolled)| {
+            wanted.get(name).is_some_and(|workload| workload.addresses == present.addresses())
+        };
+        let gone: Vec<Name> =
+            enrolled.iter().filter(|entry| !stays(entry)).map(|(name, _)| name.clone()).collect();
         for name in gone {
             if let Some(old) = enrolled.remove(&name) {
                 self.unenrol(old).await;
@@ -130,7 +135,7 @@ impl Enroller {
         }
     }
 
-    /// Mode and addresses of a workload may change while it is enrolled.
+    /// The mode of a workload may change while it is enrolled.
     fn follow(&mut self, present: &mut Enrolled, workload: &Workload) {
         let strict = workload.mode == Mode::Strict;
         if present.strict != strict {
