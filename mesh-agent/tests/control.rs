@@ -365,6 +365,8 @@ async fn a_root_is_rotated_without_a_gap() {
         soon(control.certificates.wait_for(renewed)).await.unwrap();
     }
 
+    // The node's own renewal ends the connection that its old certificate had opened.
+    assert_eq!(soon(fake.hello()).await, "2");
     fake.drop_first_root();
     fake.send(delta("3", vec![mesh(fake.roots())], &[])).await;
     assert_eq!(soon(fake.expect_ack_of("3")).await, "");

@@ -92,7 +92,7 @@ fn reason(error: &io::Error) -> String {
     of_tls(error).map_or_else(|| error.to_string(), explain)
 }
 
-/// A channel to the controller. Each connection of it ends when the configuration that it was made with is replaced:
+/// A channel to the controller. Each connection of it ends when the certificate that it was made with is replaced:
 /// the controller does not serve a connection beyond the life of the certificate that opened it, and a connection that
 /// is in use would otherwise never be made anew.
 pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientConfig>>) -> Channel {
@@ -112,7 +112,7 @@ pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientC
     })
 }
 
-/// A stream that reads as ended once its configuration was replaced. The reader is always waiting, as HTTP/2's is.
+/// A stream that reads as ended once its certificate was replaced. The reader is always waiting, as HTTP/2's is.
 struct UntilReplaced {
     stream: TlsStream<TcpStream>,
     replaced: Pin<Box<dyn Future<Output = ()> + Send>>,

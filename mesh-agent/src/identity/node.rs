@@ -156,7 +156,11 @@ impl Node {
         }
         let configured = configure(&self.credential, &roots);
         match configured {
-            Ok(tls) => self.tls.send_replace(tls),
+            // Nobody is told: the next connection uses the new roots, and one that stands needs not end for them.
+            Ok(tls) => self.tls.send_if_modified(|current| {
+                *current = tls;
+                false
+            }),
             Err(error) => {
                 return tracing::error!(%error, "the view's roots cannot be used, the last ones stay");
             }
