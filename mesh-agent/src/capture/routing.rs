@@ -124,28 +124,22 @@ impl Routing {
     }
 
     async fn add_rule(&self, family: Family) -> anyhow::Result<()> {
-        let request = self.handle.rule().add();
-        let mut request = if family == Family::V4 {
-            let mut request = request.v4();
-            std::mem::take(request.message_mut())
-        } else {
-            let mut request = request.v6();
-            std::mem::take(request.message_mut())
-        };
-        request.header.action = RuleAction::ToTable;
-        request.attributes.push(RuleAttribute::Priority(PRIORITY));
-        request.attributes.push(RuleAttribute::FwMark(CAPTURED_MARK));
-        request.attributes.push(RuleAttribute::FwMask(MARK_MASK));
-        request.attributes.push(RuleAttribute::Table(TABLE));
         let mut add = self.handle.rule().add();
-        *add.message_mut() = request;
+        let rule = add.message_mut();
+        rule.header.family = address_family(family);
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes.extend([
+            RuleAttribute::Priority(PRIORITY),
+            RuleAttribute::FwMark(CAPTURED_MARK),
+            RuleAttribute::FwMask(MARK_MASK),
+            RuleAttribute::Table(TABLE),
+        ]);
         Ok(add.execute().await?)
     }
 
     async fn has_route(&self, family: Family) -> anyhow::Result<bool> {
         let mut query = RouteMessage::default();
-        query.header.address_family =
-            if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        query.header.address_family = address_family(family);
         let mut routes = std::pin::pin!(self.handle.route().get(query).execute());
         let mut found = false;
         // Read to the end: a dump left half read would mix with the next.
@@ -154,6 +148,13 @@ impl Routing {
             found |= table && route.header.kind == RouteType::Local;
         }
         Ok(found)
+    }
+}
+
+fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
     }
 }
 

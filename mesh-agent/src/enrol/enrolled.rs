@@ -29,7 +29,10 @@ use crate::{
     connection::{Direction, Node},
     listen,
     local::Local,
-    net::socket::{self, Family},
+    net::{
+        netns::Namespace,
+        socket::{self, Family},
+    },
 };
 
 /// How long connections of a workload that leaves the mesh may take to end, before capture is taken from under them.
@@ -175,19 +178,19 @@ impl Enrolled {
         Ok(())
     }
 
-    fn attach(&self, hook: Hook, kernel: &mut Kernel) -> anyhow::Result<()> {
-        let owner = owner(self.name());
+    /// Where a hook of this workload is: a namespace, and an interface in it.
+    fn place<'a>(&'a self, hook: Hook, of_node: &'a Namespace) -> (&'a Namespace, u32) {
         match hook {
-            Hook::Deliver => kernel.attach(&owner, hook, &self.local.namespace, LO)?,
-            Hook::CaptureOutbound | Hook::CaptureInbound => {
-                kernel.attach(&owner, hook, &self.local.namespace, self.pod_ifindex)?;
-            }
-            Hook::GuardFromPod | Hook::GuardToPod => {
-                let of_node = crate::net::netns::Namespace::of_agent()?;
-                kernel.attach(&owner, hook, &of_node, self.node_ifindex)?;
-            }
+            Hook::Deliver => (&self.local.namespace, LO),
+            Hook::CaptureOutbound | Hook::CaptureInbound => (&self.local.namespace, self.pod_ifindex),
+            Hook::GuardFromPod | Hook::GuardToPod => (of_node, self.node_ifindex),
         }
-        Ok(())
+    }
+
+    fn attach(&self, hook: Hook, kernel: &mut Kernel) -> anyhow::Result<()> {
+        let of_node = Namespace::of_agent()?;
+        let (namespace, ifindex) = self.place(hook, &of_node);
+        Ok(kernel.attach(&owner(self.name()), hook, namespace, ifindex)?)
     }
 
     fn guard(&self, kernel: &mut Kernel, maps: &mut Maps) -> anyhow::Result<()> {
@@ -213,13 +216,9 @@ impl Enrolled {
             );
         }
         let mut repaired = self.routing.ensure(&self.local.namespace, &self.families()).await?;
-        let of_node = crate::net::netns::Namespace::of_agent()?;
+        let of_node = Namespace::of_agent()?;
         for hook in Hook::ALL {
-            let (namespace, ifindex) = match hook {
-                Hook::Deliver => (&self.local.namespace, LO),
-                Hook::CaptureOutbound | Hook::CaptureInbound => (&self.local.namespace, self.pod_ifindex),
-                Hook::GuardFromPod | Hook::GuardToPod => (&of_node, self.node_ifindex),
-            };
+            let (namespace, ifindex) = self.place(hook, &of_node);
             if !kernel.is_attached(hook, namespace, ifindex) {
                 self.attach(hook, kernel)?;
                 repaired.push("program");

@@ -72,12 +72,20 @@ impl Enroller {
         let mut counted: HashMap<KernelReason, u64> = HashMap::new();
         let mut last_proof = tokio::time::Instant::now();
         let mut complete = false;
+        // The view whose addresses are the captured destinations: with thousands of them, not to be gone through at
+        // every turn.
+        let mut synced: Option<Arc<Snapshot>> = None;
         loop {
             let snapshot = view.borrow_and_update().clone();
             if let Some(snapshot) = snapshot {
                 let prove = last_proof.elapsed() >= PROVE_INTERVAL;
                 if prove {
                     last_proof = tokio::time::Instant::now();
+                }
+                if !synced.as_ref().is_some_and(|last| Arc::ptr_eq(last, &snapshot))
+                    && self.sync_destinations(&snapshot)
+                {
+                    synced = Some(snapshot.clone());
                 }
                 self.reconcile(&snapshot, &mut enrolled, prove).await;
                 complete = enrolled.len() == snapshot.local().count();
@@ -94,7 +102,6 @@ impl Enroller {
     }
 
     async fn reconcile(&mut self, view: &Snapshot, enrolled: &mut BTreeMap<Name, Enrolled>, prove: bool) {
-        self.sync_destinations(view);
         let wanted: BTreeMap<&Name, &Arc<Workload>> =
             view.local().map(|workload| (&workload.name, workload)).collect();
         // A workload that was given other addresses is another one to everything that capture rests on.
@@ -121,16 +128,22 @@ impl Enroller {
         self.publish(&wanted, enrolled);
     }
 
-    fn sync_destinations(&mut self, view: &Snapshot) {
+    /// Makes the view's addresses the captured destinations; whether that worked.
+    fn sync_destinations(&mut self, view: &Snapshot) -> bool {
         let wanted: HashSet<IpAddr> = view.captured_addresses().collect();
         match self.maps.set_destinations(&wanted) {
-            Ok(false) => {}
-            Ok(true) => tracing::warn!(
-                addresses = wanted.len(),
-                "more addresses than the map of destinations holds: capturing every destination"
-            ),
+            Ok(false) => true,
+            Ok(true) => {
+                let addresses = wanted.len();
+                tracing::warn!(
+                    addresses,
+                    "more than the map of destinations holds: capturing every destination"
+                );
+                true
+            }
             Err(error) => {
-                tracing::error!(%error, "cannot write the map of destinations; what was in it stays")
+                tracing::error!(%error, "cannot write the map of destinations; what was in it stays");
+                false
             }
         }
     }

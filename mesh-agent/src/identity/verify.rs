@@ -98,17 +98,16 @@ pub(super) fn tls13_signature(
     certificate: &CertificateDer<'_>,
     signature: &DigitallySignedStruct,
 ) -> Result<HandshakeSignatureValid, Error> {
-    verify_tls13_signature(
-        message,
-        certificate,
-        signature,
-        &ring::default_provider().signature_verification_algorithms,
-    )
+    verify_tls13_signature(message, certificate, signature, &algorithms())
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    ring::default_provider().signature_verification_algorithms
 }
 
 /// The signatures that are understood.
 pub(super) fn schemes() -> Vec<SignatureScheme> {
-    ring::default_provider().signature_verification_algorithms.supported_schemes()
+    algorithms().supported_schemes()
 }
 
 /// Verifies servers' certificates against the roots of one trust domain. Whose certificate it must be is for the
@@ -117,14 +116,12 @@ pub(super) fn schemes() -> Vec<SignatureScheme> {
 pub struct SpiffeServerVerifier {
     roots: Arc<RootCertStore>,
     trust_domain: TrustDomain,
-    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl SpiffeServerVerifier {
     /// A verifier for a trust domain with these roots.
     pub fn new(roots: Arc<RootCertStore>, trust_domain: TrustDomain) -> Arc<Self> {
-        let algorithms = ring::default_provider().signature_verification_algorithms;
-        Arc::new(Self { roots, trust_domain, algorithms })
+        Arc::new(Self { roots, trust_domain })
     }
 }
 
@@ -143,7 +140,7 @@ impl ServerCertVerifier for SpiffeServerVerifier {
             &self.roots,
             intermediates,
             now,
-            self.algorithms.all,
+            algorithms().all,
         )?;
         check_identity(end_entity, &self.trust_domain)?;
         Ok(ServerCertVerified::assertion())
@@ -164,11 +161,11 @@ impl ServerCertVerifier for SpiffeServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        tls13_signature(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        schemes()
     }
 }
 
