@@ -52,6 +52,8 @@ pub struct NodeState {
     pub node: String,
     /// The agent's version.
     pub agent_version: &'static str,
+    /// Its process, to tell an agent from its successor.
+    pub pid: u32,
     /// The version of the view in force; `None` before the first.
     pub view_version: Option<String>,
     /// Whether the controller can be reached.
@@ -105,6 +107,7 @@ impl NodeState {
         Self {
             node: node.to_owned(),
             agent_version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
             view_version: snapshot.map(|snapshot| snapshot.version().to_owned()),
             controller_connected: *connection == Connection::Open,
             controller_error: match connection {

@@ -1,17 +1,18 @@
 //! Composition: what exists in an agent, who owns it, in which order it starts and stops.
 //!
-//! Start: cgroup (before the first socket), runtimes, control side, kernel programs, enrolment, admin server.
-//! Stop: enrolment stands still with everything attached, connections drain to the deadline, then the sockets go; from
-//! then on the guard refuses what no other agent takes.
+//! Start: cgroup (before the first socket), runtimes, kernel programs, control side, ownership of the node, admin
+//! server, enrolment.
+//! Stop: serves on until a successor takes over; then enrolment stands still with everything attached, connections
+//! drain to the deadline, and the sockets go. Without a successor the guard refuses from then on what no agent takes.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use mesh_core::view::Snapshot;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     runtime::{Builder, Runtime},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 use tokio_util::sync::CancellationToken;
@@ -27,12 +28,14 @@ use crate::{
     identity::{Certificates, store::Identities},
     metrics::Metrics,
     net::{cgroup, netns::Namespace},
+    ownership::{self, Ownership},
     record::AccessLog,
     rpc::Connection,
-    view::{Enrolment, ReportHandle},
+    run_dir::RunDir,
+    view::{Enrolment, ReportHandle, Role},
 };
 
-/// Runs an agent until SIGTERM or SIGINT.
+/// Runs an agent until SIGTERM or SIGINT, and its connections on until they end or the deadline cuts them.
 pub fn run(config: &Config) -> anyhow::Result<()> {
     // Before there is any socket or thread.
     let agent_cgroup = cgroup::enter(&config.cgroup)?;
@@ -46,8 +49,15 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 }
 
 async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut told = Told::listen()?;
+    let mut ownership = Ownership::new(RunDir::open(&config.run_dir)?);
+    let alone = match ownership.try_take()? {
+        Ok(()) => true,
+        Err(owner) => {
+            tracing::warn!(?owner, "another agent owns this node: taking over from it, it will drain");
+            false
+        }
+    };
     let mut kernel = Kernel::load(&config.bpffs)?;
     let maps = Maps::new(kernel.bpf_mut(), agent_cgroup)?;
     capture::log::forward(kernel.bpf_mut()).context("cannot read the kernel programs' log")?;
@@ -55,10 +65,10 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     let stop = CancellationToken::new();
     let identities = Arc::new(Identities::new());
     let (metrics, registry) = Metrics::new();
-    let control = tokio::select! {
-        control = Control::start(config, identities.clone(), stop.clone()) => control?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+    let role = if alone { Role::Owner } else { Role::Successor };
+    let mut control = tokio::select! {
+        control = Control::start(config, identities.clone(), role, stop.clone()) => control?,
+        () = told.once_more() => return Ok(()),
     };
     let log = AccessLog::open(&config.access_log)
         .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?;
@@ -75,6 +85,14 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
             Drain::new(),
         )
     };
+    if !alone {
+        // Not before there is something to serve with: until then the old one goes on as if we were not here.
+        tokio::select! {
+            taken = take_over(&mut ownership, &mut control) => taken?,
+            () = told.once_more() => return Ok(()),
+        }
+    }
+    let in_force = CancellationToken::new();
     let enroller = Enroller {
         kernel,
         maps,
@@ -84,27 +102,134 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
         metrics: metrics.clone(),
         reports: control.reports.clone(),
         run_dir: config.run_dir.clone(),
+        in_force: in_force.clone(),
     };
     let observed = Arc::new(State::of(&config.node, &control));
     let listener = admin::listen(config.admin_listen).await?;
-    tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), stop.clone()));
+    let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
+    let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
     tokio::spawn(follow(observed.clone(), metrics, stop.clone()));
     tracing::info!(node = config.node, admin = %SocketAddr::to_string(&config.admin_listen), "agent started");
 
-    // The loop owns the listeners: it is kept, standing still, until the connections have drained.
-    let mut enrolment = std::pin::pin!(enroller.run(control.snapshots.clone(), stop.clone()));
-    tokio::select! {
-        () = &mut enrolment => {}
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-    }
-    let late = node.drain().drain(config.drain_deadline).await;
+    let mut enrolment = std::pin::pin!(enroller.run(control.snapshots.clone(), stand_down.clone()));
+    let owned = own(&mut ownership, &in_force, &mut told, config.drain_deadline);
+    let successor = tokio::select! {
+        _ = &mut enrolment => anyhow::bail!("the control side has ended"),
+        successor = owned => successor?,
+    };
+    // The loop owns the listeners: they are kept, standing still, until the connections have drained.
+    let mut deadline = config.drain_deadline;
+    let _held = if let Some(name) = successor {
+        tracing::warn!(successor = ?name, "a newer agent takes over: standing down");
+        stand_down.cancel();
+        let held = enrolment.await;
+        shown.cancel();
+        admin.await.context("the admin server has panicked")?;
+        control.become_the(Role::Predecessor);
+        ownership.release();
+        relay_on(&ownership, &node, &mut told, config.drain_deadline).await;
+        Some(held)
+    } else {
+        tracing::warn!("no successor came: connections are cut");
+        deadline = Duration::ZERO;
+        None
+    };
+    let late = tokio::select! {
+        late = node.drain().drain(deadline) => late,
+        () = told.once_more() => node.drain().drain(Duration::ZERO).await,
+    };
     if late > 0 {
         tracing::warn!(late, "connections were cut at the drain deadline");
     }
     control.stop().await;
     log.flush().await;
     Ok(())
+}
+
+/// Takes the node over from its present agent, once there is a view to serve it with.
+async fn take_over(ownership: &mut Ownership, control: &mut Control) -> anyhow::Result<()> {
+    control.snapshots.wait_for(Option::is_some).await.context("the control side has ended")?;
+    ownership.take_over().await?;
+    control.become_the(Role::Owner);
+    Ok(())
+}
+
+/// Owns the node until a successor wants to, whose name it returns; or, once the agent was told to end, at most to
+/// the deadline. Until somebody takes over nothing changes: the node is better served by an agent that is about to
+/// end than by none.
+async fn own(
+    ownership: &mut Ownership,
+    in_force: &CancellationToken,
+    told: &mut Told,
+    deadline: Duration,
+) -> anyhow::Result<Option<ownership::Name>> {
+    let ended = async {
+        told.once_more().await;
+        tracing::info!(?deadline, "told to end: serving on until a successor takes over");
+        tokio::select! {
+            () = tokio::time::sleep(deadline) => {}
+            () = told.once_more() => {}
+        }
+    };
+    let owning = async {
+        tokio::select! {
+            name = ownership.claimed() => return Ok(name),
+            () = in_force.cancelled() => {}
+        }
+        ownership.serves()?;
+        anyhow::Ok(ownership.claimed().await)
+    };
+    tokio::select! {
+        successor = owning => successor.map(Some),
+        () = ended => Ok(None),
+    }
+}
+
+/// Stood down: accepts what still comes until the successor serves, then lets what runs go on until the agent is told
+/// to end. What may still come is bounded by the deadline, once it was told.
+async fn relay_on(ownership: &Ownership, node: &Node, told: &mut Told, deadline: Duration) {
+    let late = async {
+        told.ever().await;
+        tokio::time::sleep(deadline).await;
+    };
+    tokio::select! {
+        _ = ownership.superseded() => {}
+        () = late => tracing::error!("the successor does not serve"),
+    }
+    node.drain().begin();
+    tracing::info!("the successor serves: connections go on, nothing new is taken");
+    told.ever().await;
+}
+
+/// Being told to end, by SIGTERM or SIGINT; the second time means at once.
+#[derive(Debug)]
+struct Told {
+    terminate: Signal,
+    interrupt: Signal,
+    already: bool,
+}
+
+impl Told {
+    fn listen() -> std::io::Result<Self> {
+        let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt, already: false })
+    }
+
+    /// Done when the agent is told to end, or told again. Cancel-safe.
+    async fn once_more(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+        self.already = true;
+    }
+
+    /// Done when the agent has ever been told to end. Cancel-safe.
+    async fn ever(&mut self) {
+        if !self.already {
+            self.once_more().await;
+        }
+    }
 }
 
 /// Two descriptors a connection at each agent: as many as the system lets us have.

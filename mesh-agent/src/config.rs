@@ -97,7 +97,8 @@ pub struct Config {
     /// One JSON object a line for every connection; `-` is standard output.
     #[arg(long, value_name = "PATH|-", default_value = "-")]
     pub access_log: PathBuf,
-    /// How long connections may take to finish once the agent was told to stop.
+    /// How long an agent that was told to stop serves on for want of a successor, and how long connections may take to
+    /// finish once there is one. A supervisor has to grant both, one after the other.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     #[serde(serialize_with = "as_text")]
     pub drain_deadline: Duration,

@@ -24,7 +24,7 @@ use crate::{
     },
     rpc::Connection,
     run_dir::RunDir,
-    view::{ReportHandle, View},
+    view::{ReportHandle, Role, View},
 };
 
 /// The control side of a running agent.
@@ -40,6 +40,7 @@ pub struct Control {
     pub certificates: watch::Receiver<Certificates>,
     /// Where to say how workloads are.
     pub reports: ReportHandle,
+    role: watch::Sender<Role>,
     tasks: JoinSet<()>,
     shutdown: CancellationToken,
 }
@@ -52,6 +53,7 @@ impl Control {
     pub async fn start(
         config: &Config,
         identities: Arc<Identities>,
+        role: Role,
         shutdown: CancellationToken,
     ) -> Result<Self, NodeError> {
         let run_dir = RunDir::open(&config.run_dir)?;
@@ -60,7 +62,8 @@ impl Control {
         let mut node = Node::start(NodeSettings::from(config), run_dir.clone(), published.clone()).await?;
         let trust_domain = node.trust_domain().clone();
 
-        let view = View::new(&config.node, trust_domain.clone(), run_dir.clone());
+        let role = watch::Sender::new(role);
+        let view = View::new(&config.node, trust_domain.clone(), run_dir.clone(), role.subscribe());
         let snapshots = view.snapshots();
         let kept = snapshots.borrow().clone();
         if let Some(kept) = &kept {
@@ -80,12 +83,17 @@ impl Control {
             workloads.run(channel.clone(), snapshots.clone(), connection.clone(), shutdown.clone());
         tasks.spawn(workloads.instrument(tracing::info_span!("workloads")));
         tasks.spawn(view.run(channel, shutdown.clone()).instrument(tracing::info_span!("view")));
-        Ok(Self { trust_domain, snapshots, connection, certificates, reports, tasks, shutdown })
+        Ok(Self { trust_domain, snapshots, connection, certificates, reports, role, tasks, shutdown })
     }
 
     /// Waits until one of the tasks has ended: after a shutdown, or because of a defect. Can be dropped at any point.
     pub async fn ended(&mut self) -> Result<(), JoinError> {
         self.tasks.join_next().await.unwrap_or(Ok(()))
+    }
+
+    /// Takes another part beside the other agent of the node.
+    pub fn become_the(&self, role: Role) {
+        self.role.send_replace(role);
     }
 
     /// Ends all of it, with what must survive written to the run directory.

@@ -55,9 +55,14 @@ impl Drain {
         self.tracker.len()
     }
 
+    /// Asks everything to finish: a successor takes what is new.
+    pub fn begin(&self) {
+        self.draining.cancel();
+    }
+
     /// Asks everything to finish, cuts what has not by the deadline, and returns how many tasks that were.
     pub async fn drain(&self, deadline: Duration) -> usize {
-        self.draining.cancel();
+        self.begin();
         self.tracker.close();
         if tokio::time::timeout(deadline, self.tracker.wait()).await.is_ok() {
             return 0;

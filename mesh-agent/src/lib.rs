@@ -11,7 +11,7 @@
 //! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
-//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`] | what the steps stand on |
+//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`] | what the steps stand on |
 //! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
 //! | 9 | [`refusal`], [`net`] | how a connection ends; sockets and namespaces |
 
@@ -32,6 +32,7 @@ pub mod listen;
 pub mod local;
 pub mod metrics;
 pub mod net;
+pub mod ownership;
 pub mod record;
 pub mod refusal;
 pub mod relay;

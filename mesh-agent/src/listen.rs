@@ -10,10 +10,14 @@ use crate::{
     local::Local,
 };
 
+/// How long an accept loop goes on once a successor's listener is in force: handshakes that had begun with this one
+/// end here, also those whose SYN-ACK was lost once (retransmitted after 1 s, RFC 6298).
+const HALF_OPEN_WAIT: Duration = Duration::from_secs(2);
 /// How long an accept loop waits when the process has no descriptors left, so that it does not spin.
 const NO_DESCRIPTORS_WAIT: Duration = Duration::from_millis(50);
 
-/// Serves a listener on the data runtime until `stop`. What waits in its queue then is still served.
+/// Serves a listener on the data runtime until `stop`, or until draining has begun and its last handshakes are
+/// through. What waits in its queue then is still served.
 pub fn spawn(
     runtime: &Handle,
     listener: &StdListener,
@@ -27,12 +31,17 @@ pub fn spawn(
     let listener = TcpListener::from_std(listener.try_clone()?)?;
     let drain = node.drain().clone();
     drain.clone().spawn(async move {
+        let mut drained = std::pin::pin!(async {
+            drain.draining().await;
+            tokio::time::sleep(HALF_OPEN_WAIT).await;
+        });
         loop {
             tokio::select! {
-                // Both branches are cancel-safe: accept loses no connection when it is dropped.
+                // All branches are cancel-safe: accept loses no connection when it is dropped.
                 biased;
                 () = stop.cancelled() => break,
-                () = drain.draining() => break,
+                () = drain.cut() => break,
+                () = &mut drained => break,
                 result = listener.accept() => match result {
                     Ok((stream, peer)) => start(stream, peer, direction, &local, &node),
                     // Destroyed from outside (`ss -K`): the enrolment notices and opens another.

@@ -8,6 +8,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -58,6 +59,11 @@ impl RunDir {
         self.path.join(name)
     }
 
+    /// When a file was last replaced; `None` when there is no such file.
+    pub fn replaced(&self, name: &str) -> Option<SystemTime> {
+        fs::metadata(self.path(name)).and_then(|metadata| metadata.modified()).ok()
+    }
+
     /// A file's content; `None` when there is no such file.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, RunDirError> {
         let path = self.path(name);
@@ -80,7 +86,8 @@ impl RunDir {
         if let Some(folder) = path.parent() {
             self.make(folder)?;
         }
-        let fresh = path.with_extension("new");
+        // An agent and its successor may write at the same time, each its own whole file.
+        let fresh = path.with_extension(format!("{}.new", std::process::id()));
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -172,8 +179,9 @@ mod tests {
     fn what_a_crash_left_open_to_others_is_closed() {
         let scratch = scratch();
         let dir = RunDir::open(scratch.path()).unwrap();
-        fs::write(dir.path("a.new"), b"left").unwrap();
-        fs::set_permissions(dir.path("a.new"), fs::Permissions::from_mode(0o644)).unwrap();
+        let left = dir.path(&format!("a.{}.new", std::process::id()));
+        fs::write(&left, b"left").unwrap();
+        fs::set_permissions(&left, fs::Permissions::from_mode(0o644)).unwrap();
         dir.write("a.json", b"key").unwrap();
         assert_eq!(fs::metadata(dir.path("a.json")).unwrap().permissions().mode() & 0o777, 0o600);
     }

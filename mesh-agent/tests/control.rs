@@ -16,7 +16,7 @@ use mesh_agent::{
     control::Control,
     identity::{node::NodeError, store::Identities},
     rpc::Connection,
-    view::Enrolment,
+    view::{Enrolment, Role},
 };
 use mesh_core::{
     identity::SpiffeId,
@@ -60,7 +60,7 @@ impl Node {
             std::fs::write(&file, token).unwrap();
             config.join_token_file = Some(file);
         }
-        Control::start(&config, self.identities.clone(), CancellationToken::new()).await
+        Control::start(&config, self.identities.clone(), Role::Owner, CancellationToken::new()).await
     }
 
     async fn start(&self, fake: &Fake) -> Control {
@@ -325,8 +325,9 @@ async fn a_partition_is_noticed_within_some_ten_seconds() {
     let (wire, through) = fake::Wire::to(fake.address).await;
     let mut config = node.config(&fake);
     config.controller = through.into();
-    let mut control =
-        Control::start(&config, node.identities.clone(), CancellationToken::new()).await.unwrap();
+    let mut control = Control::start(&config, node.identities.clone(), Role::Owner, CancellationToken::new())
+        .await
+        .unwrap();
     soon(control.connection.wait_for(|connection| *connection == Connection::Open)).await.unwrap();
     let begun = std::time::Instant::now();
     wire.hold();

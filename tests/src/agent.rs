@@ -23,10 +23,10 @@ use crate::{
 const ADMIN: &str = "127.0.0.1:15021";
 /// How long it may take until it is ready, and until a line is in its log.
 const READY: Duration = Duration::from_secs(20);
-/// How long a stop may take: above the drain deadline of its command line.
-const STOP: Duration = Duration::from_secs(15);
+/// How long a stop may take: above twice the drain deadline of its command line.
+pub const STOP: Duration = Duration::from_secs(15);
 /// Shorter than the default, so that tests which stop an agent end soon.
-const DRAIN_DEADLINE: &str = "5s";
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Everything that an agent's command line needs.
 #[derive(Debug, Clone)]
@@ -69,7 +69,8 @@ impl Agent {
         command.args(["--node", &s.node, "--controller", &s.controller]);
         command.arg("--join-token-file").arg(self.token_file());
         command.arg("--run-dir").arg(&s.run_dir).arg("--bpffs").arg(&s.bpffs);
-        command.args(["--cgroup", &s.cgroup, "--admin-listen", ADMIN, "--drain-deadline", DRAIN_DEADLINE]);
+        command.args(["--cgroup", &s.cgroup, "--admin-listen", ADMIN]);
+        command.arg("--drain-deadline").arg(format!("{}s", DRAIN_DEADLINE.as_secs()));
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
         let mut program = self.program();
@@ -94,6 +95,23 @@ impl Agent {
     /// SIGKILL: it gets no chance to clean up or to say goodbye.
     pub fn kill(&self) -> Result<()> {
         self.program().take().context("the agent does not run")?.kill()
+    }
+
+    /// Hands its process out, which runs on: another one can be started beside it.
+    pub fn set_aside(&self) -> Result<Program> {
+        self.program().take().context("the agent does not run")
+    }
+
+    /// Waits until the process that was started last is the one that serves.
+    pub fn await_serving(&self) -> Result<()> {
+        let pid = self.pid().context("the agent does not run")?;
+        wait::try_until(READY, || {
+            running(&mut self.program())?;
+            let state = self.state().map_err(|e| format!("{e:#}"))?;
+            wait::holds(state["pid"] == pid, || format!("{} answers, not {pid}", state["pid"]))
+        })
+        .map_err(anyhow::Error::msg)?;
+        self.await_ready()
     }
 
     /// SIGTERM, and its end after draining.

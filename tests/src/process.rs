@@ -57,13 +57,23 @@ impl Program {
     }
 
     /// SIGTERM; an error if it has not ended within `grace`.
-    pub fn stop(mut self, grace: Duration) -> Result<ExitStatus> {
+    pub fn stop(self, grace: Duration) -> Result<ExitStatus> {
+        self.terminate()?;
+        self.await_end(grace)
+    }
+
+    /// SIGTERM, and nothing more.
+    pub fn terminate(&self) -> Result<()> {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).context("a process id fits in i32")?);
-        kill(pid, Signal::SIGTERM).with_context(|| format!("stopping {}", self.name))?;
+        kill(pid, Signal::SIGTERM).with_context(|| format!("stopping {}", self.name))
+    }
+
+    /// Waits until it has ended; an error if it has not within `grace`.
+    pub fn await_end(mut self, grace: Duration) -> Result<ExitStatus> {
         let name = self.name.clone();
         wait::try_until(grace, || {
             let ended = self.child.try_wait().map_err(|e| e.to_string())?;
-            ended.ok_or_else(|| format!("{name} still runs {grace:?} after SIGTERM"))
+            ended.ok_or_else(|| format!("{name} still runs after {grace:?}"))
         })
         .map_err(anyhow::Error::msg)
     }

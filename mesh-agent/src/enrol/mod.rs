@@ -62,11 +62,24 @@ pub struct Enroller {
     pub reports: ReportHandle,
     /// Where settings of namespaces from before enrolment are kept.
     pub run_dir: PathBuf,
+    /// Cancelled by the loop when it has gone through all workloads once: new connections reach this agent.
+    pub in_force: CancellationToken,
+}
+
+/// What a loop that stands still leaves in place: its listeners, for as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    _enrolled: BTreeMap<Name, Enrolled>,
 }
 
 impl Enroller {
-    /// Runs until `stop`. Ends without detaching anything: the guard has the last word until the next agent.
-    pub async fn run(mut self, mut view: watch::Receiver<Option<Arc<Snapshot>>>, stop: CancellationToken) {
+    /// Runs until it is told to stand down. Ends without detaching anything: the guard has the last word until the
+    /// next agent.
+    pub async fn run(
+        mut self,
+        mut view: watch::Receiver<Option<Arc<Snapshot>>>,
+        stand_down: CancellationToken,
+    ) -> Held {
         let mut enrolled: BTreeMap<Name, Enrolled> = BTreeMap::new();
         // The kernel counts on while no agent runs; the first look takes that in.
         let mut counted: HashMap<KernelReason, u64> = HashMap::new();
@@ -89,13 +102,14 @@ impl Enroller {
                 }
                 self.reconcile(&snapshot, &mut enrolled, prove).await;
                 complete = enrolled.len() == snapshot.local().count();
+                self.in_force.cancel();
             }
             self.count_refusals(&mut counted);
             let wait = if complete { PROVE_INTERVAL } else { SEARCH_INTERVAL };
             tokio::select! {
                 // All branches are cancel-safe.
-                () = stop.cancelled() => return,
-                changed = view.changed() => if changed.is_err() { return },
+                () = stand_down.cancelled() => return Held { _enrolled: enrolled },
+                changed = view.changed() => if changed.is_err() { return Held { _enrolled: enrolled } },
                 () = tokio::time::sleep(wait) => {}
             }
         }

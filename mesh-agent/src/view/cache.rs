@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mesh_core::{view::Snapshot, wire::proto};
@@ -13,8 +13,9 @@ use crate::run_dir::RunDir;
 
 /// The file, a complete `ViewUpdate`.
 const FILE: &str = "view.pb";
-/// Views that follow each other faster are written once.
-const DELAY: Duration = Duration::from_secs(1);
+/// Views that follow each other faster are written once. A predecessor that drains learns of a change by this file,
+/// and has a second to act on it.
+const DELAY: Duration = Duration::from_millis(500);
 
 /// When and where the view is written.
 #[derive(Debug)]
@@ -52,6 +53,11 @@ impl Cache {
                 None
             }
         }
+    }
+
+    /// When the file was last written, by whichever agent.
+    pub fn written(&self) -> Option<SystemTime> {
+        self.run_dir.replaced(FILE)
     }
 
     /// The view has changed. New roots are written with the next chance: without them a restarted agent would not

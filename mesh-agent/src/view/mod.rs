@@ -46,6 +46,19 @@ const OUTGOING: usize = 16;
 const MAX_ACKS: usize = 64;
 /// How long the last words on a stream may take to get out.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often a predecessor looks for a view of its successor.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// An agent's part while there are two on the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It is about to take over: follows the controller, writes nothing down.
+    Successor,
+    /// It is the node's agent.
+    Owner,
+    /// It drains: follows what its successor writes down, for the controller speaks to one agent of a node.
+    Predecessor,
+}
 
 /// The stream of views, and what is published of it.
 #[derive(Debug)]
@@ -55,6 +68,7 @@ pub struct View {
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     connection: watch::Sender<Connection>,
     reports: ReportHandle,
+    role: watch::Receiver<Role>,
 }
 
 /// How a stream ended.
@@ -70,7 +84,7 @@ enum Ended {
 
 impl View {
     /// A view for this node, with what an earlier run of the agent left.
-    pub fn new(node: &str, trust_domain: TrustDomain, run_dir: RunDir) -> Self {
+    pub fn new(node: &str, trust_domain: TrustDomain, run_dir: RunDir, role: watch::Receiver<Role>) -> Self {
         let mut state = ViewState::new(node, trust_domain);
         let cache = Cache::new(run_dir);
         let kept = cache.load(&mut state);
@@ -80,6 +94,7 @@ impl View {
             snapshots: watch::Sender::new(kept),
             connection: watch::Sender::new(Connection::Away("not tried yet".into())),
             reports: ReportHandle::default(),
+            role,
         }
     }
 
@@ -98,14 +113,56 @@ impl View {
         self.reports.clone()
     }
 
-    /// Follows the controller until it is told to stop.
+    /// Follows the controller, or as a predecessor its successor, until it is told to stop.
     pub async fn run(mut self, channel: Channel, shutdown: CancellationToken) {
+        let role = self.role.clone();
+        // Following can be dropped at any point: a view is put in force in one step.
+        let superseded = tokio::select! {
+            () = self.follow_controller(channel, &shutdown) => false,
+            () = becomes(role, Role::Predecessor) => true,
+        };
+        self.write_down();
+        if superseded {
+            self.connection.send_replace(Connection::Away("a newer agent took over".into()));
+            self.follow_successor(&shutdown).await;
+        }
+    }
+
+    /// Puts in force what the successor writes down, so that a change ends live connections of this agent too.
+    async fn follow_successor(&mut self, shutdown: &CancellationToken) {
+        let mut taken = self.cache.written();
+        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        loop {
+            // Both branches only wait.
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = looks.tick() => {}
+            }
+            let written = self.cache.written();
+            if written == taken {
+                continue;
+            }
+            taken = written;
+            if let Some(snapshot) = self.cache.load(&mut self.state) {
+                self.snapshots.send_replace(Some(snapshot));
+            }
+        }
+    }
+
+    /// Writes the view down for the next start, unless that is another agent's to do.
+    fn write_down(&mut self) {
+        if *self.role.borrow() != Role::Successor {
+            self.cache.flush(&self.state);
+        }
+    }
+
+    async fn follow_controller(&mut self, channel: Channel, shutdown: &CancellationToken) {
         let client = NodeClient::new(channel).max_decoding_message_size(MAX_UPDATE_BYTES);
         let mut failures = 0;
         loop {
             let begun = Instant::now();
-            let reason = match self.follow(client.clone(), &shutdown).await {
-                Ended::Shutdown => return self.cache.flush(&self.state),
+            let reason = match self.follow(client.clone(), shutdown).await {
+                Ended::Shutdown => return,
                 Ended::Lost(status) => describe(&status),
                 Ended::Refused(reason) => reason,
             };
@@ -117,7 +174,7 @@ impl View {
             let pause = backoff(failures, rand::random(), RETRY_CAP);
             tracing::warn!(%reason, ?pause, "no stream of views, the last view stays in force");
             self.connection.send_replace(Connection::Away(reason));
-            self.cache.flush(&self.state);
+            self.write_down();
             // Both branches only wait.
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -156,9 +213,11 @@ impl View {
     ) -> Ended {
         let mut acks: VecDeque<proto::Ack> = VecDeque::new();
         let mut reports = self.reports.cursor();
+        let mut role = self.role.clone();
         let reason = loop {
             let waiting = !acks.is_empty() || reports.is_behind();
-            let flush = self.cache.due();
+            let owner = *role.borrow_and_update() == Role::Owner;
+            let due = self.cache.due().filter(|_| owner);
             // All branches can be dropped at any point: `message` keeps what it has read of an update, and the others
             // only wait.
             tokio::select! {
@@ -186,7 +245,8 @@ impl View {
                     }
                 }
                 () = reports.changed(), if !reports.is_behind() => {}
-                () = wait_until(flush) => self.cache.flush(&self.state),
+                () = wait_until(due) => self.write_down(),
+                Ok(()) = role.changed() => {}
             }
         };
         say_farewell(updates, outgoing, acks).await;
@@ -240,6 +300,14 @@ async fn say_farewell(
     };
     if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
         tracing::debug!("the controller did not end its half of the stream");
+    }
+}
+
+/// Done when the agent has this part. Cancel-safe.
+async fn becomes(mut role: watch::Receiver<Role>, wanted: Role) {
+    if role.wait_for(|role| *role == wanted).await.is_err() {
+        // Nobody will change it any more.
+        std::future::pending().await
     }
 }
 

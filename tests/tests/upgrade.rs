@@ -1,0 +1,245 @@
+//! A new agent takes over from an old one while connections come and go: nobody notices.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::{
+    fmt::Display,
+    io::{self, Read, Write},
+    net::{Shutdown, SocketAddr},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use mesh_tests::{
+    Workload, World,
+    agent::{DRAIN_DEADLINE, STOP},
+    apps,
+    process::Program,
+    until,
+    wait::holds,
+};
+
+/// How many upgrades in a row.
+const UPGRADES: usize = 20;
+/// What a short connection carries each way.
+const SHORT_BYTES: usize = 20_000;
+/// A connection that lives this long is shorter than the drain deadline, and longer than an upgrade.
+const LIFE: Duration = Duration::from_millis(2500);
+
+/// Connections that come and go in the background, and what went wrong with any of them.
+struct Load {
+    stop: Arc<AtomicBool>,
+    ended: Arc<AtomicUsize>,
+    errors: Arc<Mutex<Vec<String>>>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn new() -> Self {
+        let (stop, ended, errors) = <(Arc<AtomicBool>, Arc<AtomicUsize>, Arc<Mutex<Vec<String>>>)>::default();
+        Self { stop, ended, errors, workers: vec![] }
+    }
+
+    /// One connection after another, each carried out by `one`.
+    fn run(
+        &mut self,
+        what: &str,
+        from: &Workload,
+        to: SocketAddr,
+        one: fn(&Workload, SocketAddr) -> io::Result<()>,
+    ) {
+        let (stop, ended, errors) = (self.stop.clone(), self.ended.clone(), self.errors.clone());
+        let (from, what) = (from.clone(), format!("{what} from {} to {to}", from.name));
+        self.workers.push(thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                match one(&from, to) {
+                    Ok(()) => drop(ended.fetch_add(1, Ordering::Relaxed)),
+                    Err(error) => {
+                        let text = format!("{what}, {:?} after its begin: {error}", begun.elapsed());
+                        errors.lock().unwrap().push(text);
+                        return;
+                    }
+                }
+            }
+        }));
+    }
+
+    fn ended(&self) -> usize {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    #[track_caller]
+    fn assert_unharmed(&self, after: impl Display) {
+        let errors = self.errors.lock().unwrap();
+        assert!(errors.is_empty(), "{after}: {errors:#?}");
+    }
+
+    /// Waits until so many more connections have come to their end.
+    #[track_caller]
+    fn await_more(&self, count: usize) {
+        let before = self.ended();
+        until("connections come and go", Duration::from_secs(20), || {
+            let stopped = self.errors.lock().unwrap().len();
+            holds(self.ended() >= before + count || stopped > 0, || {
+                format!("{} ended", self.ended() - before)
+            })
+        });
+    }
+
+    fn finish(mut self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        for worker in self.workers.drain(..) {
+            worker.join().unwrap();
+        }
+        self.assert_unharmed("at the end");
+        self.ended()
+    }
+}
+
+/// A few kilobytes there and back, to the last byte and a proper end.
+fn short(from: &Workload, to: SocketAddr) -> io::Result<()> {
+    let sent = apps::noise(SHORT_BYTES);
+    let answer = from.exchange(to, &sent)?;
+    same(&sent, &answer)
+}
+
+/// A connection that speaks all its life.
+fn long(from: &Workload, to: SocketAddr) -> io::Result<()> {
+    let mut stream = from.connect(to)?;
+    let begun = Instant::now();
+    let sent = apps::noise(1000);
+    let mut answer = vec![0; sent.len()];
+    while begun.elapsed() < LIFE {
+        stream.write_all(&sent)?;
+        stream.read_exact(&mut answer)?;
+        same(&sent, &answer)?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    same(b"", &{
+        let mut rest = vec![];
+        stream.read_to_end(&mut rest)?;
+        rest
+    })
+}
+
+fn same(sent: &[u8], answer: &[u8]) -> io::Result<()> {
+    if sent == answer {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{} bytes were sent and {} others came back", sent.len(), answer.len())))
+}
+
+/// A successor is started, and only then is the old agent told to end.
+fn surge(world: &World) -> Program {
+    let agent = world.agent("a");
+    let old = agent.set_aside().unwrap();
+    agent.start().unwrap();
+    agent.await_serving().unwrap();
+    old.terminate().unwrap();
+    old
+}
+
+/// The old agent is told to end, and only then is its successor started.
+fn replace(world: &World) -> Program {
+    let agent = world.agent("a");
+    let old = agent.set_aside().unwrap();
+    old.terminate().unwrap();
+    agent.start().unwrap();
+    agent.await_serving().unwrap();
+    old
+}
+
+#[test]
+fn twenty_upgrades_under_load_lose_nothing() {
+    let world = World::shop().build().unwrap();
+    let (web, api, db) = (world.workload("web"), world.workload("api"), world.workload("db"));
+    let _apps = [&web, &api, &db].map(|workload| workload.serve(8080, apps::echo()).unwrap());
+    let mut load = Load::new();
+    // The upgraded agent as source, as destination, and as both; over both families.
+    let ways = [(&web, db.v4(8080)), (&db, web.v6(8080)), (&web, api.v4(8080))];
+    for (from, to) in ways {
+        load.run("short", from, to, short);
+        load.run("long", from, to, long);
+    }
+    load.await_more(20);
+    let mut old = vec![];
+    for round in 1..=UPGRADES {
+        old.push(if round % 2 == 0 { surge(&world) } else { replace(&world) });
+        world.agent("a").await_enrolled(2, STOP).unwrap();
+        load.await_more(5);
+        load.assert_unharmed(format!("upgrade {round}"));
+    }
+    for program in old {
+        assert!(program.await_end(STOP).unwrap().success());
+    }
+    eprintln!("{} connections over {UPGRADES} upgrades", load.finish());
+    let lines = world.agent("a").access_log().unwrap();
+    let harmed: Vec<_> = lines.iter().filter(|line| line["outcome"] != "ok").collect();
+    assert!(harmed.is_empty(), "{harmed:#?}");
+    let repairs = world.agent("a").metrics().unwrap().sum("nodemesh_repairs_total", &[]);
+    assert_eq!(repairs, 0.0, "the agents fought");
+}
+
+#[test]
+fn what_outlives_the_drain_deadline_is_cut_and_says_so() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let mut held = web.connect(db.v4(8080)).unwrap();
+    held.write_all(b"held").unwrap();
+    held.read_exact(&mut [0; 4]).unwrap();
+    let begun = Instant::now();
+    let old = surge(&world);
+    assert!(old.await_end(STOP).unwrap().success());
+    assert!(begun.elapsed() >= DRAIN_DEADLINE, "it had its time");
+    let error = held.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "a reset, never a silent end");
+    world.agent("a").wait_log("the cut", |line| line["reason"] == "agent_stopping");
+    assert_eq!(web.exchange(db.v4(8080), b"new").unwrap(), b"new");
+}
+
+#[test]
+fn an_agent_that_was_told_to_end_serves_until_its_deadline_if_nobody_takes_over() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let begun = Instant::now();
+    let old = world.agent("a").set_aside().unwrap();
+    old.terminate().unwrap();
+    while begun.elapsed() < DRAIN_DEADLINE / 2 {
+        assert_eq!(web.exchange(db.v4(8080), b"still").unwrap(), b"still");
+    }
+    assert!(old.await_end(STOP).unwrap().success());
+    web.assert_refused(db.v4(8080));
+}
+
+#[test]
+fn a_second_agent_takes_over_and_the_first_stands_down_until_it_is_told_to_end() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let agent = world.agent("a");
+    let mut held = web.connect(db.v4(8080)).unwrap();
+    let first = agent.set_aside().unwrap();
+    agent.start().unwrap();
+    agent.await_serving().unwrap();
+    let log = std::fs::read_to_string(agent.log()).unwrap();
+    for line in ["another agent owns this node", "a newer agent takes over"] {
+        assert!(log.contains(line), "the log does not say '{line}'");
+    }
+    // Longer than a drain would take: nobody told the first to end, so it carries on what it has.
+    let begun = Instant::now();
+    while begun.elapsed() < DRAIN_DEADLINE + Duration::from_secs(1) {
+        held.write_all(b"held").unwrap();
+        held.read_exact(&mut [0; 4]).unwrap();
+        assert_eq!(web.exchange(db.v4(8080), b"new").unwrap(), b"new");
+    }
+    let metrics = agent.metrics().unwrap();
+    assert_eq!(metrics.sum("nodemesh_repairs_total", &[]), 0.0, "the agents fight");
+    drop(held);
+    assert!(first.stop(STOP).unwrap().success());
+}
