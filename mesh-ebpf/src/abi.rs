@@ -104,7 +104,14 @@ pub struct SourceKey {
 pub struct Guarded {
     /// [`FLAG_STRICT`].
     pub flags: u32,
+    /// The hardware address of the pod's end, from which alone it may send; all zero for any.
+    pub mac: Mac,
+    /// No implicit padding.
+    pub reserved: [u8; 2],
 }
+
+/// A hardware address.
+pub type Mac = [u8; 6];
 
 /// Key of the map of the node's own connections to workloads.
 #[repr(C)]
@@ -124,8 +131,9 @@ pub struct ProbeKey {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Config {
-    /// Inode of the agent's cgroup2 directory, as `bpf_skb_cgroup_id` gives it.
-    pub agent_cgroup: u64,
+    /// Inodes of the cgroup2 directories of the agent and of its predecessor, as `bpf_skb_cgroup_id` gives them; 0 for
+    /// none.
+    pub agent_cgroups: [u64; 2],
     /// [`FLAG_CAPTURE_ALL`].
     pub flags: u32,
     /// No implicit padding.
@@ -160,10 +168,17 @@ refusals! {
     SpoofedSource = 3, "spoofed_source";
     /// Not TCP, between a strict workload and the mesh.
     NotTcp = 4, "not_tcp";
-    /// A fragment or an IPv6 extension header, which may hide TCP.
+    /// A fragment, an IPv6 extension header or an IPv4 option, which may hide TCP or lead it elsewhere; a header that is
+    /// cut short.
     Unparsable = 5, "unparsable";
     /// An incoming connection that no listener of the agent takes.
     NoListener = 6, "no_listener";
+    /// ARP or neighbour discovery that claims another's address, or the role of a router.
+    SpoofedNeighbour = 7, "spoofed_neighbour";
+    /// A hardware address that is not the workload's.
+    SpoofedMac = 8, "spoofed_mac";
+    /// Neither IP nor ARP, from or to a strict workload: nested VLAN tags, say.
+    NotIp = 9, "not_ip";
 }
 
 /// Counters of refusals: entries of the per-CPU array.
@@ -190,9 +205,9 @@ mod pod {
         assert!(size_of::<Address>() == 16);
         assert!(size_of::<ListenerKey>() == 20);
         assert!(size_of::<SourceKey>() == 20);
-        assert!(size_of::<Guarded>() == 4);
+        assert!(size_of::<Guarded>() == 12);
         assert!(size_of::<ProbeKey>() == 36);
-        assert!(size_of::<Config>() == 16);
+        assert!(size_of::<Config>() == 24);
     };
 }
 

@@ -4,7 +4,8 @@
 //! and rules and open raw sockets; it cannot enter the agent's cgroup.
 
 use crate::{
-    abi::{FLAG_STRICT, Guarded, KernelReason},
+    abi::{FLAG_STRICT, Guarded, KernelReason, Mac},
+    neighbour::Claim,
     packet::{Network, Tcp, Transport},
 };
 
@@ -16,7 +17,7 @@ pub trait Facts {
     fn is_agents(&self) -> bool;
     /// The other side's address is a workload or a service of the mesh, or everything is captured.
     fn peer_captured(&self) -> bool;
-    /// The node itself opened this connection.
+    /// The node itself opened this connection, or has a socket at the other end of it.
     fn probe(&self) -> bool;
     /// A UDP packet from or to port 53.
     fn dns(&self) -> bool;
@@ -33,6 +34,43 @@ pub enum Verdict {
     Reset(KernelReason),
     /// Dropped.
     Drop(KernelReason),
+}
+
+/// What a frame is that is no IP packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frame {
+    /// ARP.
+    Arp,
+    /// IP, with headers that are cut short or contradict themselves.
+    BrokenIp,
+    /// Anything else.
+    Foreign,
+}
+
+/// Decides a frame without an IP header, of either direction. What an ARP frame claims is decided by [`claim`].
+#[inline(always)]
+pub fn not_ip(workload: Guarded, frame: Frame) -> Verdict {
+    match frame {
+        Frame::Arp => Verdict::Pass,
+        Frame::BrokenIp => Verdict::Drop(KernelReason::Unparsable),
+        Frame::Foreign if workload.flags & FLAG_STRICT != 0 => Verdict::Drop(KernelReason::NotIp),
+        Frame::Foreign => Verdict::Pass,
+    }
+}
+
+/// Decides what a frame out of the pod says of neighbours; whether the address is one of the workload is asked only
+/// for a claim of one. The source's hardware address counts for every frame: a bridge learns by it.
+#[inline(always)]
+pub fn claim(workload: Guarded, source: &Mac, claim: Claim, owned: impl FnOnce(&Claim) -> bool) -> Verdict {
+    if workload.mac != [0; 6] && workload.mac != *source {
+        return Verdict::Drop(KernelReason::SpoofedMac);
+    }
+    let spoofed = match claim.kind {
+        crate::neighbour::Kind::Nothing => false,
+        crate::neighbour::Kind::Address => !claim.address.is_local_scope() && !owned(&claim),
+        crate::neighbour::Kind::Router => true,
+    };
+    if spoofed { Verdict::Drop(KernelReason::SpoofedNeighbour) } else { Verdict::Pass }
 }
 
 /// Decides a packet that comes out of the pod. `data_len`: bytes of TCP data.
@@ -114,8 +152,9 @@ mod tests {
 
     const APP: Known = Known { owned: true, agent: false, captured: true, probe: false, dns: false };
     const AGENT: Known = Known { agent: true, ..APP };
-    const STRICT: Guarded = Guarded { flags: FLAG_STRICT };
-    const PERMISSIVE: Guarded = Guarded { flags: 0 };
+    const MAC: Mac = [2, 0, 0, 0, 0, 1];
+    const STRICT: Guarded = Guarded { flags: FLAG_STRICT, mac: MAC, reserved: [0; 2] };
+    const PERMISSIVE: Guarded = Guarded { flags: 0, ..STRICT };
 
     impl Facts for Known {
         fn source_owned(&self) -> bool {
@@ -222,5 +261,38 @@ mod tests {
         check_other(PERMISSIVE, Transport::Hidden, APP, Verdict::Drop(KernelReason::Unparsable));
         check_other(STRICT, Transport::Icmp, APP, Verdict::Pass);
         check_other(STRICT, Transport::HopByHop, APP, Verdict::Drop(KernelReason::Unparsable));
+    }
+
+    #[test]
+    fn what_is_not_ip() {
+        for workload in [STRICT, PERMISSIVE] {
+            assert_eq!(not_ip(workload, Frame::Arp), Verdict::Pass);
+            assert_eq!(not_ip(workload, Frame::BrokenIp), Verdict::Drop(KernelReason::Unparsable));
+        }
+        assert_eq!(not_ip(STRICT, Frame::Foreign), Verdict::Drop(KernelReason::NotIp));
+        assert_eq!(not_ip(PERMISSIVE, Frame::Foreign), Verdict::Pass);
+    }
+
+    #[test]
+    fn a_workload_claims_its_own_addresses_only() {
+        use crate::neighbour::Kind;
+        let of = |kind, address: &str| Claim { kind, address: Address::from_ip(address.parse().unwrap()) };
+        let mine = |claim: &Claim| claim.address == Address::v4([10, 0, 0, 1]);
+        let spoofed = Verdict::Drop(KernelReason::SpoofedNeighbour);
+        assert_eq!(claim(STRICT, &MAC, of(Kind::Address, "10.0.0.1"), mine), Verdict::Pass);
+        assert_eq!(claim(STRICT, &MAC, of(Kind::Address, "10.0.0.2"), mine), spoofed);
+        assert_eq!(claim(STRICT, &MAC, of(Kind::Address, "fe80::1"), mine), Verdict::Pass);
+        assert_eq!(claim(STRICT, &MAC, of(Kind::Router, "fe80::1"), mine), spoofed);
+        assert_eq!(claim(STRICT, &MAC, of(Kind::Nothing, "10.0.0.2"), mine), Verdict::Pass);
+    }
+
+    #[test]
+    fn a_foreign_hardware_address_is_dropped_where_it_is_known() {
+        let other = [2, 0, 0, 0, 0, 2];
+        let nothing = Claim::NOTHING;
+        let dropped = Verdict::Drop(KernelReason::SpoofedMac);
+        assert_eq!(claim(PERMISSIVE, &other, nothing, |_| true), dropped);
+        let unknown = Guarded { mac: [0; 6], ..STRICT };
+        assert_eq!(claim(unknown, &other, nothing, |_| true), Verdict::Pass);
     }
 }

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`abi`] | marks, map keys and values, counters |
 //! | [`packet`] | headers read from bytes |
+//! | [`neighbour`] | what a frame tells of who is where |
 //! | [`capture`] | what the pod's end of the veth does with a packet |
 //! | [`guard`] | what the node's end of the veth does with a packet |
 //! | [`reset`] | the RST that answers a refused packet |
@@ -14,5 +15,6 @@
 pub mod abi;
 pub mod capture;
 pub mod guard;
+pub mod neighbour;
 pub mod packet;
 pub mod reset;

@@ -30,6 +30,7 @@ use mesh_ebpf::{
         ProbeKey, SourceKey,
     },
     capture, guard,
+    neighbour::Claim,
     packet::{Network, Tcp, Transport},
 };
 use skb::Packet;
@@ -53,7 +54,7 @@ static GUARDED: HashMap<u32, Guarded> = HashMap::pinned(MAX_WORKLOADS, 0);
 static SOURCES: HashMap<SourceKey, u32> = HashMap::pinned(MAX_WORKLOADS * 4, 0);
 
 /// Connections that the node itself opened to workloads. Least recently used evicted; an evicted probe's connection is
-/// cut if its workload is strict, and the node's next one is entered anew.
+/// recognised by the node's socket at its other end.
 #[map]
 static PROBES: LruHashMap<ProbeKey, u32> = LruHashMap::pinned(MAX_PROBES, 0);
 
@@ -126,10 +127,18 @@ fn capture_inbound(ctx: TcContext) -> i32 {
 #[classifier]
 fn guard_from_pod(ctx: TcContext) -> i32 {
     let Some(workload) = guarded(&ctx) else { return TC_ACT_UNSPEC };
-    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    let claim = skb::claim(&ctx);
+    let owned = |claim: &Claim| may_send_from(&ctx, claim.address);
+    if let guard::Verdict::Drop(reason) = guard::claim(*workload, &skb::source_mac(&ctx), claim, owned) {
+        return drop_frame(&ctx, reason);
+    }
+    if let guard::Verdict::Drop(reason) = tagged(&ctx, workload) {
+        return drop_frame(&ctx, reason);
+    }
+    let Some(packet) = Packet::read(&ctx) else { return unread(&ctx, workload) };
     let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.destination };
     let data_len = packet.data_len(&ctx);
-    match guard::from_pod(workload, &packet.network, packet.tcp(), data_len, &facts) {
+    match guard::from_pod(*workload, &packet.network, packet.tcp(), data_len, &facts) {
         guard::Verdict::Pass => TC_ACT_UNSPEC,
         guard::Verdict::Reset(reason) => reset(&ctx, &packet, reason),
         guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
@@ -139,12 +148,12 @@ fn guard_from_pod(ctx: TcContext) -> i32 {
 #[classifier]
 fn guard_to_pod(ctx: TcContext) -> i32 {
     let Some(workload) = guarded(&ctx) else { return TC_ACT_UNSPEC };
-    let Some(packet) = Packet::read(&ctx) else { return TC_ACT_UNSPEC };
+    let Some(packet) = Packet::read(&ctx) else { return unread(&ctx, workload) };
     if packet.tcp().is_some_and(Tcp::opens) {
         recognise_probe(&ctx, &packet);
     }
     let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.source };
-    match guard::to_pod(workload, &packet.network, &facts) {
+    match guard::to_pod(*workload, &packet.network, &facts) {
         guard::Verdict::Pass => TC_ACT_UNSPEC,
         guard::Verdict::Reset(reason) | guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
     }
@@ -162,9 +171,33 @@ fn recognise_probe(ctx: &TcContext, packet: &Packet) {
     }
 }
 
-fn guarded(ctx: &TcContext) -> Option<Guarded> {
-    // SAFETY: the value is one word, copied at once.
-    unsafe { GUARDED.get(&skb::ifindex(ctx)) }.copied()
+/// By reference: of a copied `Option` the verifier would see undefined bytes.
+fn guarded(ctx: &TcContext) -> Option<&'static Guarded> {
+    // SAFETY: the agent replaces entries whole; one that is replaced while it is read gives the old word or the new.
+    unsafe { GUARDED.get(&skb::ifindex(ctx)) }
+}
+
+/// A VLAN tag that the kernel has taken off the frame; on a bridge it would be put on again behind us.
+fn tagged(ctx: &TcContext, workload: &Guarded) -> guard::Verdict {
+    if skb::has_vlan_tag(ctx) {
+        guard::not_ip(*workload, guard::Frame::Foreign)
+    } else {
+        guard::Verdict::Pass
+    }
+}
+
+/// Decides a frame whose IP headers could not be read.
+fn unread(ctx: &TcContext, workload: &Guarded) -> i32 {
+    match guard::not_ip(*workload, skb::frame(ctx)) {
+        guard::Verdict::Drop(reason) => drop_frame(ctx, reason),
+        guard::Verdict::Pass | guard::Verdict::Reset(_) => TC_ACT_UNSPEC,
+    }
+}
+
+fn may_send_from(ctx: &TcContext, address: Address) -> bool {
+    let key = SourceKey { ifindex: skb::ifindex(ctx), address };
+    // SAFETY: only whether there is a value matters.
+    unsafe { SOURCES.get(&key) }.is_some()
 }
 
 fn captured(address: &Address) -> bool {
@@ -226,14 +259,15 @@ struct NodeFacts<'a> {
 impl guard::Facts for NodeFacts<'_> {
     #[inline(always)]
     fn source_owned(&self) -> bool {
-        let key = SourceKey { ifindex: skb::ifindex(self.ctx), address: self.packet.network.source };
-        // SAFETY: only whether there is a value matters.
-        unsafe { SOURCES.get(&key) }.is_some()
+        may_send_from(self.ctx, self.packet.network.source)
     }
     #[inline(always)]
     fn is_agents(&self) -> bool {
         let cgroup = skb::cgroup_id(self.ctx);
-        cgroup != 0 && CONFIG.get(0).is_some_and(|config| config.agent_cgroup == cgroup)
+        cgroup != 0
+            && CONFIG
+                .get(0)
+                .is_some_and(|config| config.agent_cgroups[0] == cgroup || config.agent_cgroups[1] == cgroup)
     }
     #[inline(always)]
     fn peer_captured(&self) -> bool {
@@ -241,7 +275,8 @@ impl guard::Facts for NodeFacts<'_> {
     }
     #[inline(always)]
     fn probe(&self) -> bool {
-        is_probe(&self.packet.probe_key_from_pod())
+        // An entry may have been evicted by thousands of others; the node's socket is still there.
+        is_probe(&self.packet.probe_key_from_pod()) || skb::is_connected(self.ctx, &self.packet.tuple())
     }
     #[inline(always)]
     fn dns(&self) -> bool {
@@ -267,23 +302,41 @@ fn drop(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Counts a refusal, and logs it unless this reason was just logged on this CPU.
+/// Drops a frame that is no IP packet, or is refused before that is looked at.
 #[inline(never)]
-fn record(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
+fn drop_frame(ctx: &TcContext, reason: KernelReason) -> i32 {
+    if count(reason) {
+        warn!(ctx, "kernel refused: reason {} ifindex {}", reason as u32, skb::ifindex(ctx));
+    }
+    TC_ACT_SHOT
+}
+
+/// Counts a refusal; whether it is to be logged: not when this reason was just logged on this CPU.
+#[inline(always)]
+fn count(reason: KernelReason) -> bool {
     let index = reason as u32;
     if let Some(count) = REFUSED.get_ptr_mut(index) {
         // SAFETY: a per-CPU value; nothing else writes it while this program runs on this CPU.
         unsafe { *count += 1 };
     }
-    let Some(last) = LOGGED.get_ptr_mut(index) else { return 0 };
+    let Some(last) = LOGGED.get_ptr_mut(index) else { return false };
     let now = skb::now_ns();
     // SAFETY: as above.
-    let quiet = unsafe { now - *last } < LOG_INTERVAL_NS;
-    if quiet {
+    let due = unsafe { now - *last } >= LOG_INTERVAL_NS;
+    if due {
+        // SAFETY: as above.
+        unsafe { *last = now };
+    }
+    due
+}
+
+/// Counts and logs the refusal of a packet.
+#[inline(never)]
+fn record(ctx: &TcContext, packet: &Packet, reason: KernelReason) -> i32 {
+    let index = reason as u32;
+    if !count(reason) {
         return 0;
     }
-    // SAFETY: as above.
-    unsafe { *last = now };
     let (source_port, destination_port) = packet.ports();
     let network: &Network = &packet.network;
     warn!(

@@ -16,9 +16,11 @@ pub const TCP_LEN: usize = 20;
 
 const IPPROTO_HOP_BY_HOP: u8 = 0;
 const IPPROTO_ICMP: u8 = 1;
+const IPPROTO_IGMP: u8 = 2;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
-const IPPROTO_ICMPV6: u8 = 58;
+/// ICMPv6 in the next-header field.
+pub const IPPROTO_ICMPV6: u8 = 58;
 
 /// What follows the network header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +33,7 @@ pub enum Transport {
     Icmp,
     /// IPv6 hop-by-hop options: MLD reports carry them, and anything could hide behind them.
     HopByHop,
-    /// A fragment of whatever it is, or an IPv6 extension header.
+    /// A fragment of whatever it is, an IPv6 extension header, or whatever comes with IPv4 options.
     Hidden,
     /// Any other protocol.
     Other,
@@ -60,8 +62,10 @@ impl Network {
         }
         // More-fragments flag or a fragment offset.
         let fragment = u16::from_be_bytes([b[6], b[7]]) & 0x3fff != 0;
+        // Options may route the packet elsewhere (RFC 791: source routes); only IGMP needs one (router alert, RFC 2113).
+        let options = header_len > V4_LEN && b[9] != IPPROTO_IGMP;
         let transport = match b[9] {
-            _ if fragment => Transport::Hidden,
+            _ if fragment || options => Transport::Hidden,
             IPPROTO_TCP => Transport::Tcp,
             IPPROTO_UDP => Transport::Udp,
             IPPROTO_ICMP => Transport::Icmp,
@@ -215,7 +219,8 @@ mod tests {
         check_v4(v4(17, 0, 5), Some(Transport::Udp));
         check_v4(v4(47, 0, 5), Some(Transport::Other));
         check_v4(v4(6, 0, 4), None);
-        assert_eq!(Network::v4(&v4(6, 0, 7)).unwrap().header_len, 28, "options are stepped over");
+        check_v4(v4(6, 0, 7), Some(Transport::Hidden)); // options
+        check_v4(v4(2, 0, 6), Some(Transport::Other)); // IGMP's router alert
     }
 
     #[test]

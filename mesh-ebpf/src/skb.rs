@@ -16,12 +16,17 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use mesh_ebpf::{
-    abi::{Address, ListenerKey, ProbeKey},
-    packet::{ETH_LEN, Network, TCP_LEN, Tcp, Transport, V4_LEN, V6_LEN, hop_by_hop_carries_icmp},
+    abi::{Address, ListenerKey, Mac, ProbeKey},
+    guard::Frame,
+    neighbour::{ADVERTISEMENT_LEN, ARP_LEN, Claim},
+    packet::{
+        ETH_LEN, IPPROTO_ICMPV6, Network, TCP_LEN, Tcp, Transport, V4_LEN, V6_LEN, hop_by_hop_carries_icmp,
+    },
     reset,
 };
 
 const ETH_P_IP: u32 = 0x0800;
+const ETH_P_ARP: u32 = 0x0806;
 const ETH_P_IPV6: u32 = 0x86dd;
 const PACKET_HOST: u32 = 0;
 const TCP_TIME_WAIT: u32 = 6;
@@ -53,7 +58,7 @@ impl Packet {
     /// Not inlined: its buffers would add to the stack of the program, of which there are 512 bytes with all callees.
     #[inline(never)]
     pub(crate) fn read(ctx: &TcContext) -> Option<Self> {
-        let protocol = u32::from(u16::from_be(skb_field(ctx, |skb| skb.protocol) as u16));
+        let protocol = ethertype(ctx);
         let (v6, network) = if protocol == ETH_P_IP {
             (false, Network::v4(&load::<V4_LEN>(ctx, ETH_LEN)?)?)
         } else if protocol == ETH_P_IPV6 {
@@ -126,6 +131,58 @@ impl Packet {
             Some(tcp) => reset::data_len(ctx.len() as usize, &self.network, tcp),
             None => 0,
         }
+    }
+}
+
+/// The type of the frame, behind a VLAN tag.
+#[inline(always)]
+fn ethertype(ctx: &TcContext) -> u32 {
+    u32::from(u16::from_be(skb_field(ctx, |skb| skb.protocol) as u16))
+}
+
+/// What a frame is whose IP headers could not be read.
+#[inline(always)]
+pub(crate) fn frame(ctx: &TcContext) -> Frame {
+    match ethertype(ctx) {
+        ETH_P_ARP => Frame::Arp,
+        ETH_P_IP | ETH_P_IPV6 => Frame::BrokenIp,
+        _ => Frame::Foreign,
+    }
+}
+
+/// Whether the kernel has taken a VLAN tag off the frame.
+#[inline(always)]
+pub(crate) fn has_vlan_tag(ctx: &TcContext) -> bool {
+    skb_field(ctx, |skb| skb.vlan_present) != 0
+}
+
+/// The hardware address of the sender, as the frame says it.
+#[inline(always)]
+pub(crate) fn source_mac(ctx: &TcContext) -> Mac {
+    load::<6>(ctx, 6).unwrap_or([0; 6])
+}
+
+/// What the frame tells of who is where. Not inlined, for its buffers: see [`Packet::read`].
+#[inline(never)]
+pub(crate) fn claim(ctx: &TcContext) -> Claim {
+    let protocol = ethertype(ctx);
+    if protocol == ETH_P_ARP {
+        return match load::<ARP_LEN>(ctx, ETH_LEN) {
+            Some(arp) => Claim::of_arp(&arp),
+            None => Claim::NOTHING,
+        };
+    }
+    let next_header = load::<1>(ctx, ETH_LEN + 6).unwrap_or([0]);
+    if protocol != ETH_P_IPV6 || next_header[0] != IPPROTO_ICMPV6 {
+        return Claim::NOTHING;
+    }
+    let icmp_type = load::<1>(ctx, ETH_LEN + V6_LEN).unwrap_or([0]);
+    if !Claim::has_target(icmp_type[0]) {
+        return Claim::of_icmp(icmp_type[0]);
+    }
+    match load::<ADVERTISEMENT_LEN>(ctx, ETH_LEN + V6_LEN) {
+        Some(message) => Claim::of_advertisement(&message),
+        None => Claim::NOTHING,
     }
 }
 

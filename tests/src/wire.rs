@@ -108,17 +108,37 @@ impl Capture {
 
     /// All TCP segments since the start. An error if the kernel had to drop any.
     pub fn packets(&mut self) -> Result<&[Packet]> {
+        let mut seen = std::mem::take(&mut self.seen);
+        let read = self.each(|frame| seen.extend(parse(frame)));
+        self.seen = seen;
+        read.map(|()| self.seen.as_slice())
+    }
+
+    /// The frames since the last look that are wanted, whatever they carry; the others are forgotten, so that a capture
+    /// can be long. An error if the kernel had to drop any.
+    pub fn sift(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<Vec<u8>>> {
+        let mut found = vec![];
+        self.each(|frame| found.extend(wanted(frame).then(|| frame.to_vec())))?;
+        Ok(found)
+    }
+
+    /// The frames since the last look with this text in them.
+    pub fn frames_with(&mut self, text: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.sift(|frame| frame.windows(text.len()).any(|window| window == text))
+    }
+
+    fn each(&mut self, mut take: impl FnMut(&[u8])) -> Result<()> {
         let mut frame = vec![0; FRAME_MAX];
         loop {
             match self.socket.read(&mut frame) {
-                Ok(length) => self.seen.extend(parse(&frame[..length])),
+                Ok(length) => take(&frame[..length]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error).context("reading the packet socket"),
             }
         }
         let dropped = dropped(&self.socket)?;
         ensure!(dropped == 0, "the capture's queue was full: {dropped} packets are missing");
-        Ok(&self.seen)
+        Ok(())
     }
 
     /// Segments of connections between the two with `port` at one end.
@@ -133,7 +153,8 @@ impl Capture {
     }
 }
 
-fn parse(frame: &[u8]) -> Option<Packet> {
+/// The TCP segment in a frame; nothing for any other frame.
+pub fn parse(frame: &[u8]) -> Option<Packet> {
     let sliced = LaxSlicedPacket::from_ethernet(frame).ok()?;
     let (source, destination): (IpAddr, IpAddr) = match sliced.net.as_ref()? {
         LaxNetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),

@@ -52,11 +52,11 @@ fn more_destinations_than_fit_mean_that_everything_is_captured() {
 fn a_guard_that_does_not_fit_is_an_error_and_not_forgotten() {
     let mut loaded = Loaded::new("guarded");
     for ifindex in 1..=MAX_WORKLOADS {
-        loaded.maps.guard(ifindex, &[], true).unwrap();
+        loaded.maps.guard(ifindex, &[], [0; 6], true).unwrap();
     }
-    assert!(loaded.maps.guard(MAX_WORKLOADS + 1, &[], true).is_err());
+    assert!(loaded.maps.guard(MAX_WORKLOADS + 1, &[], [0; 6], true).is_err());
     loaded.maps.unguard(1);
-    loaded.maps.guard(MAX_WORKLOADS + 1, &[], true).unwrap();
+    loaded.maps.guard(MAX_WORKLOADS + 1, &[], [0; 6], true).unwrap();
     assert_eq!(loaded.maps.guarded().len(), MAX_WORKLOADS as usize);
 }
 
@@ -75,7 +75,7 @@ fn a_listener_is_led_to_for_as_long_as_it_lives() {
 fn what_an_agent_left_in_the_maps_is_there_for_the_next() {
     let mut loaded = Loaded::new("pinned");
     loaded.maps.set_destinations(&addresses(5)).unwrap();
-    loaded.maps.guard(7, &[], true).unwrap();
+    loaded.maps.guard(7, &[], [0; 6], true).unwrap();
     let mut next = Kernel::load(&loaded.bpffs).unwrap();
     let mut maps = Maps::new(next.bpf_mut(), 1).unwrap();
     assert_eq!(maps.guarded(), [7]);

@@ -12,7 +12,7 @@ use aya::{
 };
 use mesh_ebpf::abi::{
     Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
-    MAX_DESTINATIONS, SourceKey,
+    MAX_DESTINATIONS, Mac, SourceKey,
 };
 
 /// The maps.
@@ -23,7 +23,7 @@ pub struct Maps {
     sources: HashMap<MapData, SourceKey, u32>,
     config: Array<MapData, Config>,
     refused: PerCpuArray<MapData, u64>,
-    agent_cgroup: u64,
+    agent_cgroups: [u64; 2],
     /// What is in `destinations`.
     captured: HashSet<IpAddr>,
 }
@@ -35,7 +35,7 @@ impl std::fmt::Debug for Maps {
 }
 
 impl Maps {
-    /// Takes the maps out of the loaded object and puts the agent's cgroup in force.
+    /// Takes the maps out of the loaded object and puts the agent's cgroup in force, beside that of a predecessor.
     pub fn new(bpf: &mut Ebpf, agent_cgroup: u64) -> anyhow::Result<Self> {
         let mut take =
             |name: &str| bpf.take_map(name).ok_or_else(|| anyhow::anyhow!("the object has no map {name}"));
@@ -48,17 +48,20 @@ impl Maps {
             sources: take("SOURCES")?.try_into()?,
             config: take("CONFIG")?.try_into()?,
             refused: take("REFUSED")?.try_into()?,
-            agent_cgroup,
+            agent_cgroups: [agent_cgroup, 0],
             captured,
         };
+        let before = maps.config.get(&0, 0)?;
+        // The connections of a predecessor go on, in its own cgroup.
+        let [last, older] = before.agent_cgroups;
+        maps.agent_cgroups[1] = if last == agent_cgroup { older } else { last };
         // Until the first view is here, what an earlier agent had captured stays captured.
-        let flags = maps.config.get(&0, 0).map_or(0, |config| config.flags);
-        maps.set_flags(flags)?;
+        maps.set_flags(before.flags)?;
         Ok(maps)
     }
 
     fn set_flags(&mut self, flags: u32) -> Result<(), MapError> {
-        self.config.set(0, &Config { agent_cgroup: self.agent_cgroup, flags, reserved: 0 }, 0)
+        self.config.set(0, &Config { agent_cgroups: self.agent_cgroups, flags, reserved: 0 }, 0)
     }
 
     /// Makes these the captured destinations. If they are more than the map holds, everything is captured, so that
@@ -115,14 +118,20 @@ impl Maps {
         }
     }
 
-    /// Puts the guard of a veth in force.
-    pub fn guard(&mut self, ifindex: u32, addresses: &[IpAddr], strict: bool) -> Result<(), MapError> {
+    /// Puts the guard of a veth in force. `mac`: the only hardware address that may send; all zero for any.
+    pub fn guard(
+        &mut self,
+        ifindex: u32,
+        addresses: &[IpAddr],
+        mac: Mac,
+        strict: bool,
+    ) -> Result<(), MapError> {
         for address in addresses {
             let key = SourceKey { ifindex, address: Address::from_ip(*address) };
             self.sources.insert(&key, &1, 0)?;
         }
         let flags = if strict { FLAG_STRICT } else { 0 };
-        self.guarded.insert(&ifindex, &Guarded { flags }, 0)
+        self.guarded.insert(&ifindex, &Guarded { flags, mac, reserved: [0; 2] }, 0)
     }
 
     /// Takes the guard of a veth out of force.

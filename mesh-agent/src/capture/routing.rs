@@ -1,5 +1,5 @@
-//! What capture needs inside a pod's namespace besides programs: a rule and a route that deliver captured packets
-//! locally, and two settings of `lo`.
+//! What capture needs inside a pod's namespace besides programs: `lo`, a rule and a route that deliver captured packets
+//! locally, and three settings.
 //!
 //! `bpf_sk_assign` picks the socket, it does not make the destination local: without the rule the kernel would forward.
 
@@ -9,10 +9,11 @@ use futures_util::TryStreamExt;
 use mesh_ebpf::abi::{CAPTURED_MARK, MARK_MASK};
 use netlink_packet_route::{
     AddressFamily,
+    link::LinkFlags,
     route::{RouteAttribute, RouteMessage, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
 use crate::net::{netns::Namespace, socket::Family};
@@ -26,16 +27,19 @@ const LO: u32 = 1;
 
 const ACCEPT_LOCAL: &str = "/proc/sys/net/ipv4/conf/lo/accept_local";
 const RP_FILTER: &str = "/proc/sys/net/ipv4/conf/lo/rp_filter";
+const SYNCOOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 
-/// Values of `lo`'s settings before enrolment, to be put back.
+/// Values of the namespace's settings before enrolment, to be put back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     accept_local: u8,
     rp_filter: u8,
+    tcp_syncookies: u8,
 }
 
-/// What captured packets need: the pod's own address is their source although they come in by `lo`.
-const NEEDED: Settings = Settings { accept_local: 1, rp_filter: 2 };
+/// What captured packets need: the pod's own address is their source although they come in by `lo`. And no SYN cookies:
+/// the ACK of one belongs to no socket, finds the application's listener, and could open a connection there.
+const NEEDED: Settings = Settings { accept_local: 1, rp_filter: 2, tcp_syncookies: 0 };
 
 impl Settings {
     fn read() -> io::Result<Self> {
@@ -43,12 +47,17 @@ impl Settings {
             let text = fs::read_to_string(path)?;
             text.trim().parse::<u8>().map_err(|_| io::Error::other(format!("{path} holds '{}'", text.trim())))
         };
-        Ok(Self { accept_local: value(ACCEPT_LOCAL)?, rp_filter: value(RP_FILTER)? })
+        Ok(Self {
+            accept_local: value(ACCEPT_LOCAL)?,
+            rp_filter: value(RP_FILTER)?,
+            tcp_syncookies: value(SYNCOOKIES)?,
+        })
     }
 
     fn write(self) -> io::Result<()> {
         fs::write(ACCEPT_LOCAL, self.accept_local.to_string())?;
-        fs::write(RP_FILTER, self.rp_filter.to_string())
+        fs::write(RP_FILTER, self.rp_filter.to_string())?;
+        fs::write(SYNCOOKIES, self.tcp_syncookies.to_string())
     }
 
     /// What is set in a namespace now.
@@ -83,6 +92,12 @@ impl Routing {
         families: &[Family],
     ) -> anyhow::Result<Vec<&'static str>> {
         let mut repaired = Vec::new();
+        // First: the route is lost with it.
+        if !self.is_lo_up().await? {
+            let up = LinkUnspec::new_with_index(LO).up().build();
+            self.handle.link().set(up).execute().await?;
+            repaired.push("lo");
+        }
         for family in families {
             if !self.has_rule(*family).await? {
                 self.add_rule(*family).await?;
@@ -93,7 +108,7 @@ impl Routing {
                 repaired.push("route");
             }
         }
-        if families.contains(&Family::V4) && Settings::of(namespace)? != NEEDED {
+        if Settings::of(namespace)? != NEEDED {
             NEEDED.restore(namespace)?;
             repaired.push("sysctl");
         }
@@ -121,6 +136,11 @@ impl Routing {
 
     async fn has_rule(&self, family: Family) -> anyhow::Result<bool> {
         Ok(!self.rules(family).await?.is_empty())
+    }
+
+    async fn is_lo_up(&self) -> anyhow::Result<bool> {
+        let found = self.handle.link().get().match_index(LO).execute().try_next().await?;
+        Ok(found.is_some_and(|lo| lo.header.flags.contains(LinkFlags::Up)))
     }
 
     async fn add_rule(&self, family: Family) -> anyhow::Result<()> {

@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt;
+use mesh_ebpf::abi::Mac;
 use netlink_packet_route::link::LinkAttribute;
 use nix::ifaddrs::getifaddrs;
 
@@ -23,6 +24,11 @@ pub enum PlaceError {
     /// No namespace has the address.
     #[error("no network namespace of this node has the address {0}")]
     NoNamespace(IpAddr),
+    /// More than one namespace has the address: one of them is not the workload.
+    #[error(
+        "more than one network namespace of this node has the address {0}, and one of them claims another's"
+    )]
+    Ambiguous(IpAddr),
     /// The address is the node's own (`hostNetwork`).
     #[error("{0} is the node's own address: workloads on the node's network cannot be enrolled")]
     NodeNetwork(IpAddr),
@@ -53,6 +59,8 @@ pub struct Place {
     pub pod_ifindex: u32,
     /// The node's end, an index in the agent's namespace.
     pub node_ifindex: u32,
+    /// The hardware address of the pod's end.
+    pub mac: Mac,
 }
 
 /// Paths of all network namespaces, each once.
@@ -75,11 +83,18 @@ pub fn namespaces() -> io::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Which namespace and interface have which address, at one moment.
+/// Which namespaces and interfaces have which address, at one moment.
 #[derive(Debug, Default)]
 pub struct Census {
-    found: HashMap<IpAddr, (PathBuf, String)>,
+    found: HashMap<IpAddr, Vec<Found>>,
     own: HashSet<IpAddr>,
+}
+
+#[derive(Debug)]
+struct Found {
+    path: PathBuf,
+    inode: u64,
+    interface: String,
 }
 
 impl Census {
@@ -90,30 +105,43 @@ impl Census {
         for path in namespaces()? {
             let Ok(namespace) = Namespace::open(&path) else { continue };
             let Ok(Ok(list)) = namespace.enter(addresses) else { continue };
+            let inode = namespace.inode();
             for (address, interface) in list {
-                census.found.insert(address, (path.clone(), interface));
+                let all = census.found.entry(address).or_default();
+                // An address can be on two interfaces of a namespace; the first one counts.
+                if !all.iter().any(|found| found.inode == inode) {
+                    all.push(Found { path: path.clone(), inode, interface });
+                }
             }
         }
         Ok(census)
     }
 
-    /// The place of the workload with these addresses; the first one that is found decides.
-    pub async fn place(&self, wanted: &[IpAddr]) -> Result<Place, PlaceError> {
-        let Some((address, (path, interface))) =
-            wanted.iter().find_map(|address| Some((*address, self.found.get(address)?)))
+    /// The place of the workload with these addresses; the first one that is found decides. `taken`: namespaces of
+    /// other workloads, by inode. A workload that gave itself the address of another is not taken for that one.
+    pub async fn place(&self, wanted: &[IpAddr], taken: &HashSet<u64>) -> Result<Place, PlaceError> {
+        let candidates = |address: &IpAddr| {
+            let all = self.found.get(address)?.iter().filter(|found| !taken.contains(&found.inode));
+            Some(all.collect::<Vec<_>>()).filter(|all| !all.is_empty())
+        };
+        let Some((address, candidates)) =
+            wanted.iter().find_map(|address| Some((*address, candidates(address)?)))
         else {
             let first = wanted.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
             let own = wanted.iter().find(|address| self.own.contains(address));
             return Err(own.map_or(PlaceError::NoNamespace(first), |own| PlaceError::NodeNetwork(*own)));
         };
+        let [Found { path, interface, .. }] = candidates.as_slice() else {
+            return Err(PlaceError::Ambiguous(address));
+        };
         let namespace = Namespace::open(Path::new(path))?;
         let not_veth = || PlaceError::NotVeth { address, interface: interface.clone() };
-        let (pod_ifindex, node_ifindex) = link(&namespace, interface).await?.ok_or_else(not_veth)?;
+        let (pod_ifindex, node_ifindex, mac) = link(&namespace, interface).await?.ok_or_else(not_veth)?;
         let back = link_by_index(&Namespace::of_agent()?, node_ifindex).await?;
         if back.is_none_or(|(_, peer)| peer != Some(pod_ifindex)) {
             return Err(not_veth());
         }
-        Ok(Place { namespace, pod_ifindex, node_ifindex })
+        Ok(Place { namespace, pod_ifindex, node_ifindex, mac })
     }
 }
 
@@ -137,13 +165,15 @@ fn addresses() -> io::Result<Vec<(IpAddr, String)>> {
     Ok(list.collect())
 }
 
-/// Index of an interface and of its other end; `None` if it has none or is not there.
-async fn link(namespace: &Namespace, name: &str) -> Result<Option<(u32, u32)>, PlaceError> {
+/// Index of an interface and of its other end, and its hardware address; `None` if it has none or is not there.
+async fn link(namespace: &Namespace, name: &str) -> Result<Option<(u32, u32, Mac)>, PlaceError> {
     let (connection, handle, _) = namespace.enter(rtnetlink::new_connection)??;
     let task = tokio::spawn(connection);
     let found = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
     task.abort();
-    Ok(found?.and_then(|message| Some((message.header.index, peer(&message.attributes)?))))
+    Ok(found?.and_then(|message| {
+        Some((message.header.index, peer(&message.attributes)?, hardware_address(&message.attributes)?))
+    }))
 }
 
 async fn link_by_index(namespace: &Namespace, index: u32) -> Result<Option<(u32, Option<u32>)>, PlaceError> {
@@ -161,6 +191,13 @@ async fn link_by_index(namespace: &Namespace, index: u32) -> Result<Option<(u32,
 fn peer(attributes: &[LinkAttribute]) -> Option<u32> {
     attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    })
+}
+
+fn hardware_address(attributes: &[LinkAttribute]) -> Option<Mac> {
+    attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(address) => address.as_slice().try_into().ok(),
         _ => None,
     })
 }

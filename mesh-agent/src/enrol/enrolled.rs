@@ -1,6 +1,7 @@
 //! One enrolled workload: how it comes to be captured, how that is proven, how it is let go.
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, TcpListener},
     path::Path,
     sync::Arc,
@@ -58,8 +59,11 @@ pub(super) struct Enrolled {
     pod_ifindex: u32,
     /// The node's end of its veth.
     pub(super) node_ifindex: u32,
+    /// The last proof found all of it in place.
+    pub(super) whole: bool,
+    mac: abi::Mac,
     /// What the guard was told.
-    pub(super) strict: bool,
+    strict: bool,
 }
 
 /// Why a workload is not captured.
@@ -89,18 +93,20 @@ impl Enrolled {
     pub(super) async fn new(
         workload: &Workload,
         census: &Census,
+        taken: &HashSet<u64>,
         view: &Snapshot,
         context: &mut Enroller,
     ) -> Result<Self, Incomplete> {
-        let Place { namespace, pod_ifindex, node_ifindex } = match census.place(&workload.addresses).await {
-            Ok(place) => place,
-            Err(PlaceError::NoNamespace(address)) => {
-                return Err(Incomplete::Waiting(format!(
-                    "no network namespace of this node has {address} yet"
-                )));
-            }
-            Err(error) => return Err(Incomplete::Failed(error.into())),
-        };
+        let Place { namespace, pod_ifindex, node_ifindex, mac } =
+            match census.place(&workload.addresses, taken).await {
+                Ok(place) => place,
+                Err(PlaceError::NoNamespace(address)) => {
+                    return Err(Incomplete::Waiting(format!(
+                        "no network namespace of this node has {address} yet"
+                    )));
+                }
+                Err(error) => return Err(Incomplete::Failed(error.into())),
+            };
         let strict = workload.mode == Mode::Strict;
         let local = Local::new(workload.name.clone(), workload.addresses.clone(), namespace);
         let mut new = Self {
@@ -110,6 +116,8 @@ impl Enrolled {
             stop: CancellationToken::new(),
             pod_ifindex,
             node_ifindex,
+            whole: true,
+            mac,
             strict,
         };
         if strict {
@@ -138,8 +146,17 @@ impl Enrolled {
         Ok(new)
     }
 
+    /// The inode of its namespace.
+    pub(super) fn namespace(&self) -> u64 {
+        self.local.namespace.inode()
+    }
+
     pub(super) fn name(&self) -> &Name {
         &self.local.name
+    }
+
+    pub(super) fn is_strict(&self) -> bool {
+        self.strict
     }
 
     pub(super) fn addresses(&self) -> &[IpAddr] {
@@ -194,10 +211,20 @@ impl Enrolled {
     }
 
     fn guard(&self, kernel: &mut Kernel, maps: &mut Maps) -> anyhow::Result<()> {
-        maps.guard(self.node_ifindex, self.addresses(), self.strict)
-            .context("cannot write the guard's maps")?;
+        self.tell_guard(maps, self.strict).context("cannot write the guard's maps")?;
         self.attach(Hook::GuardFromPod, kernel)?;
         self.attach(Hook::GuardToPod, kernel)
+    }
+
+    fn tell_guard(&self, maps: &mut Maps, strict: bool) -> Result<(), aya::maps::MapError> {
+        maps.guard(self.node_ifindex, self.addresses(), self.mac, strict)
+    }
+
+    /// Changes the mode while it is enrolled.
+    pub(super) fn set_strict(&mut self, maps: &mut Maps, strict: bool) -> Result<(), aya::maps::MapError> {
+        self.tell_guard(maps, strict)?;
+        self.strict = strict;
+        Ok(())
     }
 
     /// Checks against the kernel that all is in place and repairs what is not; returns the names of what was missing.
@@ -236,15 +263,26 @@ impl Enrolled {
         Ok(repaired)
     }
 
-    /// Lets the workload go: ends its connections first, since without capture their data would leave as plaintext,
-    /// then takes away everything that enrolment brought.
-    pub(super) async fn remove(self, kernel: &mut Kernel, maps: &mut Maps, node: &Node, run_dir: &Path) {
+    /// Lets go of a workload whose place is gone, or looks as if it were: its connections end, its listeners go. The
+    /// guard stays, and everything else that is of no harm: it is not for a workload to say, by taking its own address
+    /// away, that it is no longer guarded. Enrolment takes them over when it is found again.
+    pub(super) async fn lose(mut self, maps: &mut Maps, node: &Node) {
+        self.end(maps, node).await;
+    }
+
+    async fn end(&mut self, maps: &mut Maps, node: &Node) {
         for address in self.addresses() {
             maps.remove_listeners(*address);
         }
         self.stop.cancel();
         self.local.leave(LEAVE_WAIT).await;
         node.forget(&self.local);
+    }
+
+    /// Lets the workload go: ends its connections first, since without capture their data would leave as plaintext,
+    /// then takes away everything that enrolment brought.
+    pub(super) async fn remove(mut self, kernel: &mut Kernel, maps: &mut Maps, node: &Node, run_dir: &Path) {
+        self.end(maps, node).await;
         let name = self.name();
         if let Err(error) = kernel.detach(&owner(name)) {
             tracing::error!(workload = %name, %error, "cannot detach the programs");

@@ -165,12 +165,10 @@ impl Enroller {
     /// The mode of a workload may change while it is enrolled.
     fn follow(&mut self, present: &mut Enrolled, workload: &Workload) {
         let strict = workload.mode == Mode::Strict;
-        if present.strict != strict {
-            if let Err(error) = self.maps.guard(present.node_ifindex, present.addresses(), strict) {
-                tracing::error!(workload = %workload.name, %error, "cannot change the guard's mode");
-                return;
-            }
-            present.strict = strict;
+        if present.is_strict() != strict
+            && let Err(error) = present.set_strict(&mut self.maps, strict)
+        {
+            tracing::error!(workload = %workload.name, %error, "cannot change the guard's mode");
         }
     }
 
@@ -200,6 +198,8 @@ impl Enroller {
         for (name, present) in enrolled.iter_mut() {
             match present.prove(&mut self.kernel, &mut self.maps, &self.node, &self.data).await {
                 Ok(repaired) => {
+                    // Repaired is not yet proven: it counts as unprotected until the next proof finds it whole.
+                    present.whole = repaired.is_empty();
                     for what in repaired {
                         tracing::warn!(workload = %name, what, "capture was tampered with; repaired");
                         self.metrics.repaired(what);
@@ -214,7 +214,8 @@ impl Enroller {
         for name in lost {
             self.metrics.repaired("namespace");
             if let Some(old) = enrolled.remove(&name) {
-                self.unenrol(old).await;
+                old.lose(&mut self.maps, &self.node).await;
+                self.reports.set(&name, Enrolment::Pending, "its namespace, or its address there, is gone");
             }
         }
     }
@@ -247,7 +248,8 @@ impl Enroller {
                 self.failed(name, &format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"));
                 continue;
             }
-            match Enrolled::new(workload, &census, view, self).await {
+            let taken: HashSet<u64> = enrolled.values().map(Enrolled::namespace).collect();
+            match Enrolled::new(workload, &census, &taken, view, self).await {
                 Ok(new) => {
                     tracing::info!(workload = %name, "enrolled");
                     enrolled.insert(name.clone(), new);
@@ -279,7 +281,8 @@ impl Enroller {
             self.reports.set(name, Enrolment::Gone, "");
         }
         self.metrics.enrolled(enrolled.len());
-        self.metrics.unprotected(wanted.len() - enrolled.len());
+        let whole = enrolled.values().filter(|present| present.whole).count();
+        self.metrics.unprotected(wanted.len() - whole);
     }
 
     fn count_refusals(&self, counted: &mut HashMap<KernelReason, u64>) {
