@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, NodeState, Observed},
-    capture::{self, Kernel, Maps},
+    capture::{self, Kernel, Maps, Pins},
     config::Config,
     connection::{Limits, Node},
     control::Control,
@@ -60,6 +60,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     };
     let mut kernel = Kernel::load(&config.bpffs)?;
     let maps = Maps::new(kernel.bpf_mut(), agent_cgroup)?;
+    let pins = Pins::hold(&config.bpffs)?;
     capture::log::forward(kernel.bpf_mut()).context("cannot read the kernel programs' log")?;
 
     let stop = CancellationToken::new();
@@ -96,6 +97,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     let enroller = Enroller {
         kernel,
         maps,
+        pins,
         node: node.clone(),
         identities,
         data: data.handle().clone(),

@@ -9,6 +9,8 @@
 //! | [`world`] | a whole world: building, waiting until it is settled, changing, taking down |
 //! | [`workload`] | one workload: its sockets and programs |
 //! | [`agent`], [`controller`] | the processes under test, and what they say of themselves |
+//! | [`load`] | connections in the background, and what went wrong with them |
+//! | [`frame`] | frames made by hand, as a workload with root sends them |
 //! | [`log`] | lines of access logs, told apart |
 //! | [`manifests`] | the directory of YAML that the controller reads |
 //! | [`apps`] | applications to talk to: HTTP-like, echo, hash |
@@ -21,7 +23,9 @@
 pub mod agent;
 pub mod apps;
 pub mod controller;
+pub mod frame;
 pub mod http;
+pub mod load;
 pub mod log;
 pub mod manifests;
 pub mod metrics;

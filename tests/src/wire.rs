@@ -4,6 +4,7 @@
 //! it is in the queue: `packets` has nothing to wait for, and "nothing was seen" means that nothing was there.
 
 use std::{
+    ffi::CString,
     fmt,
     io::{self, Read},
     net::{IpAddr, SocketAddr},
@@ -106,6 +107,14 @@ impl Capture {
         Ok(Self { socket, seen: vec![] })
     }
 
+    /// Sees what arrives at one interface of a namespace from now on: at a workload's end of its veth, what its node
+    /// let through to it.
+    pub fn start_at(netns: &NetNs, device: &str) -> Result<Self> {
+        let capture = Self::start(netns)?;
+        bind_to(netns, &capture.socket, device)?;
+        Ok(capture)
+    }
+
     /// All TCP segments since the start. An error if the kernel had to drop any.
     pub fn packets(&mut self) -> Result<&[Packet]> {
         let mut seen = std::mem::take(&mut self.seen);
@@ -171,7 +180,26 @@ pub fn parse(frame: &[u8]) -> Option<Packet> {
     })
 }
 
-fn set(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+/// Binds a packet socket to an interface of its namespace.
+pub fn bind_to(netns: &NetNs, socket: &Socket, device: &str) -> Result<()> {
+    let name = CString::new(device)?;
+    // SAFETY: a C string, read by the call alone.
+    let ifindex = netns.enter(|| unsafe { libc::if_nametoindex(name.as_ptr()) })?;
+    ensure!(ifindex != 0, "there is no {device}");
+    // SAFETY: all-zero is a valid value of this plain struct.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = ifindex as i32;
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the descriptor is open for the call, and pointer and length describe `address`.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    ensure!(result == 0, "binding to {device}: {}", io::Error::last_os_error());
+    Ok(())
+}
+
+/// Sets a socket option that is a number.
+pub fn set(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the descriptor is open for the call, and pointer and length describe `value`.
     let result =

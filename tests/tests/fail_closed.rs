@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{Shutdown, SocketAddr},
     sync::{
@@ -16,7 +17,10 @@ use std::{
 use mesh_tests::{
     Workload, World, apps,
     manifests::{Enrolment, Mode},
-    until,
+    netns::NetNs,
+    tcx, until,
+    wait::holds,
+    wire::Capture,
     workload::{TIMEOUT, connect_in},
 };
 
@@ -26,6 +30,10 @@ const KILLS: usize = 50;
 const AT_ONCE: Duration = Duration::from_millis(50);
 /// Within what everything works again, from the start of the next agent on.
 const IN_ORDER: Duration = Duration::from_secs(1);
+/// Within what anything that was taken away is back.
+const REPAIR: Duration = Duration::from_secs(5);
+/// How long an attempt may take that is neither refused nor answered: its packets are lost.
+const A_MOMENT: Duration = Duration::from_millis(200);
 /// What every connection of these tests carries, and what must never be readable between the nodes.
 const SECRET: &[u8] = b"a secret of a strict workload";
 
@@ -131,4 +139,122 @@ fn fifty_kills_under_load_show_no_plaintext_refuse_at_once_and_heal_within_a_sec
     );
     assert!(refusal < AT_ONCE, "refused within {refusal:?}");
     assert!(healing < IN_ORDER, "in order within {healing:?}");
+}
+
+/// Something that somebody takes away, or puts in the way.
+struct Damage {
+    what: &'static str,
+    /// The label of the repair.
+    repair: &'static str,
+    inflict: fn(&World, &Workload),
+}
+
+fn detach(netns: &NetNs, device: &str) {
+    for link in tcx::links(netns, device).unwrap() {
+        tcx::detach(link).unwrap();
+    }
+}
+
+fn in_workload(line: &'static str) -> impl Fn(&World, &Workload) {
+    move |_, web| drop(web.shell(line).unwrap())
+}
+
+const DAMAGES: &[Damage] = &[
+    Damage {
+        what: "the rule of IPv4",
+        repair: "rule",
+        inflict: |w, web| in_workload("ip -4 rule del pref 100")(w, web),
+    },
+    Damage {
+        what: "the rule of IPv6",
+        repair: "rule",
+        inflict: |w, web| in_workload("ip -6 rule del pref 100")(w, web),
+    },
+    Damage {
+        what: "the routes",
+        repair: "route",
+        inflict: |w, web| in_workload("ip -4 route flush table 1501; ip -6 route flush table 1501")(w, web),
+    },
+    Damage { what: "lo", repair: "lo", inflict: |w, web| in_workload("ip link set lo down")(w, web) },
+    Damage {
+        what: "accept_local",
+        repair: "sysctl",
+        inflict: |_, web| web.netns.sysctl("net/ipv4/conf/lo/accept_local", "0").unwrap(),
+    },
+    Damage {
+        what: "rp_filter",
+        repair: "sysctl",
+        inflict: |_, web| web.netns.sysctl("net/ipv4/conf/lo/rp_filter", "1").unwrap(),
+    },
+    Damage {
+        what: "tcp_syncookies",
+        repair: "sysctl",
+        inflict: |_, web| web.netns.sysctl("net/ipv4/tcp_syncookies", "2").unwrap(),
+    },
+    Damage {
+        what: "the listeners",
+        repair: "listener",
+        inflict: |w, web| {
+            in_workload("ss -K state listening '( src 127.0.0.1 or src [::1] )' || true")(w, web)
+        },
+    },
+    Damage { what: "the capture programs", repair: "program", inflict: |_, web| detach(&web.netns, "eth0") },
+    Damage { what: "the delivery program", repair: "program", inflict: |_, web| detach(&web.netns, "lo") },
+    Damage {
+        what: "the guard, by the node's root",
+        repair: "program",
+        inflict: |world, web| detach(&world.node("a").netns, &web.device),
+    },
+    Damage {
+        what: "the pins of all links, by the node's root",
+        repair: "program",
+        inflict: |world, _| fs::remove_dir_all(world.agent("a").bpffs().join("links")).unwrap(),
+    },
+    Damage {
+        what: "the pins of the maps, by the node's root",
+        repair: "pin",
+        inflict: |world, _| {
+            for map in ["LISTENERS", "GUARDED", "CONFIG"] {
+                fs::remove_file(world.agent("a").bpffs().join(map)).unwrap();
+            }
+        },
+    },
+];
+
+/// What is missing is refused by the guard, seen, put back and counted; and not one byte is readable meanwhile.
+#[test]
+fn what_is_taken_away_is_refused_repaired_within_five_seconds_and_counted() {
+    let world = strict_shop();
+    let (web, api, db) = (world.workload("web"), world.workload("api"), world.workload("db"));
+    let _apps = [&web, &api, &db].map(|workload| workload.serve(8080, apps::echo()).unwrap());
+    let agent = world.agent("a");
+    let mut wire = world.capture().unwrap();
+    let mut neighbour = Capture::start_at(&api.netns, "eth0").unwrap();
+    for damage in DAMAGES {
+        let repairs = || agent.metrics().unwrap().sum("nodemesh_repairs_total", &[("what", damage.repair)]);
+        let before = repairs();
+        (damage.inflict)(&world, &web);
+        let started = Instant::now();
+        let mut unprotected = damage.repair == "pin";
+        until(&format!("{} is repaired", damage.what), REPAIR, || {
+            // Whatever state it is in: nothing may be readable.
+            for to in [db.v4(8080), db.v6(8080), api.v4(8080)] {
+                let _ = attempt(&web, to, A_MOMENT);
+            }
+            let metrics = agent.metrics().map_err(|e| e.to_string())?;
+            let now = metrics.sum("nodemesh_unprotected_workloads", &[]);
+            unprotected |= now > 0.0;
+            holds(unprotected && now == 0.0 && repairs() > before, || {
+                format!("unprotected now {now}, before {unprotected}; {} repairs", repairs() - before)
+            })
+        });
+        let took = started.elapsed();
+        assert!(took < REPAIR, "{}: {took:?}", damage.what);
+        for (from, to) in [(&web, db.v4(8080)), (&web, api.v6(8080)), (&db, web.v6(8080))] {
+            attempt(from, to, TIMEOUT).unwrap_or_else(|e| panic!("{} repaired, yet {to}: {e}", damage.what));
+        }
+        for seen in [&mut wire, &mut neighbour] {
+            assert!(seen.frames_with(SECRET).unwrap().is_empty(), "{}: plaintext", damage.what);
+        }
+    }
 }

@@ -2,14 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
-    fmt::Display,
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -17,95 +11,14 @@ use mesh_tests::{
     Workload, World,
     agent::{DRAIN_DEADLINE, STOP},
     apps,
+    load::{Load, same, short},
     process::Program,
-    until,
-    wait::holds,
 };
 
 /// How many upgrades in a row.
 const UPGRADES: usize = 20;
-/// What a short connection carries each way.
-const SHORT_BYTES: usize = 20_000;
 /// A connection that lives this long is shorter than the drain deadline, and longer than an upgrade.
 const LIFE: Duration = Duration::from_millis(2500);
-
-/// Connections that come and go in the background, and what went wrong with any of them.
-struct Load {
-    stop: Arc<AtomicBool>,
-    ended: Arc<AtomicUsize>,
-    errors: Arc<Mutex<Vec<String>>>,
-    workers: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    fn new() -> Self {
-        let (stop, ended, errors) = <(Arc<AtomicBool>, Arc<AtomicUsize>, Arc<Mutex<Vec<String>>>)>::default();
-        Self { stop, ended, errors, workers: vec![] }
-    }
-
-    /// One connection after another, each carried out by `one`.
-    fn run(
-        &mut self,
-        what: &str,
-        from: &Workload,
-        to: SocketAddr,
-        one: fn(&Workload, SocketAddr) -> io::Result<()>,
-    ) {
-        let (stop, ended, errors) = (self.stop.clone(), self.ended.clone(), self.errors.clone());
-        let (from, what) = (from.clone(), format!("{what} from {} to {to}", from.name));
-        self.workers.push(thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                let begun = Instant::now();
-                match one(&from, to) {
-                    Ok(()) => drop(ended.fetch_add(1, Ordering::Relaxed)),
-                    Err(error) => {
-                        let text = format!("{what}, {:?} after its begin: {error}", begun.elapsed());
-                        errors.lock().unwrap().push(text);
-                        return;
-                    }
-                }
-            }
-        }));
-    }
-
-    fn ended(&self) -> usize {
-        self.ended.load(Ordering::Relaxed)
-    }
-
-    #[track_caller]
-    fn assert_unharmed(&self, after: impl Display) {
-        let errors = self.errors.lock().unwrap();
-        assert!(errors.is_empty(), "{after}: {errors:#?}");
-    }
-
-    /// Waits until so many more connections have come to their end.
-    #[track_caller]
-    fn await_more(&self, count: usize) {
-        let before = self.ended();
-        until("connections come and go", Duration::from_secs(20), || {
-            let stopped = self.errors.lock().unwrap().len();
-            holds(self.ended() >= before + count || stopped > 0, || {
-                format!("{} ended", self.ended() - before)
-            })
-        });
-    }
-
-    fn finish(mut self) -> usize {
-        self.stop.store(true, Ordering::Relaxed);
-        for worker in self.workers.drain(..) {
-            worker.join().unwrap();
-        }
-        self.assert_unharmed("at the end");
-        self.ended()
-    }
-}
-
-/// A few kilobytes there and back, to the last byte and a proper end.
-fn short(from: &Workload, to: SocketAddr) -> io::Result<()> {
-    let sent = apps::noise(SHORT_BYTES);
-    let answer = from.exchange(to, &sent)?;
-    same(&sent, &answer)
-}
 
 /// A connection that speaks all its life.
 fn long(from: &Workload, to: SocketAddr) -> io::Result<()> {
@@ -124,13 +37,6 @@ fn long(from: &Workload, to: SocketAddr) -> io::Result<()> {
         stream.read_to_end(&mut rest)?;
         rest
     })
-}
-
-fn same(sent: &[u8], answer: &[u8]) -> io::Result<()> {
-    if sent == answer {
-        return Ok(());
-    }
-    Err(io::Error::other(format!("{} bytes were sent and {} others came back", sent.len(), answer.len())))
 }
 
 /// A successor is started, and only then is the old agent told to end.

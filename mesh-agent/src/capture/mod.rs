@@ -5,9 +5,11 @@
 
 pub mod log;
 pub mod maps;
+pub mod pins;
 pub mod programs;
 pub mod routing;
 pub mod settings;
 
 pub use maps::Maps;
+pub use pins::Pins;
 pub use programs::{Hook, Kernel};

@@ -1,6 +1,7 @@
 //! Loads the kernel programs and attaches them to interfaces through pinned TCX links.
 
 use std::{
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -98,6 +99,8 @@ impl Hook {
 pub struct Kernel {
     bpf: Ebpf,
     links: PathBuf,
+    /// The links behind the pins: without these, whoever removes a pin would detach the program at once.
+    held: HashMap<PathBuf, FdLink>,
 }
 
 impl Kernel {
@@ -116,7 +119,7 @@ impl Kernel {
             let program = program(&mut bpf, hook).map_err(KernelError::Load)?;
             program.load().map_err(|error| KernelError::Load(error.into()))?;
         }
-        Ok(Self { bpf, links })
+        Ok(Self { bpf, links, held: HashMap::new() })
     }
 
     /// The loaded object, for its maps and its log.
@@ -148,48 +151,52 @@ impl Kernel {
         namespace: &Namespace,
         ifindex: u32,
     ) -> anyhow::Result<()> {
-        let old = if pin.exists() { PinnedLink::from_pin(pin).ok().map(FdLink::from) } else { None };
-        let inherited = match old {
-            Some(link) => {
-                let id = link.info()?.program_id();
-                attached(namespace, ifindex, hook)?.contains(&id).then_some(link)
-            }
-            None => None,
+        fs::create_dir_all(&self.links)?;
+        let held = self.held.remove(pin);
+        let old = PinnedLink::from_pin(pin).ok().map(FdLink::from).or(held);
+        let in_place = match &old {
+            Some(link) => attached(namespace, ifindex, hook)?.contains(&link.info()?.program_id()),
+            None => false,
         };
         let program = program(&mut self.bpf, hook)?;
-        match inherited {
+        let (link, pinned) = match old {
             // The pin keeps the link; the program behind it changes in one step.
-            Some(link) => {
-                let link = SchedClassifierLink::try_from(link)?;
-                let id = program.attach_to_link(link)?;
-                let _ = FdLink::try_from(program.take_link(id)?)?;
+            Some(link) if in_place => {
+                let id = program.attach_to_link(SchedClassifierLink::try_from(link)?)?;
+                (FdLink::try_from(program.take_link(id)?)?, pin.exists())
             }
-            None => {
+            _elsewhere => {
+                let tcx = TcAttach::Tcx { attach_type: hook.attach_type(), order: LinkOrder::first() };
+                let id = namespace.enter(|| program.attach(ifindex, tcx))??;
+                let link = FdLink::try_from(program.take_link(id)?)?;
                 if pin.exists() {
                     fs::remove_file(pin)?;
                 }
-                let tcx = TcAttach::Tcx { attach_type: hook.attach_type(), order: LinkOrder::first() };
-                let id = namespace.enter(|| program.attach(ifindex, tcx))??;
-                FdLink::try_from(program.take_link(id)?)?.pin(pin)?;
+                (link, false)
             }
-        }
+        };
+        let link = if pinned { link } else { link.pin(pin)?.into() };
+        self.held.insert(pin.to_owned(), link);
         Ok(())
     }
 
-    /// Whether this agent's program is attached to the interface.
-    pub fn is_attached(&self, hook: Hook, namespace: &Namespace, ifindex: u32) -> bool {
+    /// Whether this agent's program is attached to the interface, and pinned.
+    pub fn is_in_place(&self, owner: &str, hook: Hook, namespace: &Namespace, ifindex: u32) -> bool {
         let Some(Ok(program)) = self.bpf.program(hook.program()).map(<&SchedClassifier>::try_from) else {
             return false;
         };
         let ours = program.info().map(|info| info.id());
-        ours.is_ok_and(|id| attached(namespace, ifindex, hook).is_ok_and(|ids| ids.contains(&id)))
+        let attached = |id| attached(namespace, ifindex, hook).is_ok_and(|ids| ids.contains(&id));
+        self.pin(owner, hook).exists() && ours.is_ok_and(attached)
     }
 
     /// Detaches everything of an owner. What is not there is no error.
     pub fn detach(&mut self, owner: &str) -> io::Result<()> {
         // The guard first for going, capture last: nothing is refused that could still reach the agent.
         for hook in Hook::ALL.into_iter().rev() {
-            match fs::remove_file(self.pin(owner, hook)) {
+            let pin = self.pin(owner, hook);
+            self.held.remove(&pin);
+            match fs::remove_file(pin) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }

@@ -246,7 +246,7 @@ impl Enrolled {
         let of_node = Namespace::of_agent()?;
         for hook in Hook::ALL {
             let (namespace, ifindex) = self.place(hook, &of_node);
-            if !kernel.is_attached(hook, namespace, ifindex) {
+            if !kernel.is_in_place(&owner(self.name()), hook, namespace, ifindex) {
                 self.attach(hook, kernel)?;
                 repaired.push("program");
             }

@@ -29,7 +29,7 @@ use self::{
     enrolled::{Enrolled, Incomplete},
 };
 use crate::{
-    capture::{Kernel, Maps},
+    capture::{Kernel, Maps, Pins},
     connection::Node,
     identity::store::Identities,
     metrics::Metrics,
@@ -50,6 +50,8 @@ pub struct Enroller {
     pub kernel: Kernel,
     /// Maps.
     pub maps: Maps,
+    /// What keeps the maps pinned.
+    pub pins: Pins,
     /// What connections need.
     pub node: Node,
     /// Certificates: nothing is captured before its certificate is there.
@@ -194,6 +196,10 @@ impl Enroller {
     }
 
     async fn prove(&mut self, enrolled: &mut BTreeMap<Name, Enrolled>) {
+        match self.pins.ensure() {
+            Ok(repaired) => (0..repaired).for_each(|_| self.metrics.repaired("pin")),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "cannot pin the maps again"),
+        }
         let mut lost = Vec::new();
         for (name, present) in enrolled.iter_mut() {
             match present.prove(&mut self.kernel, &mut self.maps, &self.node, &self.data).await {
