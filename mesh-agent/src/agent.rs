@@ -69,7 +69,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     let role = if alone { Role::Owner } else { Role::Successor };
     let mut control = tokio::select! {
         control = Control::start(config, identities.clone(), role, stop.clone()) => control?,
-        () = told.once_more() => return Ok(()),
+        () = told.next_word() => return Ok(()),
     };
     let log = AccessLog::open(&config.access_log)
         .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?;
@@ -90,7 +90,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
         // Not before there is something to serve with: until then the old one goes on as if we were not here.
         tokio::select! {
             taken = take_over(&mut ownership, &mut control) => taken?,
-            () = told.once_more() => return Ok(()),
+            () = told.next_word() => return Ok(()),
         }
     }
     let in_force = CancellationToken::new();
@@ -138,7 +138,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     };
     let late = tokio::select! {
         late = node.drain().drain(deadline) => late,
-        () = told.once_more() => node.drain().drain(Duration::ZERO).await,
+        () = told.next_word() => node.drain().drain(Duration::ZERO).await,
     };
     if late > 0 {
         tracing::warn!(late, "connections were cut at the drain deadline");
@@ -166,11 +166,11 @@ async fn own(
     deadline: Duration,
 ) -> anyhow::Result<Option<ownership::Name>> {
     let ended = async {
-        told.once_more().await;
+        told.next_word().await;
         tracing::info!(?deadline, "told to end: serving on until a successor takes over");
         tokio::select! {
             () = tokio::time::sleep(deadline) => {}
-            () = told.once_more() => {}
+            () = told.next_word() => {}
         }
     };
     let owning = async {
@@ -218,7 +218,7 @@ impl Told {
     }
 
     /// Done when the agent is told to end, or told again. Cancel-safe.
-    async fn once_more(&mut self) {
+    async fn next_word(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -229,7 +229,7 @@ impl Told {
     /// Done when the agent has ever been told to end. Cancel-safe.
     async fn ever(&mut self) {
         if !self.already {
-            self.once_more().await;
+            self.next_word().await;
         }
     }
 }

@@ -452,13 +452,12 @@ fn a_workload_that_takes_its_address_away_stays_guarded() {
 fn a_workload_that_gives_itself_a_neighbours_address_is_not_taken_for_it() {
     let scene = Scene::new();
     let Scene { world, web, api, db, .. } = &scene;
-    web.shell(&format!("ip addr add {}/32 dev eth0; ip addr add {}/128 dev eth0 nodad", v4(api), v6(api)))
-        .unwrap();
+    let take = format!("ip addr add {}/32 dev eth0; ip addr add {}/128 dev eth0 nodad", v4(api), v6(api));
+    web.shell(&format!("ip -4 addr flush dev eth0; ip -6 addr flush dev eth0 scope global; {take}")).unwrap();
     // A new agent knows nothing of who is where.
     let agent = world.agent("a");
     agent.kill().unwrap();
     agent.start().unwrap();
-    agent.await_ready().unwrap();
     let reached_as = |from: &Workload| {
         let line = world.agent("b").wait_log("a connection to db", log::is(log::INBOUND, from, db));
         line["source"]["identity"].as_str().map(str::to_owned)

@@ -82,3 +82,16 @@ fn what_an_agent_left_in_the_maps_is_there_for_the_next() {
     // Only the difference is written: what was captured never stops to be.
     assert!(!maps.set_destinations(&addresses(5)).unwrap());
 }
+
+#[test]
+fn the_guard_knows_the_agents_cgroup_and_its_predecessors() {
+    let loaded = Loaded::new("cgroups");
+    assert_eq!(loaded.maps.agent_cgroups(), [1, 0]);
+    let next = |cgroup| {
+        let mut kernel = Kernel::load(&loaded.bpffs).unwrap();
+        Maps::new(kernel.bpf_mut(), cgroup).unwrap().agent_cgroups()
+    };
+    assert_eq!(next(2), [2, 1]);
+    assert_eq!(next(2), [2, 1], "a restart is no other agent");
+    assert_eq!(next(3), [3, 2]);
+}

@@ -149,3 +149,29 @@ fn a_second_agent_takes_over_and_the_first_stands_down_until_it_is_told_to_end()
     drop(held);
     assert!(first.stop(STOP).unwrap().success());
 }
+
+/// The old agent hears of policies through the view that its successor writes down.
+#[test]
+fn an_agent_that_stood_down_still_ends_what_a_new_policy_forbids() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let mut held = web.connect(db.v4(8080)).unwrap();
+    held.write_all(b"held").unwrap();
+    held.read_exact(&mut [0; 4]).unwrap();
+    let agent = world.agent("b");
+    let first = agent.set_aside().unwrap();
+    agent.start().unwrap();
+    agent.await_serving().unwrap();
+    held.write_all(b"held").unwrap();
+    held.read_exact(&mut [0; 4]).unwrap();
+    let text = "apiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata:\n  namespace: shop\n  name: closed\nspec:\n  action: Allow\n  rules: []\n";
+    let begun = Instant::now();
+    world.yaml.write("policy.yaml", text).unwrap();
+    let error = held.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(2), "cut after {took:?}");
+    agent.wait_log("the cut", |line| line["reason"] == "policy_not_allowed");
+    assert!(first.stop(STOP).unwrap().success());
+}

@@ -134,6 +134,17 @@ impl Maps {
         self.guarded.insert(&ifindex, &Guarded { flags, mac, reserved: [0; 2] }, 0)
     }
 
+    /// The addresses that a veth may send from.
+    pub fn sources(&self, ifindex: u32) -> Vec<IpAddr> {
+        let all = self.sources.keys().filter_map(Result::ok);
+        all.filter(|key| key.ifindex == ifindex).map(|key| ip_of(key.address)).collect()
+    }
+
+    /// The cgroups by which the guard knows the agent and its predecessor; 0 for none.
+    pub fn agent_cgroups(&self) -> [u64; 2] {
+        self.agent_cgroups
+    }
+
     /// Takes the guard of a veth out of force.
     pub fn unguard(&mut self, ifindex: u32) {
         // Missing entries are what is wanted.

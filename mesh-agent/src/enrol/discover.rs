@@ -8,7 +8,7 @@ use std::{
     fs, io,
     net::IpAddr,
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use futures_util::TryStreamExt;
@@ -117,26 +117,45 @@ impl Census {
         Ok(census)
     }
 
-    /// The place of the workload with these addresses; the first one that is found decides. `taken`: namespaces of
-    /// other workloads, by inode. A workload that gave itself the address of another is not taken for that one.
-    pub async fn place(&self, wanted: &[IpAddr], taken: &HashSet<u64>) -> Result<Place, PlaceError> {
-        let candidates = |address: &IpAddr| {
-            let all = self.found.get(address)?.iter().filter(|found| !taken.contains(&found.inode));
-            Some(all.collect::<Vec<_>>()).filter(|all| !all.is_empty())
-        };
+    /// The place of the workload with these addresses; the first one that is found decides. `anothers`: whether a veth,
+    /// by the index of the node's end, is known for another workload's. Who gave itself the address of another is not
+    /// taken for that one.
+    pub async fn place(
+        &self,
+        wanted: &[IpAddr],
+        anothers: impl Fn(u32) -> bool,
+    ) -> Result<Place, PlaceError> {
         let Some((address, candidates)) =
-            wanted.iter().find_map(|address| Some((*address, candidates(address)?)))
+            wanted.iter().find_map(|address| Some((*address, self.found.get(address)?)))
         else {
             let first = wanted.first().copied().unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
             let own = wanted.iter().find(|address| self.own.contains(address));
             return Err(own.map_or(PlaceError::NoNamespace(first), |own| PlaceError::NodeNetwork(*own)));
         };
-        let [Found { path, interface, .. }] = candidates.as_slice() else {
-            return Err(PlaceError::Ambiguous(address));
-        };
-        let namespace = Namespace::open(Path::new(path))?;
-        let not_veth = || PlaceError::NotVeth { address, interface: interface.clone() };
-        let (pod_ifindex, node_ifindex, mac) = link(&namespace, interface).await?.ok_or_else(not_veth)?;
+        let mut places = Vec::new();
+        let mut problem = PlaceError::NoNamespace(address);
+        for found in candidates {
+            match found.place(address).await {
+                Ok(place) if anothers(place.node_ifindex) => {}
+                Ok(place) => places.push(place),
+                Err(error) => problem = error,
+            }
+        }
+        match (places.pop(), places.is_empty()) {
+            (Some(place), true) => Ok(place),
+            (Some(_), false) => Err(PlaceError::Ambiguous(address)),
+            (None, _) => Err(problem),
+        }
+    }
+}
+
+impl Found {
+    /// Both ends of the veth, which have to lead to each other.
+    async fn place(&self, address: IpAddr) -> Result<Place, PlaceError> {
+        let namespace = Namespace::open(&self.path)?;
+        let not_veth = || PlaceError::NotVeth { address, interface: self.interface.clone() };
+        let (pod_ifindex, node_ifindex, mac) =
+            link(&namespace, &self.interface).await?.ok_or_else(not_veth)?;
         let back = link_by_index(&Namespace::of_agent()?, node_ifindex).await?;
         if back.is_none_or(|(_, peer)| peer != Some(pod_ifindex)) {
             return Err(not_veth());

@@ -88,17 +88,23 @@ pub(super) fn owner(name: &Name) -> String {
 }
 
 impl Enrolled {
-    /// Captures a workload. A strict one is guarded before anything else, so that it never speaks plaintext while its
+    /// Captures a workload. `elsewhere`: the addresses of all workloads of the node. A strict one is guarded before anything else, so that it never speaks plaintext while its
     /// certificate is on the way.
     pub(super) async fn new(
         workload: &Workload,
         census: &Census,
-        taken: &HashSet<u64>,
+        elsewhere: &HashSet<IpAddr>,
         view: &Snapshot,
         context: &mut Enroller,
     ) -> Result<Self, Incomplete> {
+        // What the guard was told outlives agents, and workloads that hide: a veth that is guarded for another workload
+        // of the view is that one's.
+        let anothers = |ifindex| {
+            let theirs = |address| elsewhere.contains(address) && !workload.addresses.contains(address);
+            context.maps.sources(ifindex).iter().any(theirs)
+        };
         let Place { namespace, pod_ifindex, node_ifindex, mac } =
-            match census.place(&workload.addresses, taken).await {
+            match census.place(&workload.addresses, anothers).await {
                 Ok(place) => place,
                 Err(PlaceError::NoNamespace(address)) => {
                     return Err(Incomplete::Waiting(format!(
@@ -144,11 +150,6 @@ impl Enrolled {
         }
         new.guard(&mut context.kernel, &mut context.maps)?;
         Ok(new)
-    }
-
-    /// The inode of its namespace.
-    pub(super) fn namespace(&self) -> u64 {
-        self.local.namespace.inode()
     }
 
     pub(super) fn name(&self) -> &Name {

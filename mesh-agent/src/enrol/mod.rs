@@ -247,6 +247,7 @@ impl Enroller {
                 return;
             }
         };
+        let local: HashSet<IpAddr> = wanted.values().flat_map(|w| w.addresses.iter().copied()).collect();
         let _quick = (missing.len() > MANY).then(grace::Expedited::begin);
         for workload in missing {
             let name = &workload.name;
@@ -254,8 +255,7 @@ impl Enroller {
                 self.failed(name, &format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"));
                 continue;
             }
-            let taken: HashSet<u64> = enrolled.values().map(Enrolled::namespace).collect();
-            match Enrolled::new(workload, &census, &taken, view, self).await {
+            match Enrolled::new(workload, &census, &local, view, self).await {
                 Ok(new) => {
                     tracing::info!(workload = %name, "enrolled");
                     enrolled.insert(name.clone(), new);
