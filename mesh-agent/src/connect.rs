@@ -25,7 +25,10 @@ use tokio::{io::Interest, net::TcpStream};
 use crate::{
     balance::{Attempt, Balancer},
     drain::Drain,
-    identity::{store::Identities, verify},
+    identity::{
+        store::Identities,
+        verify::{self, CertificateFault},
+    },
     limits::Limits,
     local::Local,
     metrics::Metrics,
@@ -269,7 +272,8 @@ impl Connector {
                 Err(Miss::NotTaken(Refusal::new(Reason::PeerLost, error.to_string())))
             }
             Ok(Ok(Err(NotOpened::MaybeTaken(error)))) => {
-                Err(Stop::from(Refusal::new(Reason::PeerLost, error.to_string())).into())
+                let reason = error.breach().unwrap_or(Reason::PeerLost);
+                Err(Stop::from(Refusal::new(reason, error.to_string())).into())
             }
             Ok(Ok(Err(NotOpened::Refused(reason)))) => {
                 if reason == Some(Reason::DialRefused) {
@@ -334,16 +338,28 @@ async fn dial(
         timed(handshake, limits.handshake_timeout, &connector.metrics).await.map_err(
             |error| match error {
                 None => Refusal::from(Reason::PeerHandshakeTimeout),
-                Some(error) => Refusal::new(Reason::PeerHandshakeFailed, format!("{to}: {error}")),
+                Some(error) => {
+                    let fault = certificate_fault(&error).map(CertificateFault::of_destination);
+                    let reason = fault.unwrap_or(Reason::PeerHandshakeFailed);
+                    Refusal::new(reason, format!("{to}: {error}"))
+                }
             },
         )?;
     let proved = verify::peer_identity(new.certificates().as_deref())
-        .map_err(|error| Refusal::new(Reason::PeerHandshakeFailed, format!("{to}: {error}")))?;
+        .map_err(|error| Refusal::new(Reason::PeerCertificateIdentity, format!("{to}: {error}")))?;
     if proved != *peer {
         let detail = format!("{to} proved {proved}, the view has {peer}");
         return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
     }
     Ok(new.between(own, proved, &connector.metrics))
+}
+
+/// What is wrong with the peer's certificate, if that ended a handshake.
+fn certificate_fault(error: &LinkError) -> Option<CertificateFault> {
+    match error {
+        LinkError::Tls(error) => CertificateFault::of(error),
+        _ => None,
+    }
 }
 
 /// The destination's side of a tunnel: its handshake, and whoever the certificate says.
@@ -357,10 +373,13 @@ pub(crate) async fn take(
     let handshake = Unverified::accept(tcp, config);
     let new = timed(handshake, limits.handshake_timeout, metrics).await.map_err(|error| match error {
         None => Refusal::from(Reason::HandshakeTimeout),
-        Some(error) => Refusal::new(Reason::HandshakeFailed, error.to_string()),
+        Some(error) => {
+            let fault = certificate_fault(&error).map(CertificateFault::of_source);
+            Refusal::new(fault.unwrap_or(Reason::HandshakeFailed), error.to_string())
+        }
     })?;
     let proved = verify::peer_identity(new.certificates().as_deref())
-        .map_err(|error| Refusal::new(Reason::HandshakeFailed, error.to_string()))?;
+        .map_err(|error| Refusal::new(Reason::CertificateIdentity, error.to_string()))?;
     Ok(new.between(own, proved, metrics))
 }
 

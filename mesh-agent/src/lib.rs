@@ -13,7 +13,7 @@
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
 //! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`] | what the steps stand on |
 //! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
-//! | 9 | [`refusal`], [`net`] | how a connection ends; sockets and namespaces |
+//! | 9 | [`refusal`], [`net`], [`quota`] | how a connection ends; sockets and namespaces; who holds how much |
 
 pub mod admin;
 pub mod agent;
@@ -33,6 +33,7 @@ pub mod local;
 pub mod metrics;
 pub mod net;
 pub mod ownership;
+pub mod quota;
 pub mod record;
 pub mod refusal;
 pub mod relay;

@@ -35,6 +35,20 @@ pub struct Limits {
     pub idle_total: usize,
     /// Most connections of one workload at a time, both directions together: 20,000.
     pub max_connections_per_workload: usize,
+    /// Most connections of the node at a time, in whatever state, that is two descriptors each: what the agent may open
+    /// decides at its start. A workload has at most as many as are left for all others.
+    pub connections_total: usize,
+    /// Handshakes of one source with one workload that go on at once: 64, about 15 ms of work for two cores. More wait
+    /// for their turn.
+    pub handshakes_per_source: usize,
+    /// Connections of one source to one workload that have not shown who they are, waiting ones included: 4096.
+    pub arrivals_per_source: usize,
+    /// Handshakes with one workload that go on at once: 1024, sixteen sources' worth.
+    pub handshakes_per_workload: usize,
+    /// Handshakes of the node, as the destination, that go on at once: 4096, at 40 KB each.
+    pub handshakes_total: usize,
+    /// Idle tunnels that one source may keep to one workload: 512, eight ports' worth of [`Limits::idle_per_key`].
+    pub idle_per_source: usize,
     /// Endpoints of a service that are tried for one connection: 3.
     pub endpoint_attempts: usize,
 }
@@ -54,6 +68,12 @@ impl Default for Limits {
             idle_per_key: 64,
             idle_total: 4096,
             max_connections_per_workload: 20_000,
+            connections_total: 100_000,
+            handshakes_per_source: 64,
+            arrivals_per_source: 4096,
+            handshakes_per_workload: 1024,
+            handshakes_total: 4096,
+            idle_per_source: 512,
             endpoint_attempts: 3,
         }
     }

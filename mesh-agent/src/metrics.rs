@@ -86,6 +86,8 @@ one_label! {
     StateLabels { state: &'static str }
     /// Labels of `nodemesh_handshakes_total`.
     ResultLabels { result: &'static str }
+    /// Labels of `nodemesh_limit_hits_total`.
+    LimitLabels { limit: &'static str }
     /// Labels of `nodemesh_view_info`.
     VersionLabels { version: String }
 }
@@ -116,6 +118,7 @@ pub struct Metrics {
     tunnels: Family<StateLabels, Gauge>,
     handshakes: Family<ResultLabels, Counter>,
     log_dropped: Counter,
+    limit_hits: Family<LimitLabels, Counter>,
 }
 
 impl Metrics {
@@ -140,6 +143,7 @@ impl Metrics {
             tunnels: Family::default(),
             handshakes: Family::default(),
             log_dropped: Counter::default(),
+            limit_hits: Family::default(),
         };
         let mut registry = Registry::with_prefix("nodemesh");
         let m = &metrics;
@@ -180,6 +184,7 @@ impl Metrics {
             "Access log lines that the writer could not keep up with",
             m.log_dropped.clone(),
         );
+        registry.register("limit_hits", "Times that a limit was hit", m.limit_hits.clone());
         (Arc::new(metrics), registry)
     }
 
@@ -259,6 +264,16 @@ impl Metrics {
     /// How many handshakes ended so.
     pub fn handshakes(&self, result: &'static str) -> u64 {
         self.handshakes.get_or_create(&ResultLabels { result }).get()
+    }
+
+    /// A limit was hit.
+    pub fn limit_hit(&self, limit: &'static str) {
+        self.limit_hits.get_or_create(&LimitLabels { limit }).inc();
+    }
+
+    /// How often a limit was hit.
+    pub fn limit_hits(&self, limit: &'static str) -> u64 {
+        self.limit_hits.get_or_create(&LimitLabels { limit }).get()
     }
 
     /// Access log lines that were dropped.

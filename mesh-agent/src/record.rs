@@ -220,6 +220,11 @@ impl Drop for Entry {
         if self.withdrawn {
             return;
         }
+        if let Err(Stop::Refused(refusal)) = &self.result
+            && let Some(limit) = refusal.reason.limit()
+        {
+            self.recorder.metrics.limit_hit(limit);
+        }
         self.recorder.metrics.connection_ended(&ConnectionLabels {
             direction: self.direction,
             workload: self.workload.to_string(),

@@ -260,7 +260,7 @@ async fn a_certificate_of_another_root_is_refused() {
     let (web, _app) = world.web().await;
     Ca::new().install(&world.source.identities, &identity("client"), &identity("client"));
     assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert_eq!(world.source.log_of(1).await[0]["reason"], "peer_handshake_failed");
+    assert_eq!(world.source.log_of(1).await[0]["reason"], "peer_certificate_untrusted");
 }
 
 #[tokio::test(flavor = "multi_thread")]

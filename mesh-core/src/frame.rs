@@ -187,6 +187,90 @@ impl Control {
     }
 }
 
+/// What the peer said, as [`Cutter`] understands it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Bytes of the application: [`Cutter::data_left`] of them follow.
+    Data,
+    /// Any other frame.
+    Control(Control),
+}
+
+/// Cuts a tunnel's bytes into frames, however they come: DATA is handed on in pieces and never gathered, any other
+/// frame is gathered up to its limit. All that a peer can make it hold is in the value: under a hundred bytes.
+#[derive(Debug)]
+pub struct Cutter {
+    head: [u8; HEADER_LEN + MAX_CONTROL],
+    head_len: u8,
+    data_left: u32,
+}
+
+impl Default for Cutter {
+    fn default() -> Self {
+        Self { head: [0; HEADER_LEN + MAX_CONTROL], head_len: 0, data_left: 0 }
+    }
+}
+
+impl Cutter {
+    /// The next event in `bytes`, and how many of them are done with: all, when there is none. After
+    /// [`Event::Data`] the application's bytes follow, and are done with once [`Cutter::consume`] was told so.
+    pub fn cut(&mut self, bytes: &[u8]) -> Result<(usize, Option<Event>), FrameError> {
+        let mut used = 0;
+        loop {
+            let rest = &bytes[used..];
+            if self.data_left > 0 {
+                return Ok((used, (!rest.is_empty()).then_some(Event::Data)));
+            }
+            let (taken, whole) = self.gather(rest, HEADER_LEN);
+            used += taken;
+            if !whole {
+                return Ok((used, None));
+            }
+            let [a, b, c, d, ..] = self.head;
+            let header = Header::decode([a, b, c, d])?;
+            if header.kind == Kind::Data {
+                self.head_len = 0;
+                self.data_left = header.len as u32;
+                continue;
+            }
+            let len = HEADER_LEN + header.len;
+            let (taken, whole) = self.gather(&bytes[used..], len);
+            used += taken;
+            if !whole {
+                return Ok((used, None));
+            }
+            self.head_len = 0;
+            let payload = Bytes::copy_from_slice(&self.head[HEADER_LEN..len]);
+            return Ok((used, Some(Event::Control(Control::decode(header.kind, payload)?))));
+        }
+    }
+
+    /// Bytes that are left of the DATA frame whose header was read.
+    pub fn data_left(&self) -> usize {
+        self.data_left as usize
+    }
+
+    /// `n` of the application's bytes are done with; at most [`Cutter::data_left`].
+    pub fn consume(&mut self, n: usize) {
+        debug_assert!(n <= self.data_left(), "only what was announced can be consumed");
+        self.data_left -= n as u32;
+    }
+
+    /// Whether a frame has begun and not ended.
+    pub fn is_mid_frame(&self) -> bool {
+        self.head_len > 0 || self.data_left > 0
+    }
+
+    /// Moves bytes into `head` until that has `want`; how many it took, and whether it has.
+    fn gather(&mut self, bytes: &[u8], want: usize) -> (usize, bool) {
+        let have = usize::from(self.head_len);
+        let n = want.saturating_sub(have).min(bytes.len());
+        self.head[have..have + n].copy_from_slice(&bytes[..n]);
+        self.head_len += n as u8;
+        (n, have + n >= want)
+    }
+}
+
 impl Open {
     fn encode(&self, out: &mut BytesMut) {
         let address_len = if self.source.is_ipv4() { 4 } else { 16 };

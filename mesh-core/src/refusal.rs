@@ -67,6 +67,22 @@ reasons! {
         cure "look at both agents' logs: certificate, trust domain and clock of the source";
     HandshakeTimeout = "handshake_timeout" at Identify, "The source did not finish its TLS handshake in time",
         cure "look at the load of the source node and at the network between";
+    CertificateMissing = "certificate_missing" at Identify, "The source showed no certificate",
+        cure "this is no agent of the mesh, or an attack: look at the source node";
+    CertificateExpired = "certificate_expired" at Identify, "The source's certificate has expired",
+        cure "check that the source's agent reaches the controller: meshctl status; then both nodes' clocks";
+    CertificateNotYetValid = "certificate_not_yet_valid" at Identify, "The source's certificate is not valid yet",
+        cure "compare both nodes' clocks with the controller's";
+    CertificateUntrusted = "certificate_untrusted" at Identify, "The source's certificate does not lead to a root of the mesh",
+        cure "the source is of another mesh, or missed a rotation of the root, or this is an attack";
+    CertificatePurpose = "certificate_purpose" at Identify, "The source's certificate is not made for what it was used for",
+        cure "this is an attack, or a certificate from elsewhere: look at the source node";
+    CertificateIdentity = "certificate_identity" at Identify, "The source's certificate does not carry exactly one identity of this mesh",
+        cure "this is an attack, or a certificate from elsewhere: look at the source node";
+    OpenElsewhere = "open_elsewhere" at Identify, "OPEN asks for another port or family than its tunnel's",
+        cure "this is an attack or a broken agent: look at the source node";
+    FrameOutOfTurn = "frame_out_of_turn" at Identify, "The peer sent a frame that has no place there",
+        cure "this is an attack or a broken agent: look at the peer's node";
     BadFrame = "bad_frame" at Identify, "The peer broke the tunnel protocol",
         cure "compare the agents' versions: meshctl status";
     OpenTimeout = "open_timeout" at Identify, "The peer opened a tunnel and asked for nothing in time",
@@ -95,6 +111,16 @@ reasons! {
         cure "look at the agent's log and the network between the nodes";
     PeerHandshakeFailed = "peer_handshake_failed" at Connect, "The TLS handshake with the destination's agent failed",
         cure "look at both agents' logs: certificate, trust domain and clock";
+    PeerCertificateExpired = "peer_certificate_expired" at Connect, "The destination's certificate has expired",
+        cure "check that the destination's agent reaches the controller: meshctl status; then both nodes' clocks";
+    PeerCertificateNotYetValid = "peer_certificate_not_yet_valid" at Connect, "The destination's certificate is not valid yet",
+        cure "compare both nodes' clocks with the controller's";
+    PeerCertificateUntrusted = "peer_certificate_untrusted" at Connect, "The destination's certificate does not lead to a root of the mesh",
+        cure "the destination is of another mesh, or missed a rotation of the root, or this is an attack";
+    PeerCertificatePurpose = "peer_certificate_purpose" at Connect, "The destination's certificate is not made for what it was used for",
+        cure "this is an attack, or a certificate from elsewhere: look at the destination node";
+    PeerCertificateIdentity = "peer_certificate_identity" at Connect, "The destination's certificate does not carry exactly one identity of this mesh",
+        cure "this is an attack, or a certificate from elsewhere: look at the destination node";
     PeerHandshakeTimeout = "peer_handshake_timeout" at Connect, "The destination's agent did not finish the TLS handshake in time",
         cure "look at the load of the destination node";
     PeerIdentityMismatch = "peer_identity_mismatch" at Connect, "The destination's certificate is not the destination workload's",
@@ -105,10 +131,21 @@ reasons! {
         cure "check the destination's agent";
     LimitConnections = "limit_connections" at Connect, "The workload has as many connections as it may",
         cure "raise max_connections_per_workload, or find what holds them";
+    LimitHandshakes = "limit_handshakes" at Identify, "As many handshakes are under way as may be",
+        cure "find what opens so many connections: the access log has the source";
+    LimitDescriptors = "limit_descriptors" at Connect, "The workload has as many connections as are left for all others of the node",
+        cure "raise the agent's limit of open files, or find what holds so many connections";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",
         cure "connect again";
     AgentStopping = "agent_stopping" at Relay, "The agent was stopped and the drain deadline passed",
         cure "raise drain_deadline if connections live longer";
+}
+
+impl Reason {
+    /// The limit that was hit, as the metric names it; `None` for all other reasons.
+    pub fn limit(self) -> Option<&'static str> {
+        self.label().strip_prefix("limit_")
+    }
 }
 
 impl std::fmt::Display for Reason {

@@ -3,21 +3,17 @@
 use std::{net::IpAddr, sync::Arc};
 
 use mesh_core::{
-    frame::{ALPN, Open},
+    frame::Open,
     identity::SpiffeId,
     model::{Mode, Workload},
     refusal::Reason,
     view::Snapshot,
 };
-use rustls::server::Acceptor;
-
-use super::Accepted;
+use super::{
+    Accepted,
+    preface::{MAX_PEEK, is_tunnel},
+};
 use crate::{limits::Limits, record::Party, refusal::Refusal, tunnel::buffers::Buffer};
-
-/// First byte of a TLS record that carries a handshake (RFC 8446 §5.1).
-const TLS_HANDSHAKE: u8 = 0x16;
-/// More than any ClientHello of ours.
-const MAX_PEEK: usize = 4096;
 
 /// The workload of this node that opens a connection.
 pub(super) fn source(
@@ -80,26 +76,6 @@ pub(super) async fn arrival(
     }
 }
 
-/// Whether these first bytes are another agent's ClientHello. An application's own TLS is plaintext to us; a
-/// ClientHello that is not complete yet is taken for a tunnel's, and shown otherwise by the handshake.
-fn is_tunnel(bytes: &[u8]) -> bool {
-    if bytes.first() != Some(&TLS_HANDSHAKE) {
-        return false;
-    }
-    let mut acceptor = Acceptor::default();
-    let mut rest = bytes;
-    if acceptor.read_tls(&mut rest).is_err() {
-        return false;
-    }
-    match acceptor.accept() {
-        Ok(Some(hello)) => {
-            hello.client_hello().alpn().is_some_and(|mut names| names.any(|name| name == ALPN))
-        }
-        Ok(None) => true,
-        Err(_) => false,
-    }
-}
-
 /// The source of a lease: its certificate must be the one that the view gives to the tunnel's address, and the
 /// application's address must be one of the same identity.
 pub(super) fn tunnel_source(
@@ -126,34 +102,5 @@ pub(super) fn tunnel_source(
             let detail = format!("{} is not an address of {proved}", open.source.ip());
             Err(Refusal::new(Reason::SourceNotCovered, detail))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use rustls::{ClientConfig, ClientConnection, RootCertStore, crypto::ring, version::TLS13};
-
-    use super::*;
-
-    fn client_hello(alpn: &[u8]) -> Vec<u8> {
-        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_protocol_versions(&[&TLS13])
-            .unwrap()
-            .with_root_certificates(RootCertStore::empty())
-            .with_no_client_auth();
-        config.alpn_protocols = vec![alpn.to_vec()];
-        let mut session = ClientConnection::new(Arc::new(config), "example.org".try_into().unwrap()).unwrap();
-        let mut bytes = vec![];
-        session.write_tls(&mut bytes).unwrap();
-        bytes
-    }
-
-    #[test]
-    fn only_our_own_client_hello_is_a_tunnel() {
-        assert!(is_tunnel(&client_hello(ALPN)));
-        assert!(is_tunnel(&client_hello(ALPN)[..20]), "not complete yet");
-        assert!(!is_tunnel(&client_hello(b"h2")), "the application's own TLS");
-        assert!(!is_tunnel(b"GET / HTTP/1.1\r\n"));
-        assert!(!is_tunnel(b""));
     }
 }

@@ -18,12 +18,14 @@ use mesh_core::{
 use super::{
     Accepted, Node,
     identify::{self, Arrival},
+    turn::Turn,
 };
 use crate::{
     authorize, connect,
     local::{Admission, Local},
     metrics::Direction,
     net::socket,
+    quota::Share,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::{
@@ -43,14 +45,19 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
         refusal = node.cut(&accepted.workload) => Err(refusal),
     };
     match arrived {
-        Ok((Arrival::Tunnel, view)) => match Box::pin(handshake(accepted, &view, node)).await {
-            Ok((link, at)) => {
-                entry.withdraw();
-                leases(link, at, node).await;
+        Ok(Arrived { how: Arrival::Tunnel, view, turn, _place }) => {
+            let shaken = Box::pin(handshake(accepted, &view, node)).await;
+            drop(turn);
+            match shaken {
+                Ok((link, at)) => {
+                    entry.withdraw();
+                    leases(link, at, node).await;
+                }
+                Err(refusal) => entry.finish(Err(refusal.into())),
             }
-            Err(refusal) => entry.finish(Err(refusal.into())),
-        },
-        Ok((Arrival::Plaintext, view)) => {
+        }
+        Ok(Arrived { how: Arrival::Plaintext, view, turn, _place }) => {
+            drop(turn);
             let result = tokio::select! {
                 result = plaintext(&accepted, &view, node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
@@ -88,23 +95,31 @@ fn begin(at: &At, node: &Node) -> Box<Entry> {
     entry
 }
 
+/// What is known of a connection once its source has spoken, or need not.
+#[derive(Debug)]
+struct Arrived {
+    how: Arrival,
+    view: Arc<Snapshot>,
+    /// Until it has shown who it is.
+    turn: Turn,
+    _place: Share<u64>,
+}
+
 /// Does the source speak TLS?
-async fn arrive(
-    accepted: &Accepted,
-    node: &Node,
-    entry: &mut Entry,
-) -> Result<(Arrival, Arc<Snapshot>), Refusal> {
+async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<Arrived, Refusal> {
     identify::not_a_loop(accepted)?;
+    let _place = node.place(&accepted.workload)?;
     let view = node.view()?;
     entry.view = Some(view.clone());
     let destination = authorize::destination(&view, &accepted.workload.name)?;
     entry.destination.identity = view.identity(&destination.name).cloned();
-    let arrival = identify::arrival(accepted, &view, &destination, node.limits()).await?;
-    entry.transport = Some(match arrival {
+    let turn = node.inner.turns.wait(accepted.workload.id(), accepted.peer.ip()).await?;
+    let how = identify::arrival(accepted, &view, &destination, node.limits()).await?;
+    entry.transport = Some(match how {
         Arrival::Tunnel => Transport::Tunnel,
         Arrival::Plaintext => Transport::Plaintext,
     });
-    Ok((arrival, view))
+    Ok(Arrived { how, view, turn, _place })
 }
 
 /// One plaintext connection.
@@ -142,6 +157,11 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
     let limits = node.limits();
     let metrics = &node.inner.connector.metrics;
     loop {
+        let from = (at.workload.id(), at.from.ip());
+        let Some(idle) = node.inner.idle.take(from, limits.idle_per_source) else {
+            metrics.limit_hit("idle_tunnels");
+            return Box::pin(link.close(limits.ready_wait)).await;
+        };
         link.count_as("idle", metrics);
         // Waiting for OPEN is cancel-safe: what was read of it stays in the link.
         let asked = tokio::select! {
@@ -151,16 +171,20 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
         };
         let open = match asked {
             Ok(Ok(Event::Control(Control::Open(open)))) => open,
-            Ok(Ok(_)) => return unasked(&at, node, Reason::BadFrame, "not an OPEN"),
+            Ok(Ok(_)) => return unasked(&at, node, Reason::FrameOutOfTurn, "not an OPEN"),
             Ok(Err(LinkError::Closed)) => return link.retire(),
             Ok(Err(error @ (LinkError::Frame(_) | LinkError::Tls(_)))) => {
                 return unasked(&at, node, Reason::BadFrame, error.to_string());
+            }
+            Ok(Err(error)) if link.is_mid_frame() => {
+                return unasked(&at, node, Reason::BadFrame, format!("{error}, within a frame"));
             }
             // The peer went away with nothing under way: nobody's connection.
             Ok(Err(_)) => return,
             Err(_) if link.is_mid_frame() => return unasked(&at, node, Reason::OpenTimeout, "half an OPEN"),
             Err(_) => return Box::pin(link.close(limits.ready_wait)).await,
         };
+        drop(idle);
         link.count_as("busy", metrics);
         match lease(link, open, &at, node).await {
             Some(ready) => link = ready,
@@ -209,11 +233,11 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
             (Ok(()), true)
         }
         // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
-        Stopped::ApplicationReset => (Err(Failure::DestinationReset), !said.own_end),
-        Stopped::PeerReset => (Err(Failure::SourceReset), true),
-        Stopped::Lost(error) => (Err(Failure::TunnelLost(error.to_string())), false),
+        Stopped::ApplicationReset => (Err(Failure::DestinationReset.into()), !said.own_end),
+        Stopped::PeerReset => (Err(Failure::SourceReset.into()), true),
+        Stopped::Lost(error) => (Err(Stop::from(error)), false),
     };
-    entry.finish(result.map_err(Stop::from));
+    entry.finish(result);
     if !usable {
         return None;
     }
@@ -247,7 +271,7 @@ async fn admit(
     if open.port != at.original.port() || open.source.is_ipv4() != at.original.is_ipv4() {
         let detail =
             format!("OPEN from {} to port {} on a tunnel to {}", open.source, open.port, at.original);
-        return Err(Refusal::new(Reason::BadFrame, detail));
+        return Err(Refusal::new(Reason::OpenElsewhere, detail));
     }
     let view = node.view()?;
     entry.view = Some(view.clone());

@@ -4,8 +4,13 @@
 mod identify;
 mod inbound;
 mod outbound;
+mod preface;
+mod turn;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use mesh_core::{refusal::Reason, view::Snapshot};
 use tokio::{net::TcpStream, sync::watch};
@@ -17,10 +22,12 @@ use crate::{
     identity::store::Identities,
     metrics::Metrics,
     net::socket,
+    quota::{Quota, Share},
     record::{AccessLog, Recorder},
     refusal::Refusal,
     tunnel::pool::Pool,
 };
+use turn::Turns;
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
 
 /// A captured connection: what the kernel programs steered to the agent.
@@ -49,6 +56,11 @@ struct Inner {
     view: watch::Receiver<Option<Arc<Snapshot>>>,
     recorder: Recorder,
     connector: Connector,
+    /// Connections by workload, whatever they are at.
+    places: Arc<Quota<u64>>,
+    turns: Arc<Turns>,
+    /// Idle tunnels of other agents, by workload and source.
+    idle: Arc<Quota<(u64, IpAddr)>>,
 }
 
 impl Node {
@@ -72,7 +84,8 @@ impl Node {
         });
         let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log };
         let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
-        Self { inner: Arc::new(Inner { view, recorder, connector }) }
+        let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
+        Self { inner: Arc::new(Inner { view, recorder, connector, places, turns, idle }) }
     }
 
     /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
@@ -83,6 +96,13 @@ impl Node {
     /// The drain under which [`serve`] should be spawned.
     pub fn drain(&self) -> &Drain {
         &self.inner.connector.drain
+    }
+
+    /// A place for one more connection of this workload.
+    fn place(&self, workload: &Local) -> Result<Share<u64>, Refusal> {
+        let all = self.limits().connections_total;
+        let place = self.inner.places.take_fair(workload.id(), all);
+        place.ok_or_else(|| Refusal::new(Reason::LimitDescriptors, format!("of {all} for the node")))
     }
 
     fn view(&self) -> Result<Arc<Snapshot>, Reason> {

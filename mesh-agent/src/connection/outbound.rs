@@ -21,6 +21,7 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     let wait = node.limits().ready_wait;
 
     // Who is asking, and may it have one more?
+    let _share = node.place(&accepted.workload)?;
     let _place = accepted.workload.admit(node.limits().max_connections_per_workload)?;
     let identity = identify::source(accepted, &view, &mut entry.source)?;
 
@@ -46,7 +47,7 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
         Stopped::ApplicationReset if said.own_end => return Err(Failure::SourceReset.into()),
         Stopped::ApplicationReset => Err(Failure::SourceReset),
         Stopped::PeerReset => Err(Failure::DestinationReset),
-        Stopped::Lost(error) => return Err(Failure::TunnelLost(error.to_string()).into()),
+        Stopped::Lost(error) => return Err(error.into()),
     };
     connector.settle(lease, said);
     Ok(result?)

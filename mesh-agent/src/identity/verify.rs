@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use mesh_core::identity::{SpiffeId, TrustDomain};
+use mesh_core::{
+    identity::{SpiffeId, TrustDomain},
+    refusal::Reason,
+};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme,
     client::{
@@ -36,6 +39,9 @@ pub enum CertificateIdentityError {
     /// The identity is of another trust domain.
     #[error("{0} is not of this trust domain")]
     Foreign(SpiffeId),
+    /// X509-SVID §4.3: a leaf signs handshakes, and no certificates or revocation lists.
+    #[error("the certificate may not sign handshakes, or may sign more than that")]
+    Purpose,
     /// No certificate at all.
     #[error("the peer sent no certificate")]
     Missing,
@@ -46,6 +52,10 @@ pub fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIde
     let malformed = |_| CertificateIdentityError::Malformed;
     let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(leaf)
         .map_err(|_| CertificateIdentityError::Malformed)?;
+    let usage = certificate.key_usage().map_err(malformed)?.map(|extension| extension.value);
+    if usage.is_some_and(|usage| !usage.digital_signature() || usage.key_cert_sign() || usage.crl_sign()) {
+        return Err(CertificateIdentityError::Purpose);
+    }
     let san = certificate.subject_alternative_name().map_err(malformed)?;
     let uris: Vec<&str> = san
         .map(|extension| &extension.value.general_names)
@@ -84,6 +94,69 @@ pub fn explain(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(CertificateError::Other(reason)) => reason.0.to_string(),
         other => other.to_string(),
+    }
+}
+
+/// What is wrong with a peer's certificate, as far as its handshake tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CertificateFault {
+    /// There is none.
+    Missing,
+    /// Its time has passed.
+    Expired,
+    /// Its time has not come.
+    NotYetValid,
+    /// It leads to none of our roots, or is none of ours otherwise.
+    Untrusted,
+    /// Not for this end of a connection, or not for connections.
+    Purpose,
+    /// It carries no identity of this mesh, or more than one.
+    Identity,
+}
+
+impl CertificateFault {
+    /// The fault that ended a handshake; `None` if the certificate was not why.
+    pub fn of(error: &Error) -> Option<Self> {
+        let fault = match error {
+            Error::NoCertificatesPresented => return Some(Self::Missing),
+            Error::InvalidCertificate(fault) => fault,
+            _ => return None,
+        };
+        Some(match fault {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotYetValid,
+            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => Self::Purpose,
+            CertificateError::Other(reason) => match reason.0.downcast_ref() {
+                Some(CertificateIdentityError::Purpose) => Self::Purpose,
+                Some(_) => Self::Identity,
+                None => Self::Untrusted,
+            },
+            _ => Self::Untrusted,
+        })
+    }
+
+    /// Why a source with it is refused.
+    pub fn of_source(self) -> Reason {
+        match self {
+            Self::Missing => Reason::CertificateMissing,
+            Self::Expired => Reason::CertificateExpired,
+            Self::NotYetValid => Reason::CertificateNotYetValid,
+            Self::Untrusted => Reason::CertificateUntrusted,
+            Self::Purpose => Reason::CertificatePurpose,
+            Self::Identity => Reason::CertificateIdentity,
+        }
+    }
+
+    /// Why nothing is opened to a destination with it. A server always shows one.
+    pub fn of_destination(self) -> Reason {
+        match self {
+            Self::Missing => Reason::PeerHandshakeFailed,
+            Self::Expired => Reason::PeerCertificateExpired,
+            Self::NotYetValid => Reason::PeerCertificateNotYetValid,
+            Self::Untrusted => Reason::PeerCertificateUntrusted,
+            Self::Purpose => Reason::PeerCertificatePurpose,
+            Self::Identity => Reason::PeerCertificateIdentity,
+        }
     }
 }
 

@@ -3,32 +3,20 @@
 //! Holds a buffer only while it has bytes in hand. All state is in the value, so waiting for the next frame can be
 //! cancelled at any await.
 
-use bytes::Bytes;
-use mesh_core::frame::{Control, HEADER_LEN, Header, Kind, MAX_CONTROL};
+use mesh_core::frame::Cutter;
+pub(crate) use mesh_core::frame::Event;
 
 use super::{
     buffers::Buffer,
     tls::{LinkError, Tls},
 };
 
-/// What the peer said.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// Bytes of the application: see [`Incoming::data`].
-    Data,
-    /// Any other frame.
-    Control(Control),
-}
-
 /// The receiving half of a tunnel.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Incoming {
     plain: Option<Plain>,
     closed: bool,
-    head: [u8; HEADER_LEN + MAX_CONTROL],
-    head_len: u8,
-    /// Bytes that are left of the DATA frame whose header was read.
-    data_left: u32,
+    cutter: Cutter,
 }
 
 #[derive(Debug)]
@@ -36,12 +24,6 @@ struct Plain {
     buffer: Buffer,
     start: usize,
     end: usize,
-}
-
-impl Default for Incoming {
-    fn default() -> Self {
-        Self { plain: None, closed: false, head: [0; HEADER_LEN + MAX_CONTROL], head_len: 0, data_left: 0 }
-    }
 }
 
 impl Incoming {
@@ -87,28 +69,25 @@ impl Incoming {
 
     /// Whether the peer has said nothing since the last frame, and is still there.
     pub(crate) fn is_quiet(&mut self, tls: &Tls) -> bool {
-        self.plain.is_none()
-            && self.head_len == 0
-            && self.data_left == 0
-            && matches!(self.read_now(tls), Ok(false))
+        self.plain.is_none() && !self.is_mid_frame() && matches!(self.read_now(tls), Ok(false))
     }
 
     /// Whether a frame has begun and not ended.
     pub(crate) fn is_mid_frame(&self) -> bool {
-        self.head_len > 0 || self.data_left > 0
+        self.cutter.is_mid_frame()
     }
 
     /// The piece that [`Event::Data`] announced.
     pub(crate) fn data(&self) -> &[u8] {
         let Some(plain) = &self.plain else { return &[] };
-        let len = (plain.end - plain.start).min(self.data_left as usize);
+        let len = (plain.end - plain.start).min(self.cutter.data_left());
         &plain.buffer[plain.start..plain.start + len]
     }
 
     /// `n` bytes of [`Incoming::data`] are done with.
     pub(crate) fn consume(&mut self, n: usize) {
         debug_assert!(n <= self.data().len(), "only what is there can be consumed");
-        self.data_left -= n as u32;
+        self.cutter.consume(n);
         self.advance(n);
     }
 
@@ -118,39 +97,10 @@ impl Incoming {
     }
 
     fn parse(&mut self) -> Result<Option<Event>, LinkError> {
-        loop {
-            if self.data_left > 0 {
-                return Ok((!self.data().is_empty()).then_some(Event::Data));
-            }
-            if !self.gather(HEADER_LEN) {
-                return Ok(None);
-            }
-            let [a, b, c, d, ..] = self.head;
-            let header = Header::decode([a, b, c, d])?;
-            if header.kind == Kind::Data {
-                self.head_len = 0;
-                self.data_left = header.len as u32;
-                continue;
-            }
-            let len = HEADER_LEN + header.len;
-            if !self.gather(len) {
-                return Ok(None);
-            }
-            self.head_len = 0;
-            let payload = Bytes::copy_from_slice(&self.head[HEADER_LEN..len]);
-            return Ok(Some(Event::Control(Control::decode(header.kind, payload)?)));
-        }
-    }
-
-    /// Moves plaintext into `head` until that has `want` bytes; whether it has.
-    fn gather(&mut self, want: usize) -> bool {
-        let have = usize::from(self.head_len);
-        let Some(plain) = &self.plain else { return have >= want };
-        let n = want.saturating_sub(have).min(plain.end - plain.start);
-        self.head[have..have + n].copy_from_slice(&plain.buffer[plain.start..plain.start + n]);
-        self.head_len += n as u8;
-        self.advance(n);
-        have + n >= want
+        let unread = self.plain.as_ref().map_or(&[][..], |plain| &plain.buffer[plain.start..plain.end]);
+        let (used, event) = self.cutter.cut(unread)?;
+        self.advance(used);
+        Ok(event)
     }
 
     fn advance(&mut self, n: usize) {
@@ -166,7 +116,10 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use bytes::{BufMut, BytesMut};
-    use mesh_core::{frame::Open, refusal::Reason};
+    use mesh_core::{
+        frame::{Control, Header, Kind, Open},
+        refusal::Reason,
+    };
 
     use super::*;
 

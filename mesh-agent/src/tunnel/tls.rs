@@ -14,13 +14,17 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::frame::{ALPN, FrameError};
+use mesh_core::{
+    frame::{ALPN, FrameError},
+    refusal::Reason,
+};
 use rustls::{Connection, HandshakeKind};
 use rustls_pki_types::CertificateDer;
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
 use super::buffers::{Buffer, READ};
+use crate::refusal::{Failure, Refusal, Stop};
 
 /// TCP keepalive of tunnels: a peer's node that is gone is noticed after two minutes, also by an idle connection.
 const KEEPALIVE_TIME: Duration = Duration::from_secs(60);
@@ -51,6 +55,27 @@ pub(crate) enum LinkError {
     /// Another version of the protocol, or none.
     #[error("the peer does not speak this version of the tunnel protocol")]
     Version,
+}
+
+impl LinkError {
+    /// The reason to refuse a peer that broke the protocol; `None` where the tunnel only broke.
+    pub(crate) fn breach(&self) -> Option<Reason> {
+        match self {
+            Self::Frame(_) | Self::Tls(_) | Self::Version => Some(Reason::BadFrame),
+            Self::OutOfTurn => Some(Reason::FrameOutOfTurn),
+            Self::Closed | Self::Truncated | Self::Io(_) => None,
+        }
+    }
+}
+
+/// How a connection ends whose tunnel did.
+impl From<LinkError> for Stop {
+    fn from(error: LinkError) -> Self {
+        match error.breach() {
+            Some(reason) => Refusal::new(reason, error.to_string()).into(),
+            None => Failure::TunnelLost(error.to_string()).into(),
+        }
+    }
 }
 
 /// A TLS session on its socket.

@@ -75,16 +75,29 @@ impl Ca {
         Self { issuer: Issuer::new(params, key), root }
     }
 
-    pub(crate) fn install(&self, identities: &Identities, of: &SpiffeId, as_whom: &SpiffeId) {
+    /// Signs whatever is asked for, with a new key.
+    pub(crate) fn sign(
+        &self,
+        params: CertificateParams,
+    ) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("a key");
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(as_whom.to_string().try_into().expect("ASCII"))];
         let leaf = params.signed_by(&key, &self.issuer).expect("a leaf").der().clone();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
+        (leaf, PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8"))
+    }
+
+    pub(crate) fn install(&self, identities: &Identities, of: &SpiffeId, as_whom: &SpiffeId) {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![uri(&as_whom.to_string())];
+        let (leaf, key) = self.sign(params);
         let key = ring::sign::any_supported_type(&key).expect("P-256");
         let certificate = Arc::new(CertifiedKey::new(vec![leaf], key));
         identities.install(of.clone(), certificate, std::slice::from_ref(&self.root)).expect("installs");
     }
+}
+
+/// A URI as an alternative name.
+pub(crate) fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().expect("ASCII"))
 }
 
 /// What the view says; change it and [`World::publish`].
