@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    ebpf,
+    ebpf, fuzz,
     run::{cargo, read, step, succeed},
     setup,
 };
@@ -40,6 +40,9 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
             clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
             succeed(&mut clippy)
         })?;
+    }
+    if filter.is_none() {
+        fuzz::in_tests()?;
     }
     let binaries = build_binaries()?;
     let nextest = setup::nextest()?;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`setup`] | installs what is missing: packages, toolchains, tools |
 //! | [`ebpf`] | builds the kernel programs |
+//! | [`fuzz`] | feeds arbitrary bytes to what reads bytes of others |
 //! | [`check`] | `test` and `ci` |
 //! | [`demo`] | shows a mesh at work |
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
@@ -11,6 +12,7 @@
 mod check;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod run;
 mod setup;
 
@@ -41,6 +43,18 @@ enum Task {
         #[arg(long)]
         filter: Option<String>,
     },
+    /// Feed arbitrary bytes to everything that reads bytes of others.
+    Fuzz {
+        /// Only this target: frames, preface, documents, views or packets.
+        #[arg(long)]
+        target: Option<String>,
+        /// Inputs that are tried, for each target.
+        #[arg(long, default_value_t = fuzz::RUNS)]
+        runs: u64,
+        /// Write the seeds that are missing in tests/fuzz/corpus, and nothing else.
+        #[arg(long)]
+        seeds: bool,
+    },
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
     BuildEbpf,
     /// Install what is missing for all of the above.
@@ -54,6 +68,8 @@ fn main() -> anyhow::Result<()> {
         Task::Demo { once } => demo::demo(if once { demo::End::Once } else { demo::End::OnInterrupt }),
         Task::Test { pure: true, filter } => check::pure(filter.as_deref()),
         Task::Test { pure: false, filter } => check::everything(filter.as_deref()),
+        Task::Fuzz { seeds: true, .. } => fuzz::seeds(),
+        Task::Fuzz { seeds: false, target, runs } => fuzz::run(target.as_deref(), runs),
         Task::BuildEbpf => {
             setup::kernel_toolchain()?;
             ebpf::build().map(drop)

@@ -34,11 +34,14 @@ const PROGRAMS: [(&str, &str); 6] = [
     ("ncat", "ncat"),
 ];
 
+/// Compiles libFuzzer.
+const CPP: [(&str, &str); 1] = [("c++", "g++")];
+
 /// Everything for `test` and `demo`.
 pub(crate) fn everything() -> Result<()> {
     step("Set up: programs, kernel toolchain, bpffs", || {
         machine()?;
-        programs()?;
+        programs(&PROGRAMS)?;
         toolchain_and_linker()?;
         mesh_tests::world::mount_bpffs()
     })
@@ -47,6 +50,11 @@ pub(crate) fn everything() -> Result<()> {
 /// What `build-ebpf` needs: nightly and bpf-linker.
 pub(crate) fn kernel_toolchain() -> Result<()> {
     step("Set up: kernel toolchain", toolchain_and_linker)
+}
+
+/// What `fuzz` needs: a C++ compiler.
+pub(crate) fn cpp_compiler() -> Result<()> {
+    programs(&CPP)
 }
 
 /// Where bpf-linker is.
@@ -108,9 +116,10 @@ fn kernel(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()??, numbers.next()??))
 }
 
-fn programs() -> Result<()> {
+/// Installs what is missing of programs and their packages.
+fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     let mut packages: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+        wanted.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     packages.dedup();
     if packages.is_empty() {
         return Ok(());
@@ -127,7 +136,7 @@ fn programs() -> Result<()> {
     };
     succeed(apt().arg("update"))?;
     succeed(apt().args(["install", "--no-install-recommends"]).args(&packages))?;
-    for (program, package) in PROGRAMS {
+    for (program, package) in wanted {
         ensure!(find(program).is_some(), "package {package} is installed, but there is no {program}");
     }
     Ok(())
