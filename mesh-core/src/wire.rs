@@ -88,6 +88,11 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
     Ok(converted)
 }
 
+/// A name that is printed and read as itself: what an update adds by it, another can remove by it.
+fn name_from_proto(key: &str, namespace: &str, name: &str) -> Result<model::Name, WireError> {
+    format!("{namespace}/{name}").parse().map_err(|e| error(key, "name", e))
+}
+
 fn workload_to_proto(workload: &model::Workload) -> proto::Workload {
     proto::Workload {
         namespace: workload.name.namespace.clone(),
@@ -108,7 +113,7 @@ fn workload_to_proto(workload: &model::Workload) -> proto::Workload {
 
 fn workload_from_proto(key: &str, workload: &proto::Workload) -> Result<model::Workload, WireError> {
     Ok(model::Workload {
-        name: model::Name::new(&workload.namespace, &workload.name),
+        name: name_from_proto(key, &workload.namespace, &workload.name)?,
         node: workload.node.clone(),
         service_account: workload.service_account.clone(),
         addresses: addresses_from_proto(key, "addresses", &workload.addresses)?,
@@ -161,7 +166,7 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
         })
     };
     Ok(model::Service {
-        name: model::Name::new(&service.namespace, &service.name),
+        name: name_from_proto(key, &service.namespace, &service.name)?,
         addresses: addresses_from_proto(key, "addresses", &service.addresses)?,
         ports: service.ports.iter().map(port).collect::<Result<_, _>>()?,
     })
@@ -215,7 +220,7 @@ fn policy_from_proto(key: &str, policy: &proto::Policy) -> Result<model::Policy,
         })
     };
     Ok(model::Policy {
-        name: model::Name::new(&policy.namespace, &policy.name),
+        name: name_from_proto(key, &policy.namespace, &policy.name)?,
         selector: policy.selector.clone(),
         action: match policy.action() {
             proto::Action::Allow => model::Action::Allow,
@@ -309,6 +314,18 @@ mod tests {
         let sent =
             view::Delta { upserts: resources(), removes: vec![view::Key::Service(Name::new("a", "b"))] };
         assert_eq!(delta(&update("7".into(), false, &sent)).unwrap(), sent);
+    }
+
+    #[test]
+    fn a_name_that_would_not_read_back_is_refused() {
+        for (namespace, name, key) in [("a/b", "c", "workload/a/b/c"), ("", "c", "workload//c")] {
+            let workload =
+                proto::Workload { namespace: namespace.into(), name: name.into(), ..Default::default() };
+            let body = Some(proto::resource::Body::Workload(workload));
+            let upserts = vec![proto::Resource { key: key.into(), body }];
+            let error = delta(&proto::ViewUpdate { upserts, ..Default::default() }).unwrap_err();
+            assert_eq!((error.key.as_str(), error.field), (key, "name"));
+        }
     }
 
     #[test]
