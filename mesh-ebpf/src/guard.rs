@@ -96,7 +96,7 @@ pub fn from_pod(
         }
         return Verdict::Reset(KernelReason::NotCaptured);
     }
-    if tcp.resets() || !strict {
+    if !strict || (tcp.resets() && data_len == 0) {
         return Verdict::Pass;
     }
     if tcp.answers() {
@@ -107,6 +107,10 @@ pub fn from_pod(
     }
     if data_len == 0 || facts.is_agents() || !facts.peer_captured() || facts.probe() {
         return Verdict::Pass;
+    }
+    if tcp.resets() {
+        // No kernel puts data into a RST; a raw socket can, and a RST is never answered with another.
+        return Verdict::Drop(KernelReason::PlaintextOfStrict);
     }
     Verdict::Reset(KernelReason::PlaintextOfStrict)
 }
@@ -216,6 +220,10 @@ mod tests {
         check(STRICT, ACK, 5, Known { captured: false, ..APP }, Verdict::Pass);
         check(STRICT, ACK, 0, APP, Verdict::Pass);
         check(STRICT, RST, 0, APP, Verdict::Pass);
+        // No kernel sends it, a workload's root can; and a RST is never answered with another.
+        check(STRICT, RST, 5, APP, Verdict::Drop(KernelReason::PlaintextOfStrict));
+        check(STRICT, RST | SYN | ACK, 5, APP, Verdict::Drop(KernelReason::PlaintextOfStrict));
+        check(STRICT, RST, 5, AGENT, Verdict::Pass);
         check(PERMISSIVE, ACK, 5, APP, Verdict::Pass);
     }
 
