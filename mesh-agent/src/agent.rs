@@ -76,15 +76,7 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     let node = {
         let _inside = data.enter();
         let (name, view) = (config.node.clone(), control.snapshots.clone());
-        Node::new(
-            name,
-            view,
-            identities.clone(),
-            metrics.clone(),
-            log.clone(),
-            Limits::default(),
-            Drain::new(),
-        )
+        Node::new(name, view, identities.clone(), metrics.clone(), log.clone(), limits(), Drain::new())
     };
     if !alone {
         // Not before there is something to serve with: until then the old one goes on as if we were not here.
@@ -231,6 +223,14 @@ impl Told {
         if !self.already {
             self.next_word().await;
         }
+    }
+}
+
+/// The limits, with as many connections as there are descriptors for.
+fn limits() -> Limits {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((descriptors, _)) => Limits::with_descriptors(descriptors),
+        Err(_) => Limits::default(),
     }
 }
 

@@ -53,6 +53,15 @@ pub struct Limits {
     pub endpoint_attempts: usize,
 }
 
+impl Limits {
+    /// The default limits for a process that may have this many descriptors: three quarters are for connections, two
+    /// each; the rest is for idle tunnels, listeners, the controller and files.
+    pub fn with_descriptors(descriptors: u64) -> Self {
+        let connections = usize::try_from(descriptors / 4 * 3 / 2).unwrap_or(usize::MAX);
+        Self { connections_total: connections, ..Self::default() }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {

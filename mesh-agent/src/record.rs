@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     metrics::{ConnectionLabels, Counted, Direction, Flow, Metrics},
+    quota::Share,
     refusal::{Failure, Stop},
 };
 
@@ -123,6 +124,8 @@ pub(crate) struct Entry {
     pub(crate) rule: Option<RuleRef>,
     pub(crate) view: Option<Arc<mesh_core::view::Snapshot>>,
     pub(crate) flow: Flow,
+    /// Its place among the node's connections. Here, and not on the way, to keep that small.
+    pub(crate) place: Option<Box<Share<u64>>>,
     recorder: Recorder,
     direction: Direction,
     workload: Name,
@@ -143,6 +146,7 @@ impl Recorder {
             rule: None,
             view: None,
             flow: Flow::new(self.metrics.bytes(direction).clone()),
+            place: None,
             recorder: self.clone(),
             direction,
             workload: workload.clone(),

@@ -2,6 +2,11 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use super::{
+    Accepted,
+    preface::{MAX_PEEK, is_tunnel},
+};
+use crate::{limits::Limits, record::Party, refusal::Refusal, tunnel::buffers::Buffer};
 use mesh_core::{
     frame::Open,
     identity::SpiffeId,
@@ -9,11 +14,6 @@ use mesh_core::{
     refusal::Reason,
     view::Snapshot,
 };
-use super::{
-    Accepted,
-    preface::{MAX_PEEK, is_tunnel},
-};
-use crate::{limits::Limits, record::Party, refusal::Refusal, tunnel::buffers::Buffer};
 
 /// The workload of this node that opens a connection.
 pub(super) fn source(

@@ -25,7 +25,6 @@ use crate::{
     local::{Admission, Local},
     metrics::Direction,
     net::socket,
-    quota::Share,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::{
@@ -45,18 +44,17 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
         refusal = node.cut(&accepted.workload) => Err(refusal),
     };
     match arrived {
-        Ok(Arrived { how: Arrival::Tunnel, view, turn, _place }) => {
-            let shaken = Box::pin(handshake(accepted, &view, node)).await;
-            drop(turn);
-            match shaken {
+        Ok(Arrived { how: Arrival::Tunnel, view, turn }) => {
+            match Box::pin(handshake(accepted, view, turn, node)).await {
                 Ok((link, at)) => {
+                    let _place = entry.place.take();
                     entry.withdraw();
                     leases(link, at, node).await;
                 }
                 Err(refusal) => entry.finish(Err(refusal.into())),
             }
         }
-        Ok(Arrived { how: Arrival::Plaintext, view, turn, _place }) => {
+        Ok(Arrived { how: Arrival::Plaintext, view, turn }) => {
             drop(turn);
             let result = tokio::select! {
                 result = plaintext(&accepted, &view, node, &mut entry) => result,
@@ -101,14 +99,13 @@ struct Arrived {
     how: Arrival,
     view: Arc<Snapshot>,
     /// Until it has shown who it is.
-    turn: Turn,
-    _place: Share<u64>,
+    turn: Box<Turn>,
 }
 
 /// Does the source speak TLS?
 async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<Arrived, Refusal> {
     identify::not_a_loop(accepted)?;
-    let _place = node.place(&accepted.workload)?;
+    entry.place = Some(node.place(&accepted.workload)?);
     let view = node.view()?;
     entry.view = Some(view.clone());
     let destination = authorize::destination(&view, &accepted.workload.name)?;
@@ -119,7 +116,7 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
         Arrival::Tunnel => Transport::Tunnel,
         Arrival::Plaintext => Transport::Plaintext,
     });
-    Ok(Arrived { how, view, turn, _place })
+    Ok(Arrived { how, view, turn })
 }
 
 /// One plaintext connection.
@@ -142,7 +139,12 @@ async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mu
 }
 
 /// The tunnel of another agent. Who it is must be what the view says, lease by lease.
-async fn handshake(accepted: Accepted, view: &Snapshot, node: &Node) -> Result<(Box<Link>, At), Refusal> {
+async fn handshake(
+    accepted: Accepted,
+    view: Arc<Snapshot>,
+    _turn: Box<Turn>,
+    node: &Node,
+) -> Result<(Box<Link>, At), Refusal> {
     let at = At::of(&accepted);
     let connector = &node.inner.connector;
     let own = view.identity(&at.workload.name).ok_or(Reason::DestinationUnknown)?;

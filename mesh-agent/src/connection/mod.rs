@@ -27,8 +27,8 @@ use crate::{
     refusal::Refusal,
     tunnel::pool::Pool,
 };
-use turn::Turns;
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
+use turn::Turns;
 
 /// A captured connection: what the kernel programs steered to the agent.
 #[derive(Debug)]
@@ -99,10 +99,12 @@ impl Node {
     }
 
     /// A place for one more connection of this workload.
-    fn place(&self, workload: &Local) -> Result<Share<u64>, Refusal> {
+    fn place(&self, workload: &Local) -> Result<Box<Share<u64>>, Refusal> {
         let all = self.limits().connections_total;
         let place = self.inner.places.take_fair(workload.id(), all);
-        place.ok_or_else(|| Refusal::new(Reason::LimitDescriptors, format!("of {all} for the node")))
+        place
+            .map(Box::new)
+            .ok_or_else(|| Refusal::new(Reason::LimitDescriptors, format!("of {all} for the node")))
     }
 
     fn view(&self) -> Result<Arc<Snapshot>, Reason> {

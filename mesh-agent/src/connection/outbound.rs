@@ -21,7 +21,7 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     let wait = node.limits().ready_wait;
 
     // Who is asking, and may it have one more?
-    let _share = node.place(&accepted.workload)?;
+    entry.place = Some(node.place(&accepted.workload)?);
     let _place = accepted.workload.admit(node.limits().max_connections_per_workload)?;
     let identity = identify::source(accepted, &view, &mut entry.source)?;
 

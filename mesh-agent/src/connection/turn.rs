@@ -37,7 +37,7 @@ struct Lane {
     present: usize,
 }
 
-/// A handshake may go on for as long as this lives.
+/// A handshake may go on for as long as this lives. Boxed where it is held: a connection outlives it.
 #[derive(Debug)]
 pub(super) struct Turn {
     _permit: OwnedSemaphorePermit,
@@ -55,33 +55,28 @@ struct Present {
 
 impl Turns {
     pub(super) fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self {
-            lanes: Mutex::default(),
-            by_workload: Quota::new(),
-            all: Quota::new(),
-            limits,
-        })
+        Arc::new(Self { lanes: Mutex::default(), by_workload: Quota::new(), all: Quota::new(), limits })
     }
 
     /// Waits for the turn of this source at this workload; no longer than a handshake may take. Cancel-safe.
-    pub(super) async fn wait(self: &Arc<Self>, workload: u64, source: IpAddr) -> Result<Turn, Refusal> {
+    pub(super) async fn wait(self: &Arc<Self>, workload: u64, source: IpAddr) -> Result<Box<Turn>, Refusal> {
         let limits = &self.limits;
-        let full = |what: &str, most: usize| {
-            Refusal::new(Reason::LimitHandshakes, format!("{most} handshakes of {what} are under way"))
-        };
-        let key = (workload, source);
-        let (turns, present) = self
-            .enter(key)
-            .ok_or_else(|| full("this source wait, and", limits.handshakes_per_source))?;
+        let full = |detail: String| Refusal::new(Reason::LimitHandshakes, detail);
+        let entered = self.enter((workload, source));
+        let (turns, present) =
+            entered.ok_or_else(|| full(format!("{} of this source wait", limits.arrivals_per_source)))?;
         let permit = tokio::time::timeout(limits.handshake_timeout, turns.acquire_owned()).await;
-        let Ok(Ok(permit)) = permit else {
-            return Err(full("this source", limits.handshakes_per_source));
+        let Ok(Ok(_permit)) = permit else {
+            return Err(full(format!("{} of this source are under way", limits.handshakes_per_source)));
         };
         let most = limits.handshakes_per_workload;
-        let of_workload = self.by_workload.take(workload, most).ok_or_else(|| full("the workload", most))?;
+        let of_workload = self.by_workload.take(workload, most);
+        let _of_workload =
+            of_workload.ok_or_else(|| full(format!("{most} with the workload are under way")))?;
         let most = limits.handshakes_total;
-        let of_node = self.all.take((), most).ok_or_else(|| full("the node", most))?;
-        Ok(Turn { _permit: permit, _of_workload: of_workload, _of_node: of_node, _present: present })
+        let of_node = self.all.take((), most);
+        let _of_node = of_node.ok_or_else(|| full(format!("{most} of the node are under way")))?;
+        Ok(Box::new(Turn { _permit, _of_workload, _of_node, _present: present }))
     }
 
     fn enter(self: &Arc<Self>, key: Key) -> Option<(Arc<Semaphore>, Present)> {

@@ -125,7 +125,9 @@ impl CertificateFault {
         Some(match fault {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotYetValid,
-            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => Self::Purpose,
+            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+                Self::Purpose
+            }
             CertificateError::Other(reason) => match reason.0.downcast_ref() {
                 Some(CertificateIdentityError::Purpose) => Self::Purpose,
                 Some(_) => Self::Identity,

@@ -4,7 +4,7 @@
 //! follows. Reading is as in `mesh-ebpf/src/skb.rs`, around the same functions. Claims, for whatever bytes: a strict
 //! workload's data goes to the mesh by the agent only; nobody else opens a connection; a spoofed source never passes;
 //! an opening reaches an application only through the agent, the node or a connection that is there; a RST answers TCP
-//! only, never another RST, and is well-formed.
+//! only, never another RST, and is well-formed; what cannot be read does not pass as IP.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -121,12 +121,23 @@ fn load<const N: usize>(bytes: &[u8], at: usize) -> Option<&[u8; N]> {
 
 fuzz_target!(|input: &[u8]| {
     let [bits, flags, frame @ ..] = input else { return };
-    let Some(packet) = Packet::read(frame) else { return };
+    let workload = Guarded { flags: u32::from(*flags), mac: [0; 6], reserved: [0; 2] };
+    let Some(packet) = Packet::read(frame) else { return unread(workload, frame) };
     let known = Known { bits: *bits, packet: &packet };
-    let workload = Guarded { flags: u32::from(*flags) };
     leaves(workload, &packet, known);
     arrives(workload, &packet, known);
 });
+
+fn unread(workload: Guarded, frame: &[u8]) {
+    let what = match frame.get(12..ETH_LEN) {
+        Some([0x08, 0x06]) => guard::Frame::Arp,
+        Some([0x08, 0x00] | [0x86, 0xdd]) => guard::Frame::BrokenIp,
+        _ => guard::Frame::Foreign,
+    };
+    let passes = guard::not_ip(workload, what) == guard::Verdict::Pass;
+    let strict = workload.flags & FLAG_STRICT != 0;
+    assert!(!passes || what == guard::Frame::Arp || (what == guard::Frame::Foreign && !strict));
+}
 
 fn leaves(workload: Guarded, packet: &Packet<'_>, known: Known<'_>) {
     let strict = workload.flags & FLAG_STRICT != 0;
