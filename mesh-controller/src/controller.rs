@@ -118,6 +118,7 @@ impl Controller {
             hub: hub.clone(),
             authority: authority.clone(),
             tokens: tokens.clone(),
+            limits: Default::default(),
             reports: report_sender,
             metrics: metrics.clone(),
             trust_domain: config.trust_domain.clone(),

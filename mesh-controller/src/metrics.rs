@@ -61,6 +61,27 @@ pub enum JoinResult {
     failed,
 }
 
+/// Which limit was hit.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LimitLabels {
+    /// Which.
+    pub limit: Limit,
+}
+
+/// Values of [`LimitLabels`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types)]
+pub enum Limit {
+    /// Connections of one address, or of all.
+    connections,
+    /// Handshakes of one address.
+    handshakes,
+    /// Joins from one address.
+    joins,
+    /// What one node asks for.
+    requests,
+}
+
 /// All of them, registered.
 #[derive(Debug)]
 pub struct Metrics {
@@ -75,6 +96,8 @@ pub struct Metrics {
     pub certificates_issued: Family<CertificateLabels, Counter>,
     /// Joins tried.
     pub joins: Family<JoinLabels, Counter>,
+    /// Limits that were hit.
+    pub limit_hits: Family<LimitLabels, Counter>,
     /// Connections that ended because a limit was hit before they were served.
     pub handshakes_refused: Counter,
 }
@@ -88,6 +111,7 @@ impl Default for Metrics {
         let certificates_issued = Family::default();
         let joins = Family::default();
         let handshakes_refused = Counter::default();
+        let limit_hits = Family::default();
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
         registry.register("views_sent", "View updates sent to agents", views_sent.clone());
@@ -98,6 +122,7 @@ impl Default for Metrics {
             "Connections of agents ended before or during their handshake",
             handshakes_refused.clone(),
         );
+        registry.register("limit_hits", "Times that a limit was hit", limit_hits.clone());
         Self {
             registry,
             documents,
@@ -106,11 +131,17 @@ impl Default for Metrics {
             certificates_issued,
             joins,
             handshakes_refused,
+            limit_hits,
         }
     }
 }
 
 impl Metrics {
+    /// A limit was hit.
+    pub fn limit_hit(&self, limit: Limit) {
+        self.limit_hits.get_or_create(&LimitLabels { limit }).inc();
+    }
+
     /// The Prometheus text format.
     pub fn text(&self) -> String {
         let mut text = String::new();

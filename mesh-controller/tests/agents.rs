@@ -12,7 +12,8 @@ use mesh_core::{
     wire::{
         self,
         proto::{
-            Ack, CertifyRequest, RenewRequest, Report, ViewUpdate, WorkloadReport, workload_report::Enrolment,
+            Ack, CertifyRequest, JoinRequest, RenewRequest, Report, ViewUpdate, WorkloadReport,
+            workload_report::Enrolment,
         },
     },
 };
@@ -310,5 +311,82 @@ async fn a_silent_connection_does_not_keep_others_out() {
         silent.push(tokio::net::TcpStream::connect(world.agents_address()).await.unwrap());
     }
     world.join("node-a").await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_address_that_floods_keeps_itself_out_alone() {
+    let world = World::start(&[]).await;
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.9.9:0".parse().unwrap()).unwrap();
+        silent.push(socket.connect(world.agents_address()).await.unwrap());
+    }
+    // All but 32 are dropped, though more would fit into all handshakes.
+    world
+        .until("/metrics", |text| text.contains("nodemesh_limit_hits_total{limit=\"handshakes\"} 268"))
+        .await;
+    world.join("node-a").await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_asks_too_often_is_told_so_and_nobody_else() {
+    let world = World::start(&[
+        ("ns.yaml", world::namespace("shop")),
+        ("a.yaml", workload("web", "node-a", "10.0.0.1") + &workload("db", "node-b", "10.0.0.2")),
+    ])
+    .await;
+    let (a, b) = (world.join("node-a").await, world.join("node-b").await);
+    let (mut greedy, mut other) = (world.client_with(&a).await, world.client_with(&b).await);
+    // Asking for what it may not have counts as well, and costs no signature.
+    let request = |identity: &str| CertifyRequest { identity: identity.into(), csr_der: vec![] };
+    let mut codes = vec![];
+    while codes.last() != Some(&Code::ResourceExhausted) {
+        codes.push(greedy.certify(request("spiffe://td/ns/shop/sa/db")).await.unwrap_err().code());
+        assert!(codes.len() < 100_000, "there is no limit");
+    }
+    assert!(codes.len() > 2048 && codes[..2048].iter().all(|code| *code == Code::PermissionDenied));
+    other.renew(RenewRequest { csr_der: world::csr().0 }).await.unwrap();
+    // Over one connection: a handshake for each would take longer than the limit needs to recover.
+    let mut stranger = world.enrolment().await;
+    let join = JoinRequest { node: "node-a".into(), token: "x".into(), csr_der: vec![] };
+    let mut joins = 0;
+    while stranger.join(join.clone()).await.unwrap_err().code() != Code::ResourceExhausted {
+        joins += 1;
+        assert!(joins < 10_000, "there is no limit");
+    }
+    assert!(joins >= 98, "two of the hundred were used by those who joined: {joins}");
+    for limit in ["requests", "joins"] {
+        world
+            .until("/metrics", |text| text.contains(&format!("limit_hits_total{{limit=\"{limit}\"}}")))
+            .await;
+    }
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_message_beyond_its_limit_is_refused_and_the_connection_goes_on() {
+    let world = World::start(&[]).await;
+    let node = world.join("node-a").await;
+    let mut client = world.client_with(&node).await;
+    let huge = client.renew(RenewRequest { csr_der: vec![0; 2 << 20] }).await.unwrap_err();
+    assert_eq!(huge.code(), Code::OutOfRange);
+    client.renew(RenewRequest { csr_der: world::csr().0 }).await.unwrap();
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn the_key_of_another_node_gets_no_certificate_by_its_name() {
+    let world = World::start(&[]).await;
+    let (a, b) = (world.join("node-a").await, world.join("node-b").await);
+    // The certificate of one with the key of the other does not even shake hands.
+    let mixed = world::Joined { certificate: a.certificate.clone(), key: b.key.clone() };
+    assert!(world.try_client_with(&mixed).await.is_none());
+    // A node is renewed as itself, whatever its request names: the connection says who asks.
+    let csr_der = world::csr_naming("spiffe://td/node/node-a");
+    let renewed = world.client_with(&b).await.renew(RenewRequest { csr_der }).await.unwrap().into_inner();
+    assert_eq!(world::identity_of(&renewed.chain_der[0]), "spiffe://td/node/node-b");
     world.stop().await;
 }

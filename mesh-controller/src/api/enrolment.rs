@@ -1,6 +1,6 @@
 //! How a machine becomes a node: a join token for a certificate.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use mesh_core::{
     identity::SpiffeId,
@@ -10,7 +10,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::{Api, services::enrolment_server::Enrolment, tls::Peer};
 use crate::{
-    metrics::{CertificateKind, JoinLabels, JoinResult},
+    metrics::{CertificateKind, JoinLabels, JoinResult, Limit},
     token::TokenError,
 };
 
@@ -20,7 +20,14 @@ impl Enrolment for Api {
         let from = request.extensions().get::<Peer>().map(|peer| peer.address);
         let request = request.into_inner();
         let node = request.node.clone();
-        let joined = admit(self, request).await;
+        let joined = match from {
+            // Before anything is signed or looked up.
+            Some(from) if !self.limits.may_join(from.ip(), Instant::now()) => {
+                self.metrics.limit_hit(Limit::joins);
+                Err(Status::resource_exhausted("too many joins from this address; try again in a second"))
+            }
+            _ => admit(self, request).await,
+        };
         let result = match &joined {
             Ok(_) => {
                 tracing::info!(%node, ?from, "node joined");

@@ -5,14 +5,16 @@
 //! | [`tls`] | handshakes, their limits, the peer's identity on every request |
 //! | [`enrolment`] | how a machine becomes a node |
 //! | [`node`] | what a node may ask for |
+//! | [`limits`] | how often and how much of it |
 
 pub mod enrolment;
+pub mod limits;
 pub mod node;
 pub mod tls;
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mesh_core::{
@@ -30,7 +32,7 @@ use tonic::Status;
 use crate::{
     ca::{Authority, SignError},
     distribute::Hub,
-    metrics::{CertificateKind, CertificateLabels, Metrics},
+    metrics::{CertificateKind, CertificateLabels, Limit, Metrics},
     token::Tokens,
 };
 
@@ -44,6 +46,14 @@ pub mod services {
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Streams that one connection may have at once; an agent has one watch and its certificates.
 const MAX_STREAMS: u32 = 128;
+/// Longest message of a machine that joins: its name, a token and a certificate request.
+const MAX_JOIN: usize = 64 * 1024;
+/// Longest message of a node: a report of a thousand workloads with their reasons.
+const MAX_WORD: usize = 1024 * 1024;
+/// Most bytes of a request's header fields.
+const MAX_HEADERS: u32 = 16 * 1024;
+/// How long a request may take until its answer begins, a body that comes slowly included.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a node said of its workloads.
 #[derive(Debug)]
@@ -63,6 +73,8 @@ pub struct Api {
     pub authority: Arc<Authority>,
     /// Who may join.
     pub tokens: Tokens,
+    /// How often anybody may ask.
+    pub limits: limits::Limits,
     /// Where reports go.
     pub reports: mpsc::Sender<NodeReport>,
     /// Counted.
@@ -95,6 +107,15 @@ impl Api {
         })
     }
 
+    /// Whether a node may ask for one more thing now.
+    fn may_ask(&self, node: &str) -> Result<(), Status> {
+        if self.limits.may_ask(node, Instant::now()) {
+            return Ok(());
+        }
+        self.metrics.limit_hit(Limit::requests);
+        Err(Status::resource_exhausted("this node asks more often than it may; ask again in a second"))
+    }
+
     fn count_certificate(&self, kind: CertificateKind) {
         self.metrics.certificates_issued.get_or_create(&CertificateLabels { kind }).inc();
     }
@@ -112,8 +133,13 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(Some(MAX_STREAMS))
-        .add_service(services::enrolment_server::EnrolmentServer::from_arc(api.clone()))
-        .add_service(services::node_server::NodeServer::from_arc(api))
+        .http2_max_header_list_size(Some(MAX_HEADERS))
+        .timeout(REQUEST_TIMEOUT)
+        .add_service(
+            services::enrolment_server::EnrolmentServer::from_arc(api.clone())
+                .max_decoding_message_size(MAX_JOIN),
+        )
+        .add_service(services::node_server::NodeServer::from_arc(api).max_decoding_message_size(MAX_WORD))
         .serve_with_incoming_shutdown(incoming, cancel.cancelled_owned())
         .await
 }

@@ -27,6 +27,7 @@ const UPDATE_QUEUE: usize = 2;
 impl Node for Api {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Certificate>, Status> {
         let (node, _) = Peer::node(&request, &self.trust_domain)?;
+        self.may_ask(&node)?;
         let id = SpiffeId::node(&self.trust_domain, &node)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let certificate = self.sign(&request.into_inner().csr_der, &id)?;
@@ -37,6 +38,7 @@ impl Node for Api {
 
     async fn certify(&self, request: Request<CertifyRequest>) -> Result<Response<Certificate>, Status> {
         let (node, _) = Peer::node(&request, &self.trust_domain)?;
+        self.may_ask(&node)?;
         let request = request.into_inner();
         let id = SpiffeId::parse(&request.identity)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -59,6 +61,7 @@ impl Node for Api {
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (node, certified_until) = Peer::node(&request, &self.trust_domain)?;
+        self.may_ask(&node)?;
         let mut words = request.into_inner();
         let first = timeout(HELLO_TIMEOUT, words.message())
             .await

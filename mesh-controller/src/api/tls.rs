@@ -23,7 +23,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -32,9 +32,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::server::Connected};
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
+use super::limits::{CONNECTIONS, CONNECTIONS_OF_ADDRESS, HANDSHAKES_OF_ADDRESS, Place, Places};
 use crate::{
     ca::{self, Authority, CaError},
-    metrics::Metrics,
+    metrics::{Limit, Metrics},
 };
 
 /// Longest handshake.
@@ -134,6 +135,8 @@ impl Peer {
 pub struct AgentStream {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    /// Of its address and of all, for as long as it is open.
+    _places: (Place, OwnedSemaphorePermit),
 }
 
 impl Connected for AgentStream {
@@ -193,6 +196,8 @@ async fn accept(
     served: mpsc::Sender<io::Result<AgentStream>>,
 ) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let all = Arc::new(Semaphore::new(CONNECTIONS));
+    let (by_address, shaking) = (Places::default(), Places::default());
     loop {
         let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, address) = match listener.accept().await {
@@ -203,10 +208,20 @@ async fn accept(
                 continue;
             }
         };
+        // Dropped at once beyond the limits, so that a flood from one address holds nothing that others wait for.
+        let Some(shaking) = shaking.take(address.ip(), HANDSHAKES_OF_ADDRESS) else {
+            metrics.limit_hit(Limit::handshakes);
+            continue;
+        };
+        let place = by_address.take(address.ip(), CONNECTIONS_OF_ADDRESS);
+        let (Some(place), Ok(one)) = (place, all.clone().try_acquire_owned()) else {
+            metrics.limit_hit(Limit::connections);
+            continue;
+        };
         let acceptor = TlsAcceptor::from(tls.borrow().clone());
         let (served, metrics) = (served.clone(), metrics.clone());
         tokio::spawn(async move {
-            match timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, &acceptor)).await {
+            match timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, (place, one), &acceptor)).await {
                 Ok(Ok(stream)) => drop(served.send(Ok(stream)).await),
                 Ok(Err(error)) => {
                     metrics.handshakes_refused.inc();
@@ -217,7 +232,7 @@ async fn accept(
                     tracing::info!(%address, "handshake of an agent took too long");
                 }
             }
-            drop(permit);
+            drop((permit, shaking));
         });
     }
 }
@@ -225,6 +240,7 @@ async fn accept(
 async fn handshake(
     stream: TcpStream,
     address: SocketAddr,
+    places: (Place, OwnedSemaphorePermit),
     acceptor: &TlsAcceptor,
 ) -> io::Result<AgentStream> {
     stream.set_nodelay(true)?;
@@ -233,7 +249,7 @@ async fn handshake(
         Some(leaf) => Some(peer_certificate(leaf).map_err(io::Error::other)?),
         None => None,
     };
-    Ok(AgentStream { stream, peer: Peer { address, certificate } })
+    Ok(AgentStream { stream, peer: Peer { address, certificate }, _places: places })
 }
 
 /// The identity in a certificate whose chain the handshake has verified (X509-SVID §2: exactly one URI name).

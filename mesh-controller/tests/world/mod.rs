@@ -18,7 +18,7 @@ use mesh_controller::{
     token::Tokens,
 };
 use mesh_core::wire::proto::{
-    Ack, Certificate, Hello, JoinRequest, Report, ViewUpdate, WatchRequest, watch_request::Body,
+    Ack, Certificate, Hello, JoinRequest, RenewRequest, Report, ViewUpdate, WatchRequest, watch_request::Body,
 };
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::{
@@ -145,6 +145,11 @@ impl World {
         NodeClient::new(self.connect(Trust::Roots(self.roots()), None).await.unwrap())
     }
 
+    /// A connection of a machine that is no node.
+    pub async fn enrolment(&self) -> EnrolmentClient<Channel> {
+        EnrolmentClient::new(self.connect(Trust::Roots(self.roots()), None).await.unwrap())
+    }
+
     /// A connection with a node's certificate that trusts only what the node was told.
     pub async fn client_with(&self, node: &Joined) -> NodeClient<Channel> {
         let trust = match self.roots().iter().any(|root| node.certificate.roots_der.contains(&root.to_vec()))
@@ -154,6 +159,28 @@ impl World {
             false => Trust::Roots(self.roots()),
         };
         NodeClient::new(self.connect(trust, Some(node)).await.unwrap())
+    }
+
+    /// A connection, if a certificate and a key are a pair that can be shown.
+    pub async fn try_client_with(&self, node: &Joined) -> Option<NodeClient<Channel>> {
+        let key = ring::default_provider()
+            .key_provider
+            .load_private_key(PrivatePkcs8KeyDer::from(node.key.clone()).into())
+            .unwrap();
+        let chain: Vec<_> = node.certificate.chain_der.iter().map(|der| der.clone().into()).collect();
+        // Without rustls' own check, so that it is the controller who says no.
+        let unchecked = Arc::new(rustls::sign::CertifiedKey::new(chain, key));
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Trust::Roots(self.roots())))
+            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(unchecked)));
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let mut client = NodeClient::new(self.connect_by(config).await.ok()?);
+        // TLS 1.3 lets a client believe that it is through before its certificate was looked at.
+        let asked = client.renew(RenewRequest { csr_der: csr().0 }).await;
+        asked.is_ok().then_some(client)
     }
 
     pub async fn watch(&self, node: &Joined, version: &str) -> Watch {
@@ -170,12 +197,17 @@ impl World {
     }
 
     async fn connect(&self, trust: Trust, node: Option<&Joined>) -> Result<Channel, Status> {
-        let config = Arc::new(client_config(trust, node));
+        self.connect_by(client_config(trust, node)).await
+    }
+
+    async fn connect_by(&self, config: ClientConfig) -> Result<Channel, Status> {
+        let config = Arc::new(config);
         let address = self.agents_address();
         let connector = tower::service_fn(move |_: Uri| {
             let config = config.clone();
             async move {
                 let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
                 let name = ServerName::from(address.ip());
                 let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await?;
                 Ok::<_, std::io::Error>(TokioIo::new(stream))
@@ -281,6 +313,14 @@ pub fn csr() -> (Vec<u8>, Vec<u8>) {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
     let request = CertificateParams::default().serialize_request(&key).unwrap();
     (request.der().to_vec(), key.serialize_der())
+}
+
+/// A request that asks for a name.
+pub fn csr_naming(uri: &str) -> Vec<u8> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![rcgen::SanType::URI(uri.try_into().unwrap())];
+    params.serialize_request(&key).unwrap().der().to_vec()
 }
 
 /// The one URI name of a certificate.
