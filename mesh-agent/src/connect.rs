@@ -351,7 +351,8 @@ async fn dial(
         let detail = format!("{to} proved {proved}, the view has {peer}");
         return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
     }
-    Ok(new.between(own, proved, &connector.metrics))
+    let until = verify::peer_until(new.certificates().as_deref());
+    Ok(new.between(own, proved, until, &connector.metrics))
 }
 
 /// What is wrong with the peer's certificate, if that ended a handshake.
@@ -380,7 +381,8 @@ pub(crate) async fn take(
     })?;
     let proved = verify::peer_identity(new.certificates().as_deref())
         .map_err(|error| Refusal::new(Reason::CertificateIdentity, error.to_string()))?;
-    Ok(new.between(own, proved, metrics))
+    let until = verify::peer_until(new.certificates().as_deref());
+    Ok(new.between(own, proved, until, metrics))
 }
 
 /// The last hop: to the application, inside its namespace, with the client's address.

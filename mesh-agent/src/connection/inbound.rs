@@ -187,6 +187,10 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
             Err(_) => return Box::pin(link.close(limits.ready_wait)).await,
         };
         drop(idle);
+        if link.has_expired() {
+            // Nothing was taken: the source opens another, for which it needs a certificate that is valid.
+            return Box::pin(link.close(limits.ready_wait)).await;
+        }
         link.count_as("busy", metrics);
         match lease(link, open, &at, node).await {
             Some(ready) => link = ready,

@@ -3,7 +3,10 @@
 //!
 //! Stands apart from `rustls`' own verifiers because those check a DNS name, which workloads do not have.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
@@ -75,6 +78,16 @@ pub fn identity_of(leaf: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIde
 /// The identity of a peer after its handshake.
 pub fn peer_identity(chain: Option<&[CertificateDer<'_>]>) -> Result<SpiffeId, CertificateIdentityError> {
     identity_of(chain.and_then(<[_]>::first).ok_or(CertificateIdentityError::Missing)?)
+}
+
+/// Until when a peer's certificate is valid, after its handshake; long ago for one that cannot be read.
+pub fn peer_until(chain: Option<&[CertificateDer<'_>]>) -> SystemTime {
+    let leaf = chain.and_then(<[_]>::first);
+    let seconds = leaf.and_then(|leaf| {
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(leaf).ok()?;
+        u64::try_from(parsed.validity().not_after.timestamp()).ok()
+    });
+    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.unwrap_or(0))
 }
 
 fn check_identity(leaf: &CertificateDer<'_>, trust_domain: &TrustDomain) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 use std::{
     net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::BytesMut;
@@ -74,10 +74,17 @@ impl Unverified {
     }
 
     /// The tunnel of these two, by their certificates.
-    pub(crate) fn between(self, own: Arc<SpiffeId>, peer: SpiffeId, metrics: &Metrics) -> Box<Link> {
+    /// The tunnel is leased while the peer's certificate is valid, until `until`.
+    pub(crate) fn between(
+        self,
+        own: Arc<SpiffeId>,
+        peer: SpiffeId,
+        until: SystemTime,
+        metrics: &Metrics,
+    ) -> Box<Link> {
         let Self { tls, incoming } = self;
         let counted = Counted::new(metrics.tunnels("busy"));
-        Box::new(Link { tls, incoming, own, peer, born: Instant::now(), counted })
+        Box::new(Link { tls, incoming, own, peer, born: Instant::now(), until, counted })
     }
 }
 
@@ -90,6 +97,7 @@ pub(crate) struct Link {
     own: Arc<SpiffeId>,
     peer: SpiffeId,
     born: Instant,
+    until: SystemTime,
     counted: Counted,
 }
 
@@ -112,6 +120,11 @@ impl Link {
     /// Whether it was made longer ago than `age`.
     pub(crate) fn is_older_than(&self, age: Duration) -> bool {
         self.born.elapsed() > age
+    }
+
+    /// Whether the certificate with which the peer proved who it is has run out.
+    pub(crate) fn has_expired(&self) -> bool {
+        SystemTime::now() > self.until
     }
 
     /// Whether it could be leased now: no word from the peer, and it is still there.

@@ -67,7 +67,8 @@ impl Pool {
         loop {
             // Outside of the lock: looking at a tunnel can take a system call, dropping one does.
             let mut link = self.pop(key)?;
-            if link.is_between(own, peer) && !link.is_older_than(self.limits.tunnel_age) && link.is_quiet() {
+            let may = link.is_between(own, peer) && !link.has_expired();
+            if may && !link.is_older_than(self.limits.tunnel_age) && link.is_quiet() {
                 link.count_as("busy", &self.metrics);
                 return Some(link);
             }
@@ -176,7 +177,11 @@ impl Bucket {
     }
 
     fn take_dead(&mut self, keep: Duration) -> Vec<Idle> {
-        self.idle.extract_if(.., |idle| idle.since.elapsed() > keep || !idle.link.is_quiet()).collect()
+        self.idle
+            .extract_if(.., |idle| {
+                idle.since.elapsed() > keep || idle.link.has_expired() || !idle.link.is_quiet()
+            })
+            .collect()
     }
 }
 
