@@ -60,6 +60,8 @@ pub struct NodeState {
     pub controller_connected: bool,
     /// Why not.
     pub controller_error: Option<String>,
+    /// What is wrong with the control side, each with its cure; empty when nothing is.
+    pub problems: Vec<String>,
     /// The enrolled workloads of this node, by name.
     pub workloads: Vec<WorkloadStatus>,
 }
@@ -114,6 +116,7 @@ impl NodeState {
                 Connection::Open => None,
                 Connection::Away(reason) => Some(reason.clone()),
             },
+            problems: Vec::new(),
             workloads: snapshot
                 .map(|snapshot| snapshot.local().map(|local| workload(snapshot, &local.name)).collect())
                 .unwrap_or_default(),

@@ -25,6 +25,7 @@ use crate::{
     control::Control,
     drain::Drain,
     enrol::Enroller,
+    health::Condition,
     identity::{Certificates, store::Identities},
     metrics::Metrics,
     net::{cgroup, netns::Namespace},
@@ -32,6 +33,7 @@ use crate::{
     record::AccessLog,
     rpc::Connection,
     run_dir::RunDir,
+    surroundings::Surroundings,
     view::{Enrolment, ReportHandle, Role},
 };
 
@@ -67,8 +69,9 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
     let identities = Arc::new(Identities::new());
     let (metrics, registry) = Metrics::new();
     let role = if alone { Role::Owner } else { Role::Successor };
+    let surroundings = Surroundings::default();
     let mut control = tokio::select! {
-        control = Control::start(config, identities.clone(), role, stop.clone()) => control?,
+        control = Control::start(config, identities.clone(), role, surroundings, stop.clone()) => control?,
         () = told.next_word() => return Ok(()),
     };
     let log = AccessLog::open(&config.access_log)
@@ -251,6 +254,7 @@ struct State {
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     connection: watch::Receiver<Connection>,
     certificates: watch::Receiver<Certificates>,
+    condition: watch::Receiver<Condition>,
     reports: ReportHandle,
 }
 
@@ -261,6 +265,7 @@ impl State {
             snapshots: control.snapshots.clone(),
             connection: control.connection.clone(),
             certificates: control.certificates.clone(),
+            condition: control.condition.clone(),
             reports: control.reports.clone(),
         }
     }
@@ -286,7 +291,11 @@ impl Observed for State {
         let view = self.snapshots.borrow().clone();
         let connection = self.connection.borrow().clone();
         let certificates = self.certificates.borrow().clone();
-        NodeState::new(&self.node, view.as_deref(), &connection, &certificates, &self.reports.all())
+        let problems = self.condition.borrow().problems();
+        NodeState {
+            problems,
+            ..NodeState::new(&self.node, view.as_deref(), &connection, &certificates, &self.reports.all())
+        }
     }
 }
 
@@ -295,13 +304,16 @@ async fn follow(state: Arc<State>, metrics: Arc<Metrics>, stop: CancellationToke
     let mut snapshots = state.snapshots.clone();
     let mut connection = state.connection.clone();
     let mut certificates = state.certificates.clone();
+    let mut condition = state.condition.clone();
     let mut shown: Vec<String> = Vec::new();
     loop {
         if let Some(view) = snapshots.borrow_and_update().as_ref() {
             metrics.view(view.version());
         }
         metrics.controller_connected(*connection.borrow_and_update() == Connection::Open);
+        metrics.condition(&condition.borrow_and_update());
         let current = certificates.borrow_and_update().clone();
+        metrics.certificates_failing(current.values().filter(|status| status.error.is_some()).count());
         for gone in shown.iter().filter(|id| !current.keys().any(|key| key.to_string() == **id)) {
             metrics.certificate_expiry(gone, None);
         }
@@ -316,6 +328,7 @@ async fn follow(state: Arc<State>, metrics: Arc<Metrics>, stop: CancellationToke
             Ok(()) = snapshots.changed() => {}
             Ok(()) = connection.changed() => {}
             Ok(()) = certificates.changed() => {}
+            Ok(()) = condition.changed() => {}
             else => return,
         }
     }

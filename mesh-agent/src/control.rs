@@ -15,6 +15,7 @@ use tracing::Instrument;
 
 use crate::{
     config::Config,
+    health::{Condition, Health},
     identity::{
         Certificates,
         channel::controller_channel,
@@ -24,6 +25,7 @@ use crate::{
     },
     rpc::Connection,
     run_dir::RunDir,
+    surroundings::Surroundings,
     view::{ReportHandle, Role, View},
 };
 
@@ -38,6 +40,8 @@ pub struct Control {
     pub connection: watch::Receiver<Connection>,
     /// The certificates of the node and of its workloads.
     pub certificates: watch::Receiver<Certificates>,
+    /// What is wrong that no connection shows.
+    pub condition: watch::Receiver<Condition>,
     /// Where to say how workloads are.
     pub reports: ReportHandle,
     role: watch::Sender<Role>,
@@ -54,27 +58,42 @@ impl Control {
         config: &Config,
         identities: Arc<Identities>,
         role: Role,
+        surroundings: Surroundings,
         shutdown: CancellationToken,
     ) -> Result<Self, NodeError> {
         let run_dir = RunDir::open(&config.run_dir)?;
         let published = watch::Sender::new(Certificates::new());
         let certificates = published.subscribe();
-        let mut node = Node::start(NodeSettings::from(config), run_dir.clone(), published.clone()).await?;
+        let health = Health::default();
+        let settings = NodeSettings::from(config);
+        let mut node =
+            Node::start(settings, run_dir.clone(), published.clone(), surroundings.clone(), health.clone())
+                .await?;
         let trust_domain = node.trust_domain().clone();
 
         let role = watch::Sender::new(role);
-        let view = View::new(&config.node, trust_domain.clone(), run_dir.clone(), role.subscribe());
+        let view = View::new(
+            &config.node,
+            trust_domain.clone(),
+            run_dir.clone(),
+            role.subscribe(),
+            surroundings.clone(),
+            health.clone(),
+        );
         let snapshots = view.snapshots();
         let kept = snapshots.borrow().clone();
         if let Some(kept) = &kept {
             node.adopt(kept);
         }
-        let mut workloads = Workloads::new(identities, run_dir, node.roots().clone(), published);
+        let dial = surroundings.dial.clone();
+        let condition = health.subscribe();
+        let roots = node.roots().clone();
+        let mut workloads = Workloads::new(identities, run_dir, roots, published, surroundings, health);
         if let Some(kept) = &kept {
             workloads.adopt(kept);
         }
 
-        let channel = controller_channel(config.controller.clone(), node.tls());
+        let channel = controller_channel(config.controller.clone(), dial, node.tls());
         let (connection, reports) = (view.connection(), view.reports());
         let mut tasks = JoinSet::new();
         let node = node.run(channel.clone(), snapshots.clone(), shutdown.clone());
@@ -83,7 +102,17 @@ impl Control {
             workloads.run(channel.clone(), snapshots.clone(), connection.clone(), shutdown.clone());
         tasks.spawn(workloads.instrument(tracing::info_span!("workloads")));
         tasks.spawn(view.run(channel, shutdown.clone()).instrument(tracing::info_span!("view")));
-        Ok(Self { trust_domain, snapshots, connection, certificates, reports, role, tasks, shutdown })
+        Ok(Self {
+            trust_domain,
+            snapshots,
+            connection,
+            certificates,
+            condition,
+            reports,
+            role,
+            tasks,
+            shutdown,
+        })
     }
 
     /// Waits until one of the tasks has ended: after a shutdown, or because of a defect. Can be dropped at any point.

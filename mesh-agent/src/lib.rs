@@ -13,7 +13,7 @@
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
 //! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`] | what the steps stand on |
 //! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
-//! | 9 | [`refusal`], [`net`], [`quota`] | how a connection ends; sockets and namespaces; who holds how much |
+//! | 9 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side |
 
 pub mod admin;
 pub mod agent;
@@ -26,6 +26,7 @@ pub mod connection;
 pub mod control;
 pub mod drain;
 pub mod enrol;
+pub mod health;
 pub mod identity;
 pub mod limits;
 pub mod listen;
@@ -39,5 +40,6 @@ pub mod refusal;
 pub mod relay;
 pub mod rpc;
 pub mod run_dir;
+pub mod surroundings;
 pub mod tunnel;
 pub mod view;

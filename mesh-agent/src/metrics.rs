@@ -13,6 +13,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::health::{Condition, Kept};
+
 /// Which way a connection goes, seen from this node's workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -88,6 +90,8 @@ one_label! {
     ResultLabels { result: &'static str }
     /// Labels of `nodemesh_limit_hits_total`.
     LimitLabels { limit: &'static str }
+    /// Labels of `nodemesh_state_unsaved` and `nodemesh_state_damaged_total`.
+    FileLabels { file: &'static str }
     /// Labels of `nodemesh_view_info`.
     VersionLabels { version: String }
 }
@@ -119,6 +123,11 @@ pub struct Metrics {
     handshakes: Family<ResultLabels, Counter>,
     log_dropped: Counter,
     limit_hits: Family<LimitLabels, Counter>,
+    certificates_failing: Gauge,
+    unsaved: Family<FileLabels, Gauge>,
+    damaged: Family<FileLabels, Counter>,
+    views_restored: Counter,
+    clock_skew: Gauge<f64, AtomicU64>,
 }
 
 impl Metrics {
@@ -144,6 +153,11 @@ impl Metrics {
             handshakes: Family::default(),
             log_dropped: Counter::default(),
             limit_hits: Family::default(),
+            certificates_failing: Gauge::default(),
+            unsaved: Family::default(),
+            damaged: Family::default(),
+            views_restored: Counter::default(),
+            clock_skew: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("nodemesh");
         let m = &metrics;
@@ -185,6 +199,32 @@ impl Metrics {
             m.log_dropped.clone(),
         );
         registry.register("limit_hits", "Times that a limit was hit", m.limit_hits.clone());
+        registry.register(
+            "certificates_failing",
+            "Identities whose last attempt at a newer certificate failed",
+            m.certificates_failing.clone(),
+        );
+        registry.register(
+            "state_unsaved",
+            "1 while the newest version of a file of the run directory could not be written",
+            m.unsaved.clone(),
+        );
+        registry.register(
+            "state_damaged",
+            "Files of an earlier run that could not be used",
+            m.damaged.clone(),
+        );
+        registry.register(
+            "views_restored",
+            "Views taken from a controller whose state was restored from an older one",
+            m.views_restored.clone(),
+        );
+        registry.register(
+            "clock_skew_seconds",
+            "How far this node's clock is ahead of the controller's",
+            m.clock_skew.clone(),
+        );
+        metrics.condition(&Condition::default());
         (Arc::new(metrics), registry)
     }
 
@@ -242,6 +282,23 @@ impl Metrics {
         self.controller_connected.set(i64::from(connected));
     }
 
+    /// How many identities could not get a newer certificate the last time.
+    pub fn certificates_failing(&self, identities: usize) {
+        self.certificates_failing.set(identities as i64);
+    }
+
+    /// What is wrong with the control side.
+    pub fn condition(&self, condition: &Condition) {
+        for file in Kept::ALL {
+            let labels = FileLabels { file: file.label() };
+            self.unsaved.get_or_create(&labels).set(i64::from(condition.unsaved.contains_key(&file)));
+            let damaged = condition.damaged.get(&file).map_or(0, |(count, _)| *count);
+            raise(&self.damaged.get_or_create(&labels), damaged);
+        }
+        raise(&self.views_restored, condition.views_restored);
+        self.clock_skew.set(condition.clock_skew_seconds.unwrap_or(0.0));
+    }
+
     /// When an identity's certificate expires, Unix time in seconds; `None` for an identity that is gone.
     pub fn certificate_expiry(&self, identity: &str, expires: Option<f64>) {
         let labels = IdentityLabels { identity: identity.to_owned() };
@@ -280,6 +337,11 @@ impl Metrics {
     pub fn log_dropped(&self) -> &Counter {
         &self.log_dropped
     }
+}
+
+/// Brings a counter to a total.
+fn raise(counter: &Counter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
 }
 
 /// A gauge that counts this value for as long as it lives.

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -64,6 +65,12 @@ where
 pub fn backoff(failures: u32, fraction: f64, cap: Duration) -> Duration {
     let doubled = FIRST_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled.min(cap).mul_f64(0.5 + 0.5 * fraction.clamp(0.0, 1.0))
+}
+
+/// How far `now` is ahead of what the controller said; zero says nothing.
+pub fn skew(now: OffsetDateTime, controller_unix_ms: i64) -> Option<time::Duration> {
+    let theirs = OffsetDateTime::UNIX_EPOCH.checked_add(time::Duration::milliseconds(controller_unix_ms))?;
+    (controller_unix_ms != 0).then(|| now - theirs)
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ pub enum RunDirError {
     )]
     NotTmpfs(PathBuf),
     /// The file system said no.
-    #[error("cannot {what} {path}: {source}")]
+    #[error("cannot {what} {path}: {source}{}", cure(.source))]
     Io {
         /// What was being done.
         what: &'static str,
@@ -88,17 +88,13 @@ impl RunDir {
         }
         // An agent and its successor may write at the same time, each its own whole file.
         let fresh = path.with_extension(format!("{}.new", std::process::id()));
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&fresh)
-            .map_err(failed("create", &fresh))?;
-        // What a crash left behind under this name keeps its mode when it is opened again.
-        file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(failed("protect", &fresh))?;
-        file.write_all(content).map_err(failed("write", &fresh))?;
-        fs::rename(&fresh, &path).map_err(failed("replace", &path))
+        let written = write_whole(&fresh, content)
+            .and_then(|()| fs::rename(&fresh, &path).map_err(failed("replace", &path)));
+        if written.is_err() {
+            // What fits of a file that does not would keep the next from fitting. The first error is the one to tell.
+            let _ = fs::remove_file(&fresh);
+        }
+        written
     }
 
     /// Removes a file, if there is one.
@@ -134,6 +130,34 @@ impl RunDir {
 
     fn make(&self, folder: &Path) -> Result<(), RunDirError> {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed("create", folder))
+    }
+}
+
+fn write_whole(path: &Path, content: &[u8]) -> Result<(), RunDirError> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed("create", path))?;
+    // What a crash left behind under this name keeps its mode when it is opened again.
+    file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(failed("protect", path))?;
+    file.write_all(content).map_err(failed("write", path))
+}
+
+/// What to do about an error of the file system.
+fn cure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; make room there, or give --run-dir a larger tmpfs"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "; mount it writable",
+        io::ErrorKind::PermissionDenied => {
+            "; it has to belong to the agent's user, with mode 0700 (files: 0600)"
+        }
+        io::ErrorKind::FileTooLarge => "; it is not one of the agent's: remove it",
+        _ => "",
     }
 }
 

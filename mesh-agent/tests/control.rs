@@ -16,6 +16,7 @@ use mesh_agent::{
     control::Control,
     identity::{node::NodeError, store::Identities},
     rpc::Connection,
+    surroundings::Surroundings,
     view::{Enrolment, Role},
 };
 use mesh_core::{
@@ -60,7 +61,8 @@ impl Node {
             std::fs::write(&file, token).unwrap();
             config.join_token_file = Some(file);
         }
-        Control::start(&config, self.identities.clone(), Role::Owner, CancellationToken::new()).await
+        let (identities, surroundings) = (self.identities.clone(), Surroundings::default());
+        Control::start(&config, identities, Role::Owner, surroundings, CancellationToken::new()).await
     }
 
     async fn start(&self, fake: &Fake) -> Control {
@@ -325,9 +327,11 @@ async fn a_partition_is_noticed_within_some_ten_seconds() {
     let (wire, through) = fake::Wire::to(fake.address).await;
     let mut config = node.config(&fake);
     config.controller = through.into();
-    let mut control = Control::start(&config, node.identities.clone(), Role::Owner, CancellationToken::new())
-        .await
-        .unwrap();
+    let (identities, surroundings) = (node.identities.clone(), Surroundings::default());
+    let mut control =
+        Control::start(&config, identities, Role::Owner, surroundings, CancellationToken::new())
+            .await
+            .unwrap();
     soon(control.connection.wait_for(|connection| *connection == Connection::Open)).await.unwrap();
     let begun = std::time::Instant::now();
     wire.hold();

@@ -33,8 +33,9 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const ROOT_TTL: Duration = Duration::from_secs(3650 * 24 * 3600);
 /// How long an issuing certificate lives; a new one takes over at half of it.
 const ISSUING_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Certificates are good from a little before now: clocks differ.
-const CLOCK_TOLERANCE: Duration = Duration::from_secs(300);
+/// Certificates are good from some time before now: a clock that is five minutes behind must take them from one that is
+/// five minutes ahead, with room left.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(900);
 /// Bytes of an uncompressed P-256 point, the only kind of key that is certified.
 const P256_POINT_LEN: usize = 65;
 /// Most roots in the bundle: every peer holds it, and each rotation adds one.

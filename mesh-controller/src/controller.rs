@@ -4,14 +4,16 @@
 //! next [`World`]. Everything else reads what was published.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     path::PathBuf,
+    pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use mesh_core::{identity::TrustDomain, view::Mesh};
+use mesh_core::{identity::TrustDomain, model::Name, view::Mesh};
 use rustls::ServerConfig;
 use tokio::{
     net::TcpListener,
@@ -24,8 +26,10 @@ use crate::{
     admin,
     api::{self, Api, NodeReport, tls},
     ca::{self, Authority, CaError},
+    clock::Clock,
     config::Config,
-    distribute::{Hub, World},
+    distribute::{Hub, SETTLE, World},
+    generation::Generation,
     metrics::{DocumentLabels, DocumentState, Metrics},
     project::Common,
     report::{ReportError, Reports},
@@ -88,59 +92,27 @@ pub struct Controller {
 impl Controller {
     /// Starts everything. When it returns, agents are served with what the directory says.
     pub async fn start(config: Config) -> Result<Self, StartError> {
-        store::private_dir(&config.state_dir)?;
-        let authority = Arc::new(Authority::open(&config.state_dir, SystemTime::now())?);
-        let tokens = Tokens::open(&config.state_dir)?;
-        let reports_file = config.state_dir.join("reports.json");
-        let reports = Reports::load(&reports_file)?;
-        let source = Source::open(&config.source, config.state_dir.join("kept.json"))?;
-        let (tls_config, renew_at) =
-            tls::server_config(&authority, &config.trust_domain, config.certificate_ttl, SystemTime::now())?;
+        Self::start_by(config, Clock::default()).await
+    }
+
+    /// The same by another clock.
+    pub async fn start_by(config: Config, clock: Clock) -> Result<Self, StartError> {
+        let source = {
+            store::private_dir(&config.state_dir)?;
+            Source::open(&config.source, config.state_dir.join("kept.json"))?
+        };
         let agents = listen(config.listen, "--listen").await?;
         let admin = listen(config.admin_listen, "--admin-listen").await?;
-
-        let metrics = Arc::new(Metrics::default());
-        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let (roots, roots_seen) = watch::channel(roots(&authority));
-        let (report_sender, report_queue) = mpsc::channel(REPORT_QUEUE);
-        let (tls_sender, tls_seen) = watch::channel(tls_config);
-        let core = Core {
-            ledger: source.subscribe(),
-            roots: roots_seen,
-            queue: report_queue,
-            reports,
-            reports_file,
-            trust_domain: config.trust_domain.clone(),
-            metrics: metrics.clone(),
-        };
-        let hub = Hub::new(core.world());
-        let api = Arc::new(Api {
-            hub: hub.clone(),
-            authority: authority.clone(),
-            tokens: tokens.clone(),
-            limits: Default::default(),
-            reports: report_sender,
-            metrics: metrics.clone(),
-            trust_domain: config.trust_domain.clone(),
-            certificate_ttl: config.certificate_ttl,
-            watches: tasks.clone(),
-            cancel: cancel.clone(),
-        });
-        let answers = Arc::new(admin::Admin {
-            hub: hub.clone(),
-            authority: authority.clone(),
-            metrics,
-            trust_domain: config.trust_domain.clone(),
-        });
-        let upkeep = Upkeep { authority, tokens, config, roots, tls: tls_sender, renew_at };
+        let (at, admin_at) = (address(&agents), address(&admin));
+        let parts = Parts::assemble(Settings::from(&config), source.subscribe(), clock)?;
         let running =
-            Self { agents: address(&agents), admin: address(&admin), cancel: cancel.clone(), tasks };
-
+            Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
+        let (answers, cancel) = (parts.answers(), parts.cancel.clone());
         running.spawn("source", source.follow(cancel.clone()));
-        running.spawn("core", core.run(hub, cancel.clone()));
-        running.spawn("upkeep", upkeep.run(cancel.clone()));
         running.spawn("admin", async move { said("admin", admin::serve(admin, answers, cancel).await) });
-        running.spawn("api", async move { said("api", api::serve(agents, tls_seen, api).await) });
+        for (part, run) in parts.run(agents) {
+            running.spawn(part, run);
+        }
         tracing::info!(agents = %running.agents, admin = %running.admin, "controller is ready");
         Ok(running)
     }
@@ -182,6 +154,131 @@ impl Controller {
     }
 }
 
+/// What the parts beside the source are started with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The state: authority, tokens, reports, the count of starts.
+    pub state_dir: PathBuf,
+    /// The trust domain of every identity.
+    pub trust_domain: TrustDomain,
+    /// How long certificates live.
+    pub certificate_ttl: Duration,
+}
+
+impl From<&Config> for Settings {
+    fn from(config: &Config) -> Self {
+        Self {
+            state_dir: config.state_dir.clone(),
+            trust_domain: config.trust_domain.clone(),
+            certificate_ttl: config.certificate_ttl,
+        }
+    }
+}
+
+/// Everything but the source of manifests and the listeners: what a simulation runs as it is.
+#[derive(Debug)]
+pub struct Parts {
+    /// Views and who watches them.
+    pub hub: Arc<Hub>,
+    /// Signs.
+    pub authority: Arc<Authority>,
+    /// Counted.
+    pub metrics: Arc<Metrics>,
+    /// Ends them.
+    pub cancel: CancellationToken,
+    tasks: TaskTracker,
+    core: Core,
+    upkeep: Upkeep,
+    api: Arc<Api>,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+}
+
+/// A part's work, until it is cancelled.
+pub type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl Parts {
+    /// Opens the state, and puts together what runs on it.
+    pub fn assemble(
+        settings: Settings,
+        ledger: watch::Receiver<Arc<Ledger>>,
+        clock: Clock,
+    ) -> Result<Self, StartError> {
+        let Settings { state_dir, trust_domain, certificate_ttl } = settings;
+        store::private_dir(&state_dir)?;
+        let authority = Arc::new(Authority::open(&state_dir, clock.now())?);
+        let (generation, trouble) = Generation::begin(&state_dir);
+        if let Some(error) = trouble {
+            tracing::error!(%error, "the count of starts");
+        }
+        let generation = Arc::new(generation);
+        let tokens = Tokens::open(&state_dir)?;
+        let reports_file = state_dir.join("reports.json");
+        let reports = Reports::load(&reports_file)?;
+        let (tls_config, renew_at) = tls::server_config(&authority, &trust_domain, certificate_ttl, &clock)?;
+
+        let metrics = Arc::new(Metrics::default());
+        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let (roots, roots_seen) = watch::channel(roots(&authority));
+        let (report_sender, queue) = mpsc::channel(REPORT_QUEUE);
+        let (tls_sender, tls) = watch::channel(tls_config);
+        let core = Core {
+            ledger,
+            roots: roots_seen,
+            queue,
+            reports,
+            reports_file,
+            trust_domain: trust_domain.clone(),
+            metrics: metrics.clone(),
+        };
+        let hub = Hub::new(core.world(), generation.clone());
+        let api = Arc::new(Api {
+            hub: hub.clone(),
+            authority: authority.clone(),
+            generation,
+            tokens: tokens.clone(),
+            limits: Default::default(),
+            reports: report_sender,
+            metrics: metrics.clone(),
+            trust_domain: trust_domain.clone(),
+            clock: clock.clone(),
+            certificate_ttl,
+            watches: tasks.clone(),
+            cancel: cancel.clone(),
+        });
+        let upkeep = Upkeep {
+            authority: authority.clone(),
+            tokens,
+            trust_domain,
+            certificate_ttl,
+            clock,
+            roots,
+            tls: tls_sender,
+            renew_at,
+        };
+        Ok(Self { hub, authority, metrics, cancel, tasks, core, upkeep, api, tls })
+    }
+
+    /// What the admin server answers from.
+    fn answers(&self) -> Arc<admin::Admin> {
+        Arc::new(admin::Admin {
+            hub: self.hub.clone(),
+            authority: self.authority.clone(),
+            metrics: self.metrics.clone(),
+            trust_domain: self.api.trust_domain.clone(),
+        })
+    }
+
+    /// The parts, each with its name; they end when they are cancelled.
+    pub fn run(self, agents: impl tls::Listen) -> Vec<(&'static str, Running)> {
+        let Self { hub, cancel, core, upkeep, api, tls, .. } = self;
+        vec![
+            ("core", Box::pin(core.run(hub, cancel.clone()))),
+            ("upkeep", Box::pin(upkeep.run(cancel))),
+            ("api", Box::pin(async move { said("api", api::serve(agents, tls, api).await) })),
+        ]
+    }
+}
+
 fn said(part: &str, ended: Result<(), impl std::error::Error>) {
     if let Err(error) = ended {
         tracing::error!(part, %error, "serving failed");
@@ -201,6 +298,7 @@ fn roots(authority: &Authority) -> Arc<Vec<Vec<u8>>> {
 }
 
 /// The owner of the desired state.
+#[derive(Debug)]
 struct Core {
     ledger: watch::Receiver<Arc<Ledger>>,
     roots: watch::Receiver<Arc<Vec<Vec<u8>>>>,
@@ -213,10 +311,18 @@ struct Core {
 
 impl Core {
     async fn run(mut self, hub: Arc<Hub>, cancel: CancellationToken) {
+        let settle = tokio::time::sleep(SETTLE);
+        tokio::pin!(settle);
+        let mut settled = false;
         loop {
             // Cancel-safe: a report that `recv` has taken is handled before the next turn.
             let report = tokio::select! {
                 () = cancel.cancelled() => return,
+                () = &mut settle, if !settled => {
+                    hub.settle();
+                    settled = true;
+                    continue;
+                }
                 changed = self.ledger.changed() => match changed {
                     Ok(()) => None,
                     Err(_) => return,
@@ -233,8 +339,14 @@ impl Core {
             match report {
                 None => hub.publish(self.world()),
                 Some(report) => {
-                    if self.take(report, &hub) {
+                    let (changed, heard) = self.take(report, &hub);
+                    if changed {
                         hub.publish(self.world());
+                    }
+                    for (node, workloads) in heard {
+                        hub.heard(&node, &workloads);
+                    }
+                    if changed {
                         self.save().await;
                     }
                 }
@@ -242,14 +354,18 @@ impl Core {
         }
     }
 
-    /// Takes a report and all that wait behind it, so that a burst is one change.
-    fn take(&mut self, first: NodeReport, hub: &Hub) -> bool {
+    /// Takes a report and all that wait behind it, so that a burst is one change. Whether it is one, and whose.
+    fn take(&mut self, first: NodeReport, hub: &Hub) -> (bool, BTreeMap<String, BTreeSet<Name>>) {
         let model = hub.world().model.clone();
-        let mut changed = self.reports.take(&first.node, &first.words, &model);
-        while let Ok(next) = self.queue.try_recv() {
-            changed |= self.reports.take(&next.node, &next.words, &model);
+        let mut next = Some(first);
+        let (mut changed, mut heard) = (false, BTreeMap::<String, BTreeSet<Name>>::new());
+        while let Some(NodeReport { node, words }) = next {
+            changed |= self.reports.take(&node, &words, &model);
+            let names = words.iter().filter_map(|word| word.workload.parse().ok());
+            heard.entry(node).or_default().extend(names);
+            next = self.queue.try_recv().ok();
         }
-        changed
+        (changed, heard)
     }
 
     fn world(&self) -> World {
@@ -275,10 +391,13 @@ impl Core {
 }
 
 /// What has to be done from time to time: certificates, roots, tokens.
+#[derive(Debug)]
 struct Upkeep {
     authority: Arc<Authority>,
     tokens: Tokens,
-    config: Config,
+    trust_domain: TrustDomain,
+    certificate_ttl: Duration,
+    clock: Clock,
     roots: watch::Sender<Arc<Vec<Vec<u8>>>>,
     tls: watch::Sender<Arc<ServerConfig>>,
     renew_at: SystemTime,
@@ -297,7 +416,7 @@ impl Upkeep {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 _ = poll.tick() => {
-                    let error = self.certificates(SystemTime::now()).err().map(|it| it.to_string());
+                    let error = self.certificates().err().map(|it| it.to_string());
                     let error = error.unwrap_or_default();
                     // Said once, not twice a second.
                     if !error.is_empty() && error != last_error {
@@ -306,10 +425,10 @@ impl Upkeep {
                     last_error = error;
                 }
                 _ = sweep.tick() => {
-                    if let Err(error) = self.tokens.sweep(SystemTime::now()) {
+                    if let Err(error) = self.tokens.sweep(self.clock.now()) {
                         tracing::warn!(%error, "removing expired join tokens");
                     }
-                    if ca::ends_soon(&self.authority.roots(), SystemTime::now()) {
+                    if ca::ends_soon(&self.authority.roots(), self.clock.now()) {
                         tracing::warn!("the root ends within a year: mesh-controller rotate-root");
                     }
                 }
@@ -317,7 +436,8 @@ impl Upkeep {
         }
     }
 
-    fn certificates(&mut self, now: SystemTime) -> Result<(), tls::TlsError> {
+    fn certificates(&mut self) -> Result<(), tls::TlsError> {
+        let now = self.clock.now();
         let reloaded = self.authority.reload()?;
         let renewed = self.authority.renew_issuing(now)?;
         if reloaded || renewed {
@@ -325,8 +445,8 @@ impl Upkeep {
             self.roots.send_replace(roots(&self.authority));
         }
         if reloaded || renewed || now >= self.renew_at {
-            let (trust_domain, ttl) = (&self.config.trust_domain, self.config.certificate_ttl);
-            let (config, renew_at) = tls::server_config(&self.authority, trust_domain, ttl, now)?;
+            let (config, renew_at) =
+                tls::server_config(&self.authority, &self.trust_domain, self.certificate_ttl, &self.clock)?;
             self.renew_at = renew_at;
             self.tls.send_replace(config);
         }

@@ -1,27 +1,37 @@
 //! Which version of its view each node has, and what it must hear to have the newest.
 //!
-//! A version is `<epoch>-<n>`: the epoch is drawn at start, so that nobody resumes from what another process counted.
+//! A version is `<generation>.<epoch>-<n>`: the epoch is drawn at start, so that nobody resumes from what another
+//! process counted.
 //! Per node the last [`KEPT`] differences are kept; an agent that comes back with one of these versions hears only what
 //! changed since. An agent that is slow hears of many changes at once: nothing is queued per change, only the number
 //! of the newest version waits for it.
+//!
+//! A controller that has just started may have missed what agents said, and would then take captured workloads for
+//! ones that are not. So agents that hold a view of an earlier start keep it until all enrolled workloads' agents have
+//! said how these are ([`Hub::heard`]), or for [`SETTLE`].
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use mesh_core::{
+    model::Name,
+    version::Version,
     view::{Delta, Key, NodeView, Resource},
     wire::{self, proto::ViewUpdate},
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{digest::hex, model::Model, project::Common, report::Reports, source::ledger::Ledger};
+use crate::{generation::Generation, model::Model, project::Common, report::Reports, source::ledger::Ledger};
 
 /// Differences kept per node: what an agent may miss and still resume.
 pub const KEPT: usize = 64;
+/// How long the word of every node is waited for after a start: an agent's longest pause between two attempts, and its
+/// connect. Below an agent's limit for a call, as joins wait too.
+pub const SETTLE: Duration = Duration::from_secs(8);
 /// Longest error of an agent that is kept, characters.
 const MAX_ERROR: usize = 1000;
 /// Longest version of an agent that is kept, characters.
@@ -43,7 +53,9 @@ pub struct World {
 /// All nodes and their views.
 #[derive(Debug)]
 pub struct Hub {
-    epoch: String,
+    generation: Arc<Generation>,
+    /// The workloads, each with its node, whose agents' word is waited for; empty once views may go out to everybody.
+    awaited: watch::Sender<BTreeMap<Name, String>>,
     world: watch::Sender<Arc<World>>,
     nodes: Mutex<BTreeMap<String, Track>>,
 }
@@ -92,10 +104,48 @@ pub struct AgentState {
 }
 
 impl Hub {
-    /// A hub with a first state of the world.
-    pub fn new(world: World) -> Arc<Self> {
-        let epoch = hex(&rand::random::<[u8; 6]>());
-        Arc::new(Self { epoch, world: watch::channel(Arc::new(world)).0, nodes: Mutex::default() })
+    /// A hub with a first state of the world. The first start of a state waits for nobody's word: nobody has one.
+    pub fn new(world: World, generation: Arc<Generation>) -> Arc<Self> {
+        let enrolled = world.common.workloads().iter().filter(|workload| workload.enrolled);
+        let awaited = match generation.number() {
+            1 => BTreeMap::new(),
+            _ => enrolled.map(|workload| (workload.name.clone(), workload.node.clone())).collect(),
+        };
+        let (awaited, world) = (watch::Sender::new(awaited), watch::Sender::new(Arc::new(world)));
+        Arc::new(Self { generation, awaited, world, nodes: Mutex::default() })
+    }
+
+    /// This node's agent has said how these workloads are, and what it said is in force.
+    pub fn heard(&self, node: &str, workloads: &BTreeSet<Name>) {
+        self.hear(|name, of| of == node && workloads.contains(name));
+    }
+
+    fn hear(&self, heard: impl Fn(&Name, &str) -> bool) {
+        self.awaited.send_if_modified(|awaited| {
+            let before = awaited.len();
+            awaited.retain(|name, node| !heard(name, node));
+            before > 0 && awaited.is_empty()
+        });
+    }
+
+    /// Nobody's word is waited for any longer.
+    pub fn settle(&self) {
+        let silent = self.awaited.send_replace(BTreeMap::new());
+        if !silent.is_empty() {
+            let nodes: BTreeSet<&String> = silent.values().collect();
+            tracing::warn!(
+                workloads = silent.len(),
+                ?nodes,
+                "not reported since the start; going on without"
+            );
+        }
+    }
+
+    /// Waits until views may go out to everybody. Cancel-safe.
+    pub async fn settled(&self) {
+        let mut awaited = self.awaited.subscribe();
+        // Cannot fail: we hold the sender.
+        let _ = awaited.wait_for(BTreeMap::is_empty).await;
     }
 
     /// What is in force now.
@@ -128,10 +178,16 @@ impl Hub {
         track.agent.connection += 1;
         track.agent.version = agent_version.chars().take(MAX_AGENT_VERSION).collect();
         track.agent.since = Some(SystemTime::now());
+        let has = self.number(resume);
+        if resume.is_empty() {
+            // It has nothing in force, and nothing to say of its workloads before it has a view.
+            self.hear(|_, of| of == node);
+        }
         let acks = Acks { hub: self.clone(), node: node.to_owned(), connection: track.agent.connection };
         Subscription {
             acks,
-            has: self.number(resume),
+            has,
+            waits: has.is_none() && !resume.is_empty(),
             first: true,
             newest: track.newest.subscribe(),
             replaced: cancel,
@@ -159,12 +215,14 @@ impl Hub {
     }
 
     fn version(&self, number: u64) -> String {
-        format!("{}-{number}", self.epoch)
+        let (generation, epoch) = (self.generation.number(), self.generation.epoch().to_owned());
+        Version { generation, epoch, number }.to_string()
     }
 
     /// The number in a version of this epoch.
     fn number(&self, version: &str) -> Option<u64> {
-        version.strip_prefix(&self.epoch)?.strip_prefix('-')?.parse().ok()
+        let version: Version = version.parse().ok()?;
+        (version.epoch == self.generation.epoch()).then_some(version.number)
     }
 
     fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Track>> {
@@ -221,6 +279,8 @@ pub struct Subscription {
     acks: Acks,
     /// What the agent has, or is about to have.
     has: Option<u64>,
+    /// It holds another start's view, and keeps it until the hub has settled.
+    waits: bool,
     first: bool,
     newest: watch::Receiver<u64>,
     replaced: CancellationToken,
@@ -233,6 +293,14 @@ impl Subscription {
         loop {
             if self.replaced.is_cancelled() {
                 return None;
+            }
+            if self.waits {
+                let hub = self.acks.hub.clone();
+                // Cancel-safe: neither branch holds anything.
+                tokio::select! {
+                    () = self.replaced.cancelled() => return None,
+                    () = hub.settled() => self.waits = false,
+                }
             }
             if let Some(update) = self.update() {
                 return Some(update);
@@ -310,8 +378,6 @@ impl Acks {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use futures_util::FutureExt;
     use mesh_core::{identity::TrustDomain, view::Mesh};
     use proptest::prelude::*;
@@ -340,6 +406,15 @@ mod tests {
         World { model: Arc::new(model), ledger: Arc::default(), reports: Arc::default(), common }
     }
 
+    /// Of the first start of a state.
+    fn hub(world: World) -> Arc<Hub> {
+        Hub::new(world, start(tempfile::tempdir().unwrap().path()))
+    }
+
+    fn start(dir: &std::path::Path) -> Arc<Generation> {
+        Arc::new(Generation::begin(dir).0)
+    }
+
     /// What an agent has after these updates.
     fn apply(view: &mut NodeView, update: &ViewUpdate) {
         if update.complete {
@@ -350,7 +425,7 @@ mod tests {
 
     #[test]
     fn the_first_update_is_complete_then_only_changes_come() {
-        let hub = Hub::new(world(&[("a", 1), ("b", 2)]));
+        let hub = hub(world(&[("a", 1), ("b", 2)]));
         let mut agent = hub.connect("n", "", "1");
         let first = agent.next().now_or_never().flatten().unwrap();
         assert!(first.complete && first.upserts.len() == 3);
@@ -365,7 +440,7 @@ mod tests {
 
     #[test]
     fn many_changes_reach_a_slow_agent_as_one() {
-        let hub = Hub::new(world(&[]));
+        let hub = hub(world(&[]));
         let mut agent = hub.connect("n", "", "1");
         agent.next().now_or_never().flatten().unwrap();
         for last in 1..10 {
@@ -378,7 +453,7 @@ mod tests {
 
     #[test]
     fn a_newer_connection_of_the_node_ends_the_older_one() {
-        let hub = Hub::new(world(&[]));
+        let hub = hub(world(&[]));
         let mut older = hub.connect("n", "", "1");
         older.next().now_or_never().flatten().unwrap();
         let newer = hub.connect("n", "", "2");
@@ -397,18 +472,50 @@ mod tests {
 
     #[test]
     fn a_version_of_another_epoch_or_too_old_is_answered_completely() {
-        let hub = Hub::new(world(&[]));
+        let hub = hub(world(&[]));
         let mut agent = hub.connect("n", "", "1");
         let first = agent.next().now_or_never().flatten().unwrap().version;
         for round in 0..=KEPT {
             hub.publish(world(&[("a", round as u8)]));
         }
-        for version in [first.as_str(), "other-1", "", "-1", "nonsense"] {
+        for version in [first.as_str(), "1.other-1", "", "-1", "nonsense"] {
             let update = hub.connect("n", version, "1").next().now_or_never().flatten().unwrap();
             assert!(update.complete, "{version}");
         }
         let ahead = format!("{}-99999", first.split_once('-').unwrap().0);
         assert!(hub.connect("n", &ahead, "1").next().now_or_never().flatten().unwrap().complete);
+    }
+
+    #[test]
+    fn after_a_start_who_holds_a_view_keeps_it_until_every_node_has_been_heard() {
+        let dir = tempfile::tempdir().unwrap();
+        let earlier = start(dir.path());
+        let version = format!("1.{}-1", earlier.epoch());
+        let hub = Hub::new(world(&[("a", 1)]), start(dir.path()));
+        let mut holds = hub.connect("m", &version, "1");
+        let mut fresh = hub.connect("k", "", "1");
+        assert!(fresh.next().now_or_never().flatten().is_some(), "who has nothing waits for nobody");
+        assert!(holds.next().now_or_never().is_none());
+        let words = BTreeSet::from(["s/a".parse().unwrap()]);
+        hub.heard("m", &words);
+        hub.heard("n", &BTreeSet::new());
+        hub.publish(world(&[("a", 2)]));
+        assert!(
+            holds.next().now_or_never().is_none(),
+            "the workload's own node is n, and it must speak of it"
+        );
+        hub.heard("n", &words);
+        let update = holds.next().now_or_never().flatten().unwrap();
+        assert!(update.complete && update.version.starts_with("2."), "{}", update.version);
+
+        let hub = Hub::new(world(&[("a", 1)]), start(dir.path()));
+        let mut holds = hub.connect("m", &version, "1");
+        assert!(holds.next().now_or_never().is_none());
+        hub.settle();
+        assert!(
+            holds.next().now_or_never().flatten().is_some(),
+            "a node that stays silent holds nobody up for ever"
+        );
     }
 
     proptest! {
@@ -421,7 +528,7 @@ mod tests {
                 .iter()
                 .map(|entry| world(&entry.iter().map(|(name, last)| (name.as_str(), *last)).collect::<Vec<_>>()))
                 .collect();
-            let hub = Hub::new(worlds[0].clone());
+            let hub = hub(worlds[0].clone());
             let mut follower = hub.connect("n", "", "1");
             let mut view = NodeView::default();
             let mut seen = vec![];

@@ -8,17 +8,19 @@
 //! | 1 | [`controller`] | composition: what exists, who owns it, in which order it starts and stops |
 //! | 2 | [`api`], [`admin`] | gRPC for agents; HTTP for people and Prometheus, with `why` |
 //! | 3 | [`distribute`] | versions of each node's view, and who has which |
-//! | 4 | [`source`], [`project`], [`ca`], [`report`], [`token`] | manifests into the model; views out of it; certificates; what agents said; who may join |
+//! | 4 | [`source`], [`project`], [`ca`], [`report`], [`token`], [`generation`] | manifests into the model; views out of it; certificates; what agents said; who may join; which start of which state this is |
 //! | 5 | [`model`] | the whole desired state |
-//! | 6 | [`config`], [`metrics`], [`store`], [`digest`] | settings; counters; files that are whole or absent; SHA-256 |
+//! | 6 | [`config`], [`metrics`], [`store`], [`digest`], [`clock`] | settings; counters; files that are whole or absent; SHA-256; the time |
 
 pub mod admin;
 pub mod api;
 pub mod ca;
+pub mod clock;
 pub mod config;
 pub mod controller;
 pub mod digest;
 pub mod distribute;
+pub mod generation;
 pub mod metrics;
 pub mod model;
 pub mod project;

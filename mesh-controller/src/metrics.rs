@@ -100,6 +100,8 @@ pub struct Metrics {
     pub limit_hits: Family<LimitLabels, Counter>,
     /// Connections that ended because a limit was hit before they were served.
     pub handshakes_refused: Counter,
+    /// 1 once an agent has shown that this state was restored from an older one.
+    pub restored: Gauge<u64, AtomicU64>,
 }
 
 impl Default for Metrics {
@@ -112,6 +114,7 @@ impl Default for Metrics {
         let joins = Family::default();
         let handshakes_refused = Counter::default();
         let limit_hits = Family::default();
+        let restored = Gauge::default();
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
         registry.register("views_sent", "View updates sent to agents", views_sent.clone());
@@ -123,6 +126,11 @@ impl Default for Metrics {
             handshakes_refused.clone(),
         );
         registry.register("limit_hits", "Times that a limit was hit", limit_hits.clone());
+        registry.register(
+            "controller_restored",
+            "1 once an agent has shown that the controller's state was restored from an older one",
+            restored.clone(),
+        );
         Self {
             registry,
             documents,
@@ -132,6 +140,7 @@ impl Default for Metrics {
             joins,
             handshakes_refused,
             limit_hits,
+            restored,
         }
     }
 }

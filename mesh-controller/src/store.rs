@@ -12,7 +12,7 @@ use std::{
 
 /// A file or directory of the state could not be used.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {path}: {error}")]
+#[error("cannot {action} {path}: {error}{}", cure(.error))]
 pub struct StoreError {
     /// What was tried.
     pub action: &'static str,
@@ -20,6 +20,18 @@ pub struct StoreError {
     pub path: PathBuf,
     /// What the system said.
     pub error: io::Error,
+}
+
+/// What to do about an error of the file system.
+fn cure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; make room there",
+        io::ErrorKind::ReadOnlyFilesystem => "; mount it writable",
+        io::ErrorKind::PermissionDenied => {
+            "; it has to belong to the controller's user, with mode 0700 (files: 0600)"
+        }
+        _ => "",
+    }
 }
 
 impl StoreError {

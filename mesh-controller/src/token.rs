@@ -119,6 +119,16 @@ impl Tokens {
         Ok(())
     }
 
+    /// Removes all of them: those of a restored state may have been used since.
+    pub fn revoke_all(&self) -> Result<usize, TokenError> {
+        let mut revoked = 0;
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(0) };
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            revoked += usize::from(store::take(&path)?);
+        }
+        Ok(revoked)
+    }
+
     /// Removes what expired a day ago or more.
     pub fn sweep(&self, now: SystemTime) -> Result<(), TokenError> {
         let before = unix(now - REMEMBERED);
@@ -204,6 +214,15 @@ mod tests {
         assert_eq!(left(), 2, "whoever comes with it is told that it expired");
         tokens.sweep(now + REMEMBERED).unwrap();
         assert_eq!(left(), 1);
+    }
+
+    #[test]
+    fn revoked_tokens_admit_nobody() {
+        let (_dir, tokens, now) = tokens();
+        let token = tokens.create("a", now + HOUR, &[7; 32]).unwrap();
+        assert_eq!(tokens.revoke_all().unwrap(), 1);
+        assert!(matches!(tokens.redeem(&token, "a", now), Err(TokenError::Unknown)));
+        assert_eq!(tokens.revoke_all().unwrap(), 0);
     }
 
     #[test]

@@ -162,6 +162,7 @@ fn what_keeps_it_from_starting_is_said_with_its_cure() {
     };
     let text = run(Path::new("/nowhere/at/all"));
     assert!(text.contains("/nowhere/at/all") && text.contains("--source"), "{text}");
+    std::fs::create_dir(state.path().join("ca")).unwrap();
     std::fs::write(state.path().join("ca/authority.json"), "{").unwrap();
     let text = run(state.path());
     assert!(text.contains("authority.json is damaged") && text.contains("backup"), "{text}");

@@ -8,6 +8,7 @@
 //! | [`identity`] | trust domains and SPIFFE IDs |
 //! | [`model`] | workloads, services, policies as the mesh sees them |
 //! | [`view`] | what one node must know: resources, their difference, the indexed snapshot |
+//! | [`version`] | which controller's start counted a view, and how far |
 //! | [`route`] | where a captured connection leads |
 //! | [`policy`] | who may connect; the one `decide` |
 //! | [`balance`] | which endpoint takes the next connection |
@@ -22,5 +23,6 @@ pub mod model;
 pub mod policy;
 pub mod refusal;
 pub mod route;
+pub mod version;
 pub mod view;
 pub mod wire;

@@ -34,6 +34,7 @@ pub fn update(version: String, complete: bool, delta: &view::Delta) -> proto::Vi
         complete,
         upserts: delta.upserts.iter().map(resource_to_proto).collect(),
         removes: delta.removes.iter().map(ToString::to_string).collect(),
+        now_unix_ms: 0,
     }
 }
 

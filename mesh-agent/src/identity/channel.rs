@@ -6,7 +6,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use mesh_core::identity::{SpiffeId, Subject};
@@ -14,7 +13,6 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
     sync::watch,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -24,12 +22,11 @@ use super::verify::{CertificateIdentityError, explain, peer_identity};
 use crate::{
     config::HostPort,
     rpc::{self, CONNECT_TIMEOUT},
+    surroundings::{Dial, Stream},
 };
 
 /// What gRPC is called in TLS (RFC 9113 §3.2).
 pub const ALPN_H2: &[u8] = b"h2";
-/// Idle time after which TCP probes: for connections that HTTP/2's own probes do not cover yet.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// Why there is no connection to the controller.
 #[derive(Debug, thiserror::Error)]
@@ -95,12 +92,16 @@ fn reason(error: &io::Error) -> String {
 /// A channel to the controller. Each connection of it ends when the certificate that it was made with is replaced:
 /// the controller does not serve a connection beyond the life of the certificate that opened it, and a connection that
 /// is in use would otherwise never be made anew.
-pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientConfig>>) -> Channel {
+pub fn controller_channel(
+    controller: HostPort,
+    dial: Dial,
+    tls: watch::Receiver<Arc<ClientConfig>>,
+) -> Channel {
     rpc::channel(move || {
-        let (controller, mut tls) = (controller.clone(), tls.clone());
+        let (controller, dial, mut tls) = (controller.clone(), dial.clone(), tls.clone());
         let config = tls.borrow_and_update().clone();
         async move {
-            let (stream, _) = open(&controller, config).await?;
+            let (stream, _) = open(&controller, &dial, config).await?;
             let replaced = Box::pin(async move {
                 // Without its sender the configuration is the last; the connection may live on.
                 if tls.changed().await.is_err() {
@@ -114,7 +115,7 @@ pub fn controller_channel(controller: HostPort, tls: watch::Receiver<Arc<ClientC
 
 /// A stream that reads as ended once its certificate was replaced. The reader is always waiting, as HTTP/2's is.
 struct UntilReplaced {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Box<dyn Stream>>,
     replaced: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
@@ -156,13 +157,14 @@ impl AsyncWrite for UntilReplaced {
 /// configuration's verifier let pass.
 pub(super) async fn open(
     controller: &HostPort,
+    dial: &Dial,
     tls: Arc<ClientConfig>,
-) -> Result<(TlsStream<TcpStream>, SpiffeId), ConnectError> {
+) -> Result<(TlsStream<Box<dyn Stream>>, SpiffeId), ConnectError> {
     let connecting = async {
-        let stream = TcpStream::connect((controller.host.as_str(), controller.port))
+        let stream = dial
+            .connect(&controller.host, controller.port)
             .await
             .map_err(|source| ConnectError::Dial { controller: controller.clone(), source })?;
-        prepare(&stream).map_err(|source| ConnectError::Dial { controller: controller.clone(), source })?;
         // No name is checked and none is sent: the certificate's SPIFFE ID is what counts.
         let name = ServerName::try_from("controller").expect("a valid DNS name");
         TlsConnector::from(tls)
@@ -181,10 +183,4 @@ pub(super) async fn open(
             Err(ConnectError::NotController { controller: controller.clone(), found })
         }
     }
-}
-
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let keepalive = socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
-    socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }

@@ -276,7 +276,11 @@ pub(super) mod tests {
             request.params.extended_key_usages =
                 vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
             let leaf = request.signed_by(&self.issuer).unwrap();
-            proto::Certificate { chain_der: vec![leaf.der().to_vec()], roots_der: vec![self.root.to_vec()] }
+            proto::Certificate {
+                chain_der: vec![leaf.der().to_vec()],
+                roots_der: vec![self.root.to_vec()],
+                now_unix_ms: 0,
+            }
         }
 
         pub(in super::super) fn credential(&self, id: &str, life: Duration) -> Credential {
@@ -354,7 +358,8 @@ pub(super) mod tests {
         let now = OffsetDateTime::now_utc();
         let empty = proto::Certificate::default();
         assert!(matches!(request().complete(empty, &[], now), Err(CredentialError::Count(0))));
-        let many = proto::Certificate { chain_der: vec![vec![0]; 17], roots_der: vec![vec![0]] };
+        let many =
+            proto::Certificate { chain_der: vec![vec![0]; 17], roots_der: vec![vec![0]], now_unix_ms: 0 };
         assert!(matches!(request().complete(many, &[], now), Err(CredentialError::Count(17))));
     }
 }

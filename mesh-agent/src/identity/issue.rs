@@ -2,11 +2,14 @@
 
 use mesh_core::{identity::SpiffeId, wire::proto};
 use rustls_pki_types::CertificateDer;
-use time::OffsetDateTime;
+use time::Duration;
 use tonic::{Response, Status, transport::Channel};
 
 use super::credential::{Credential, CredentialError, KeyRequest};
-use crate::rpc::{CALL_TIMEOUT, NodeClient};
+use crate::{
+    rpc::{CALL_TIMEOUT, NodeClient, skew},
+    surroundings::Clock,
+};
 
 /// Why there is no new certificate.
 #[derive(Debug, thiserror::Error)]
@@ -22,16 +25,38 @@ pub enum IssueError {
     Answer(#[from] CredentialError),
 }
 
+/// A certificate, and what its answer told of clocks.
+#[derive(Debug)]
+pub struct Issued {
+    /// The key and its certificates.
+    pub credential: Credential,
+    /// How far our clock is ahead of the controller's; `None` when it did not say its time.
+    pub skew: Option<Duration>,
+}
+
+/// Takes the controller's answer to a request.
+pub(super) fn complete(
+    request: KeyRequest,
+    answer: proto::Certificate,
+    roots: &[CertificateDer<'static>],
+    clock: &Clock,
+) -> Result<Issued, CredentialError> {
+    let now = clock.now();
+    let skew = skew(now, answer.now_unix_ms);
+    Ok(Issued { credential: request.complete(answer, roots, now)?, skew })
+}
+
 /// A new certificate for the node itself; it has to lead to one of `roots`.
 pub async fn renew(
     channel: Channel,
     id: &SpiffeId,
     roots: &[CertificateDer<'static>],
-) -> Result<Credential, IssueError> {
+    clock: &Clock,
+) -> Result<Issued, IssueError> {
     let request = KeyRequest::new(id)?;
     let message = proto::RenewRequest { csr_der: request.csr_der() };
     let answer = in_time(NodeClient::new(channel).renew(message)).await?;
-    Ok(request.complete(answer, roots, OffsetDateTime::now_utc())?)
+    Ok(complete(request, answer, roots, clock)?)
 }
 
 /// A certificate for an identity of a workload of this node; it has to lead to one of `roots`.
@@ -39,11 +64,12 @@ pub async fn certify(
     channel: Channel,
     id: &SpiffeId,
     roots: &[CertificateDer<'static>],
-) -> Result<Credential, IssueError> {
+    clock: &Clock,
+) -> Result<Issued, IssueError> {
     let request = KeyRequest::new(id)?;
     let message = proto::CertifyRequest { identity: id.to_string(), csr_der: request.csr_der() };
     let answer = in_time(NodeClient::new(channel).certify(message)).await?;
-    Ok(request.complete(answer, roots, OffsetDateTime::now_utc())?)
+    Ok(complete(request, answer, roots, clock)?)
 }
 
 async fn in_time(

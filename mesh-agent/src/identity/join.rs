@@ -20,18 +20,19 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
 
 use super::{
     channel::{ALPN_H2, ConnectError, open},
-    credential::{Credential, CredentialError, KeyRequest},
+    credential::{CredentialError, KeyRequest},
     hex,
+    issue::{Issued, complete},
     store::root_store,
     verify::{self, identity_of},
 };
 use crate::{
     config::HostPort,
     rpc::{self, CALL_TIMEOUT, EnrolmentClient},
+    surroundings::{Clock, Surroundings},
 };
 
 /// Bytes of a token's secret.
@@ -147,11 +148,16 @@ impl JoinError {
 }
 
 /// Trades the token for a certificate.
-pub async fn join(controller: &HostPort, node: &str, token: &JoinToken) -> Result<Credential, JoinError> {
+pub async fn join(
+    controller: &HostPort,
+    node: &str,
+    token: &JoinToken,
+    surroundings: &Surroundings,
+) -> Result<Issued, JoinError> {
     if token.node != node {
         return Err(JoinError::OtherNode { token: token.node.clone(), node: node.to_owned() });
     }
-    let (stream, found) = open(controller, pinning(token)).await?;
+    let (stream, found) = open(controller, &surroundings.dial, pinning(token, &surroundings.clock)).await?;
     let id = SpiffeId::node(found.trust_domain(), node)?;
     let request = KeyRequest::new(&id)?;
     let mut only = Some(stream);
@@ -170,7 +176,7 @@ pub async fn join(controller: &HostPort, node: &str, token: &JoinToken) -> Resul
     if !answer.roots_der.iter().any(|root| sha256(root) == token.root_sha256) {
         return Err(JoinError::OtherRoots);
     }
-    Ok(request.complete(answer, &[], OffsetDateTime::now_utc())?)
+    Ok(complete(request, answer, &[], &surroundings.clock)?)
 }
 
 fn refusal(status: tonic::Status) -> JoinError {
@@ -186,9 +192,10 @@ fn refusal(status: tonic::Status) -> JoinError {
 }
 
 /// TLS 1.3 without a client certificate, to the controller whose root the token pins.
-fn pinning(token: &JoinToken) -> Arc<ClientConfig> {
+fn pinning(token: &JoinToken, clock: &Clock) -> Arc<ClientConfig> {
     let verifier = Arc::new(PinnedVerifier { root_sha256: token.root_sha256 });
-    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let provider = Arc::new(ring::default_provider());
+    let mut config = ClientConfig::builder_with_details(provider, Arc::new(clock.clone()))
         .with_protocol_versions(&[&TLS13])
         .expect("ring speaks TLS 1.3")
         .dangerous()

@@ -3,7 +3,7 @@
 //! The token is read only when there is no valid certificate. If the controller was away for longer than the
 //! certificate's life the node has to join again, and does so by itself once a fresh token is in the file.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc};
 
 use mesh_core::{
     identity::{Subject, TrustDomain},
@@ -11,7 +11,7 @@ use mesh_core::{
 };
 use rustls::ClientConfig;
 use time::OffsetDateTime;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -19,7 +19,7 @@ use super::{
     CertificateStatus, Certificates, Roots,
     channel::ALPN_H2,
     credential::{Credential, CredentialError},
-    issue::{self, IssueError},
+    issue::{self, IssueError, Issued},
     join::{JoinError, JoinToken, join},
     roots_of,
     schedule::Renewal,
@@ -27,14 +27,18 @@ use super::{
 };
 use crate::{
     config::{Config, HostPort},
+    health::{Health, Kept},
     rpc::backoff,
     run_dir::{RunDir, RunDirError},
+    surroundings::{Clock, Surroundings},
 };
 
 /// The node's key and certificate in the run directory.
 pub const NODE_FILE: &str = "node.json";
 /// The longest pause between two attempts to join.
 const JOIN_RETRY_CAP: std::time::Duration = std::time::Duration::from_secs(5);
+/// After a file could not be written, until the next attempt.
+pub(super) const WRITE_RETRY: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Why the agent cannot start as this node.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +110,10 @@ pub struct Node {
     renewal: Renewal,
     tls: watch::Sender<Arc<ClientConfig>>,
     certificates: watch::Sender<Certificates>,
+    surroundings: Surroundings,
+    health: Health,
+    /// When to write again what could not be written.
+    unsaved: Option<Instant>,
 }
 
 impl Node {
@@ -115,20 +123,41 @@ impl Node {
         settings: NodeSettings,
         run_dir: RunDir,
         certificates: watch::Sender<Certificates>,
+        surroundings: Surroundings,
+        health: Health,
     ) -> Result<Self, NodeError> {
-        let credential = match load(&settings, &run_dir)? {
+        let clock = &surroundings.clock;
+        let kept =
+            load(&settings, &run_dir, clock.now()).inspect_err(|error| health.damaged(Kept::Node, error))?;
+        let joined = kept.is_none();
+        let credential = match kept {
             Some(credential) => credential,
             None => {
-                let joined = join_when_reachable(&settings).await?;
-                run_dir.write(NODE_FILE, &joined.to_file())?;
-                tracing::info!(id = %joined.id(), expires = %joined.life().expires, "joined the mesh");
-                joined
+                let Issued { credential, skew } = join_when_reachable(&settings, &surroundings).await?;
+                health.skew(skew);
+                tracing::info!(id = %credential.id(), expires = %credential.life().expires, "joined the mesh");
+                credential
             }
         };
         let roots = credential.bundle().to_vec();
-        let tls = watch::Sender::new(configure(&credential, &roots)?);
-        let renewal = credential.renewal(&roots, OffsetDateTime::now_utc(), rand::random());
-        let node = Self { settings, run_dir, credential, roots, renewal, tls, certificates };
+        let tls = watch::Sender::new(configure(&credential, &roots, clock)?);
+        let renewal = credential.renewal(&roots, clock.now(), surroundings.chance.draw());
+        let unsaved = None;
+        let mut node = Self {
+            settings,
+            run_dir,
+            credential,
+            roots,
+            renewal,
+            tls,
+            certificates,
+            surroundings,
+            health,
+            unsaved,
+        };
+        if joined {
+            node.save();
+        }
         node.publish(None);
         Ok(node)
     }
@@ -154,7 +183,7 @@ impl Node {
         if roots == self.roots {
             return;
         }
-        let configured = configure(&self.credential, &roots);
+        let configured = configure(&self.credential, &roots, &self.surroundings.clock);
         match configured {
             // Nobody is told: the next connection uses the new roots, and one that stands needs not end for them.
             Ok(tls) => self.tls.send_if_modified(|current| {
@@ -166,8 +195,8 @@ impl Node {
             }
         };
         self.roots = roots;
-        let now = OffsetDateTime::now_utc();
-        self.renewal.hasten_to(&self.credential.renewal(&self.roots, now, rand::random()));
+        let (now, fraction) = (self.surroundings.clock.now(), self.surroundings.chance.draw());
+        self.renewal.hasten_to(&self.credential.renewal(&self.roots, now, fraction));
     }
 
     /// Renews until it is told to stop.
@@ -178,7 +207,12 @@ impl Node {
         shutdown: CancellationToken,
     ) {
         loop {
-            let pause = self.renewal.pause(OffsetDateTime::now_utc(), Instant::now());
+            if self.unsaved.is_some_and(|again| again <= Instant::now()) {
+                self.save();
+            }
+            let until_save = self.unsaved.map(|again| again.saturating_duration_since(Instant::now()));
+            let until_due = self.renewal.pause(self.surroundings.clock.now(), Instant::now());
+            let pause = until_save.map_or(until_due, |save| save.min(until_due));
             // All branches can be dropped at any point: each only waits.
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -191,7 +225,7 @@ impl Node {
                 }
                 () = tokio::time::sleep(pause) => {}
             }
-            if !self.renewal.pause(OffsetDateTime::now_utc(), Instant::now()).is_zero() {
+            if !self.renewal.pause(self.surroundings.clock.now(), Instant::now()).is_zero() {
                 continue;
             }
             // A renewal that is dropped half-way costs the controller a certificate and us nothing.
@@ -200,36 +234,48 @@ impl Node {
                 renewed = self.renew(channel.clone()) => renewed,
             };
             match renewed {
-                Ok(credential) => self.put_in_force(credential),
+                Ok(issued) => self.put_in_force(issued),
                 Err(error) => self.keep(&error),
             }
         }
     }
 
-    async fn renew(&self, channel: Channel) -> Result<Credential, RenewError> {
-        if OffsetDateTime::now_utc() < self.credential.life().expires {
-            return Ok(issue::renew(channel, self.credential.id(), &self.roots).await?);
+    async fn renew(&self, channel: Channel) -> Result<Issued, RenewError> {
+        let clock = &self.surroundings.clock;
+        if clock.now() < self.credential.life().expires {
+            return Ok(issue::renew(channel, self.credential.id(), &self.roots, clock).await?);
         }
-        Ok(join(&self.settings.controller, &self.settings.name, &token(&self.settings)?).await?)
+        let (settings, token) = (&self.settings, token(&self.settings)?);
+        Ok(join(&settings.controller, &settings.name, &token, &self.surroundings).await?)
     }
 
-    fn put_in_force(&mut self, credential: Credential) {
-        match configure(&credential, &self.roots) {
+    fn put_in_force(&mut self, issued: Issued) {
+        let Issued { credential, skew } = issued;
+        self.health.skew(skew);
+        match configure(&credential, &self.roots, &self.surroundings.clock) {
             Ok(tls) => drop(self.tls.send_replace(tls)),
             Err(error) => return self.keep(&RenewError::Tls(error)),
         }
-        if let Err(error) = self.run_dir.write(NODE_FILE, &credential.to_file()) {
+        tracing::info!(id = %credential.id(), expires = %credential.life().expires, "node certificate renewed");
+        let (now, fraction) = (self.surroundings.clock.now(), self.surroundings.chance.draw());
+        self.renewal = credential.renewal(&self.roots, now, fraction);
+        self.credential = credential;
+        self.save();
+        self.publish(None);
+    }
+
+    fn save(&mut self) {
+        let written = self.run_dir.write(NODE_FILE, &self.credential.to_file());
+        self.health.written(Kept::Node, &written);
+        self.unsaved = written.is_err().then(|| Instant::now() + WRITE_RETRY);
+        if let Err(error) = written {
             tracing::error!(%error, "the node's certificate is in force but would not survive a restart");
         }
-        tracing::info!(id = %credential.id(), expires = %credential.life().expires, "node certificate renewed");
-        self.renewal = credential.renewal(&self.roots, OffsetDateTime::now_utc(), rand::random());
-        self.credential = credential;
-        self.publish(None);
     }
 
     fn keep(&mut self, error: &RenewError) {
         tracing::warn!(%error, expires = %self.credential.life().expires, "the node's certificate was not renewed");
-        self.renewal.failed(Instant::now(), rand::random());
+        self.renewal.failed(Instant::now(), self.surroundings.chance.draw());
         self.publish(Some(error.to_string()));
     }
 
@@ -251,13 +297,21 @@ enum RenewError {
     Tls(rustls::Error),
 }
 
-fn configure(credential: &Credential, roots: &Roots) -> Result<Arc<ClientConfig>, rustls::Error> {
+fn configure(
+    credential: &Credential,
+    roots: &Roots,
+    clock: &Clock,
+) -> Result<Arc<ClientConfig>, rustls::Error> {
     let trust_domain = credential.id().trust_domain();
-    client_config(credential.certified(), roots, trust_domain, &[ALPN_H2]).map(Arc::new)
+    client_config(credential.certified(), roots, trust_domain, &[ALPN_H2], clock).map(Arc::new)
 }
 
 /// What an earlier run of the agent left; `None` when there is nothing, or nothing valid any more.
-fn load(settings: &NodeSettings, run_dir: &RunDir) -> Result<Option<Credential>, NodeError> {
+fn load(
+    settings: &NodeSettings,
+    run_dir: &RunDir,
+    now: OffsetDateTime,
+) -> Result<Option<Credential>, NodeError> {
     let path = run_dir.path(NODE_FILE);
     let Some(content) = run_dir.read(NODE_FILE)? else { return Ok(None) };
     let credential = Credential::from_file(&content)
@@ -266,7 +320,7 @@ fn load(settings: &NodeSettings, run_dir: &RunDir) -> Result<Option<Credential>,
         let found = credential.id().to_string();
         return Err(NodeError::OtherNode { path, found, node: settings.name.clone() });
     }
-    match credential.check(credential.bundle(), OffsetDateTime::now_utc()) {
+    match credential.check(credential.bundle(), now) {
         Ok(()) => Ok(Some(credential)),
         Err(error) => {
             tracing::warn!(%error, path = %path.display(), "the node's certificate is no longer valid, joining again");
@@ -282,16 +336,20 @@ fn token(settings: &NodeSettings) -> Result<JoinToken, NodeError> {
     Ok(JoinToken::parse(&text).map_err(JoinError::from)?)
 }
 
-async fn join_when_reachable(settings: &NodeSettings) -> Result<Credential, NodeError> {
+async fn join_when_reachable(
+    settings: &NodeSettings,
+    surroundings: &Surroundings,
+) -> Result<Issued, NodeError> {
     let mut failures = 0;
     loop {
-        let error = match join(&settings.controller, &settings.name, &token(settings)?).await {
-            Ok(credential) => return Ok(credential),
+        let token = token(settings)?;
+        let error = match join(&settings.controller, &settings.name, &token, surroundings).await {
+            Ok(issued) => return Ok(issued),
             Err(error) if !error.is_transient() => return Err(error.into()),
             Err(error) => error,
         };
         failures += 1;
-        let pause = backoff(failures, rand::random(), JOIN_RETRY_CAP);
+        let pause = backoff(failures, surroundings.chance.draw(), JOIN_RETRY_CAP);
         tracing::warn!(%error, ?pause, "cannot join yet, trying again");
         tokio::time::sleep(pause).await;
     }
@@ -310,7 +368,8 @@ mod tests {
         let run_dir = RunDir::open(scratch.path()).unwrap();
         run_dir.write(NODE_FILE, content).unwrap();
         let controller = "controller:15012".parse().unwrap();
-        load(&NodeSettings { name: "n1".into(), controller, token_file: None }, &run_dir)
+        let settings = NodeSettings { name: "n1".into(), controller, token_file: None };
+        load(&settings, &run_dir, OffsetDateTime::now_utc())
     }
 
     #[test]

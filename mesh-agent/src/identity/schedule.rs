@@ -1,9 +1,10 @@
 //! When a certificate is renewed. Pure: time and randomness come in as values.
 
-use std::time::{Duration as StdDuration, Instant};
+use std::time::Duration as StdDuration;
 
 use rustls_pki_types::CertificateDer;
 use time::{Duration, OffsetDateTime};
+use tokio::time::Instant;
 
 use crate::rpc::backoff;
 

@@ -22,6 +22,7 @@ use super::{
     credential::not_after,
     verify::{self, SpiffeClientVerifier, SpiffeServerVerifier},
 };
+use crate::surroundings::Clock;
 
 /// The TLS configurations of one identity.
 #[derive(Debug, Clone)]
@@ -35,12 +36,18 @@ struct Configs {
 #[derive(Debug, Default)]
 pub struct Identities {
     configs: RwLock<HashMap<SpiffeId, Configs>>,
+    clock: Clock,
 }
 
 impl Identities {
     /// An empty store.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty store by this clock.
+    pub fn with_clock(clock: Clock) -> Self {
+        Self { clock, ..Self::default() }
     }
 
     /// Puts a certificate in force, with the roots that peers of it must lead to.
@@ -51,8 +58,8 @@ impl Identities {
         roots: &[CertificateDer<'static>],
     ) -> Result<(), rustls::Error> {
         let expires = not_after(certificate.end_entity_cert()?).map_err(verify::invalid)?;
-        let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN])?;
-        let server = server_config(certificate, roots, id.trust_domain(), &[ALPN])?;
+        let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN], &self.clock)?;
+        let server = server_config(certificate, roots, id.trust_domain(), &[ALPN], &self.clock)?;
         let configs = Configs { client: Arc::new(client), server: Arc::new(server), expires };
         self.configs.write().expect("no holder of this lock panics").insert(id, configs);
         Ok(())
@@ -75,7 +82,7 @@ impl Identities {
 
     fn configs(&self, id: &SpiffeId) -> Result<Configs, Reason> {
         let configs = self.configs.read().expect("no holder of this lock panics");
-        let valid = configs.get(id).filter(|found| OffsetDateTime::now_utc() <= found.expires);
+        let valid = configs.get(id).filter(|found| self.clock.now() <= found.expires);
         valid.cloned().ok_or(Reason::NoCertificate)
     }
 }
@@ -95,13 +102,15 @@ pub fn client_config(
     roots: &[CertificateDer<'static>],
     trust_domain: &TrustDomain,
     alpn: &[&[u8]],
+    clock: &Clock,
 ) -> Result<ClientConfig, rustls::Error> {
     let verifier = SpiffeServerVerifier::new(root_store(roots)?, trust_domain.clone());
-    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_protocol_versions(&[&TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    let mut config =
+        ClientConfig::builder_with_details(Arc::new(ring::default_provider()), Arc::new(clock.clone()))
+            .with_protocol_versions(&[&TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
+            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.enable_sni = false;
     config.resumption = rustls::client::Resumption::disabled();
@@ -114,12 +123,14 @@ pub fn server_config(
     roots: &[CertificateDer<'static>],
     trust_domain: &TrustDomain,
     alpn: &[&[u8]],
+    clock: &Clock,
 ) -> Result<ServerConfig, rustls::Error> {
     let verifier = SpiffeClientVerifier::new(root_store(roots)?, trust_domain.clone())?;
-    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    let mut config =
+        ServerConfig::builder_with_details(Arc::new(ring::default_provider()), Arc::new(clock.clone()))
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

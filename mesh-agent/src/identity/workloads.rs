@@ -6,13 +6,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use mesh_core::{identity::SpiffeId, view::Snapshot};
 use sha2::{Digest, Sha256};
-use time::OffsetDateTime;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -20,14 +19,17 @@ use super::{
     CertificateStatus, Certificates, Roots,
     credential::{Credential, CredentialError},
     hex,
-    issue::{IssueError, certify},
+    issue::{IssueError, Issued, certify},
+    node::WRITE_RETRY,
     roots_of,
     schedule::Renewal,
     store::Identities,
 };
 use crate::{
+    health::{Health, Kept},
     rpc::Connection,
     run_dir::{RunDir, RunDirError},
+    surroundings::Surroundings,
 };
 
 /// Where their files are, in the run directory.
@@ -52,8 +54,12 @@ pub struct Workloads {
     run_dir: RunDir,
     roots: Roots,
     slots: BTreeMap<SpiffeId, Slot>,
-    requests: JoinSet<(SpiffeId, Result<Credential, IssueError>)>,
+    requests: JoinSet<(SpiffeId, Result<Issued, IssueError>)>,
     certificates: watch::Sender<Certificates>,
+    surroundings: Surroundings,
+    health: Health,
+    /// When to write again what could not be written, and whose.
+    unsaved: Option<(Instant, BTreeSet<SpiffeId>)>,
 }
 
 /// One identity.
@@ -71,16 +77,19 @@ impl Workloads {
         run_dir: RunDir,
         roots: Roots,
         certificates: watch::Sender<Certificates>,
+        surroundings: Surroundings,
+        health: Health,
     ) -> Self {
-        let (slots, requests) = (BTreeMap::new(), JoinSet::new());
-        let mut workloads = Self { identities, run_dir, roots, slots, requests, certificates };
+        let (slots, requests, unsaved) = (BTreeMap::new(), JoinSet::new(), None);
+        let mut workloads =
+            Self { identities, run_dir, roots, slots, requests, certificates, surroundings, health, unsaved };
         workloads.load();
         workloads
     }
 
     /// Takes the identities and the roots of a view.
     pub fn adopt(&mut self, snapshot: &Snapshot) {
-        let now = OffsetDateTime::now_utc();
+        let now = self.surroundings.clock.now();
         let wanted = wanted(snapshot);
         let gone: Vec<_> = self.slots.keys().filter(|id| !wanted.contains(id)).cloned().collect();
         for id in gone {
@@ -111,6 +120,7 @@ impl Workloads {
         shutdown: CancellationToken,
     ) {
         loop {
+            self.save_again();
             self.ask(&channel);
             let pause = self.pause();
             // All branches can be dropped at any point: each only waits, and requests go on in their own tasks.
@@ -138,7 +148,7 @@ impl Workloads {
 
     /// Sends the requests that are due, as many as may be under way.
     fn ask(&mut self, channel: &Channel) {
-        let (wall, now) = (OffsetDateTime::now_utc(), Instant::now());
+        let (wall, now) = (self.surroundings.clock.now(), Instant::now());
         for (id, slot) in &mut self.slots {
             if self.requests.len() >= MAX_REQUESTS {
                 return;
@@ -148,8 +158,9 @@ impl Workloads {
             }
             slot.asking = true;
             let (id, channel, roots) = (id.clone(), channel.clone(), self.roots.clone());
+            let clock = self.surroundings.clock.clone();
             self.requests.spawn(async move {
-                let issued = certify(channel, &id, &roots).await;
+                let issued = certify(channel, &id, &roots, &clock).await;
                 (id, issued)
             });
         }
@@ -157,18 +168,21 @@ impl Workloads {
 
     /// How long nothing is due; what waits for a free request is looked at when one ends.
     fn pause(&self) -> Duration {
-        let (wall, now) = (OffsetDateTime::now_utc(), Instant::now());
+        let (wall, now) = (self.surroundings.clock.now(), Instant::now());
         let idle = self.slots.values().filter(|slot| !slot.asking).map(|slot| slot.renewal.pause(wall, now));
         let next = idle.min().unwrap_or(Duration::MAX);
-        if self.requests.len() >= MAX_REQUESTS { Duration::MAX } else { next }
+        let next = if self.requests.len() >= MAX_REQUESTS { Duration::MAX } else { next };
+        let save = self.unsaved.as_ref().map(|(again, _)| again.saturating_duration_since(now));
+        save.map_or(next, |save| save.min(next))
     }
 
-    fn take(&mut self, id: &SpiffeId, issued: Result<Credential, IssueError>) {
+    fn take(&mut self, id: &SpiffeId, issued: Result<Issued, IssueError>) {
         // The identity may have gone while we asked.
         let Some(slot) = self.slots.get_mut(id) else { return };
         slot.asking = false;
         let problem = match issued {
-            Ok(credential) => {
+            Ok(Issued { credential, skew }) => {
+                self.health.skew(skew);
                 match self.identities.install(id.clone(), credential.certified(), &self.roots) {
                     Ok(()) => return self.put_in_force(id, credential),
                     Err(error) => error.to_string(),
@@ -178,36 +192,75 @@ impl Workloads {
         };
         let expires = slot.credential.as_ref().map(|credential| credential.life().expires);
         tracing::warn!(%id, %problem, ?expires, "no new certificate");
-        slot.renewal.failed(Instant::now(), rand::random());
+        slot.renewal.failed(Instant::now(), self.surroundings.chance.draw());
         self.publish(id, CertificateStatus { expires, error: Some(problem) });
     }
 
     fn put_in_force(&mut self, id: &SpiffeId, credential: Credential) {
-        if let Err(error) = self.run_dir.write(&file_of(id), &credential.to_file()) {
-            tracing::error!(%error, %id, "a certificate is in force but would not survive a restart");
-        }
+        self.save(id, &credential);
         tracing::debug!(%id, expires = %credential.life().expires, "certificate in force");
         self.insert(credential);
+    }
+
+    fn save(&mut self, id: &SpiffeId, credential: &Credential) {
+        let written = self.run_dir.write(&file_of(id), &credential.to_file());
+        let all = match &written {
+            Ok(()) => self.unsaved.as_mut().is_none_or(|(_, ids)| ids.remove(id) && ids.is_empty()),
+            Err(_) => {
+                let again = Instant::now() + WRITE_RETRY;
+                self.unsaved.get_or_insert_with(|| (again, BTreeSet::new())).1.insert(id.clone());
+                true
+            }
+        };
+        if all {
+            self.health.written(Kept::Workload, &written);
+        }
+        if let Err(error) = written {
+            tracing::error!(%error, %id, "a certificate is in force but would not survive a restart");
+        } else if all {
+            self.unsaved = None;
+        }
+    }
+
+    /// Writes once more what could not be written, when it is time.
+    fn save_again(&mut self) {
+        let Some((again, ids)) = &self.unsaved else { return };
+        if *again > Instant::now() {
+            return;
+        }
+        let ids = ids.clone();
+        self.unsaved = None;
+        for id in &ids {
+            let Some(credential) = self.slots.get_mut(id).and_then(|slot| slot.credential.take()) else {
+                continue;
+            };
+            self.save(id, &credential);
+            if let Some(slot) = self.slots.get_mut(id) {
+                slot.credential = Some(credential);
+            }
+        }
     }
 
     fn insert(&mut self, credential: Credential) {
         let id = credential.id().clone();
         let expires = Some(credential.life().expires);
         // The roots may have changed between the request and now, or while the agent was not running.
-        let renewal = credential.renewal(&self.roots, OffsetDateTime::now_utc(), rand::random());
+        let renewal =
+            credential.renewal(&self.roots, self.surroundings.clock.now(), self.surroundings.chance.draw());
         self.slots.insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false });
         self.publish(&id, CertificateStatus { expires, error: None });
     }
 
     /// Has every certificate checked against the new roots from now on, and asks for new ones where that is needed.
     fn rotate(&mut self) {
-        let now = OffsetDateTime::now_utc();
+        let now = self.surroundings.clock.now();
         for (id, slot) in &mut self.slots {
             let Some(credential) = &slot.credential else { continue };
             if let Err(error) = self.identities.install(id.clone(), credential.certified(), &self.roots) {
                 tracing::error!(%error, %id, "the view's roots cannot be used, the last ones stay");
             }
-            slot.renewal.hasten_to(&credential.renewal(&self.roots, now, rand::random()));
+            let fraction = self.surroundings.chance.draw();
+            slot.renewal.hasten_to(&credential.renewal(&self.roots, now, fraction));
         }
     }
 
@@ -222,6 +275,7 @@ impl Workloads {
                 Ok(credential) => self.insert(credential),
                 Err(error) => {
                     tracing::warn!(%error, %name, "a certificate of an earlier run is of no use");
+                    self.health.damaged(Kept::Workload, &error);
                     if let Err(error) = self.run_dir.remove(&name) {
                         tracing::error!(%error, "it was not removed either");
                     }
@@ -233,7 +287,7 @@ impl Workloads {
     fn load_one(&self, name: &str) -> Result<Credential, LoadError> {
         let content = self.run_dir.read(name)?.unwrap_or_default();
         let credential = Credential::from_file(&content)?;
-        credential.check(&self.roots, OffsetDateTime::now_utc())?;
+        credential.check(&self.roots, self.surroundings.clock.now())?;
         self.identities.install(credential.id().clone(), credential.certified(), &self.roots)?;
         Ok(credential)
     }

@@ -13,18 +13,17 @@ pub mod cache;
 pub mod report;
 pub mod state;
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use mesh_core::{
     identity::TrustDomain,
     view::Snapshot,
     wire::proto::{self, watch_request::Body},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Channel};
@@ -32,8 +31,10 @@ use tonic::{Status, Streaming, transport::Channel};
 pub use self::report::{Enrolment, ReportHandle, WorkloadState};
 use self::{cache::Cache, report::Cursor, state::ViewState};
 use crate::{
-    rpc::{CALL_TIMEOUT, Connection, NodeClient, backoff},
+    health::Health,
+    rpc::{CALL_TIMEOUT, Connection, NodeClient, backoff, skew},
     run_dir::RunDir,
+    surroundings::Surroundings,
 };
 
 /// The longest pause between two attempts at a stream.
@@ -69,6 +70,8 @@ pub struct View {
     connection: watch::Sender<Connection>,
     reports: ReportHandle,
     role: watch::Receiver<Role>,
+    surroundings: Surroundings,
+    health: Health,
 }
 
 /// How a stream ended.
@@ -84,9 +87,16 @@ enum Ended {
 
 impl View {
     /// A view for this node, with what an earlier run of the agent left.
-    pub fn new(node: &str, trust_domain: TrustDomain, run_dir: RunDir, role: watch::Receiver<Role>) -> Self {
+    pub fn new(
+        node: &str,
+        trust_domain: TrustDomain,
+        run_dir: RunDir,
+        role: watch::Receiver<Role>,
+        surroundings: Surroundings,
+        health: Health,
+    ) -> Self {
         let mut state = ViewState::new(node, trust_domain);
-        let cache = Cache::new(run_dir);
+        let cache = Cache::new(run_dir, health.clone());
         let kept = cache.load(&mut state);
         Self {
             state,
@@ -95,6 +105,8 @@ impl View {
             connection: watch::Sender::new(Connection::Away("not tried yet".into())),
             reports: ReportHandle::default(),
             role,
+            surroundings,
+            health,
         }
     }
 
@@ -171,7 +183,7 @@ impl View {
                 failures = 0;
             }
             failures += 1;
-            let pause = backoff(failures, rand::random(), RETRY_CAP);
+            let pause = backoff(failures, self.surroundings.chance.draw(), RETRY_CAP);
             tracing::warn!(%reason, ?pause, "no stream of views, the last view stays in force");
             self.connection.send_replace(Connection::Away(reason));
             self.write_down();
@@ -256,10 +268,16 @@ impl View {
     /// Puts an update in force, or not; the answer says which.
     fn take(&mut self, update: &proto::ViewUpdate, reports: &Cursor) -> proto::Ack {
         let version = update.version.clone();
+        self.health.skew(skew(self.surroundings.clock.now(), update.now_unix_ms));
         match self.state.apply(update) {
             Ok(applied) => {
                 self.cache.changed(applied.roots_changed);
                 reports.prune(&applied.snapshot);
+                if applied.restored {
+                    self.health.view_restored();
+                    tracing::error!(%version, "the controller's state was restored from an older one; its view is in \
+                        force: compare its manifests with what should be");
+                }
                 tracing::debug!(%version, "view in force");
                 self.snapshots.send_replace(Some(applied.snapshot));
                 proto::Ack { version, error: String::new() }
@@ -313,7 +331,7 @@ async fn becomes(mut role: watch::Receiver<Role>, wanted: Role) {
 
 async fn wait_until(when: Option<Instant>) {
     match when {
-        Some(when) => tokio::time::sleep_until(when.into()).await,
+        Some(when) => tokio::time::sleep_until(when).await,
         None => std::future::pending().await,
     }
 }

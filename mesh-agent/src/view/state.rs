@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use mesh_core::{
     identity::TrustDomain,
+    version::{Succession, Version},
     view::{Delta, NodeView, Snapshot, SnapshotError},
     wire::{self, WireError, proto},
 };
@@ -18,6 +19,9 @@ pub enum UpdateError {
     /// Difference to a view that we do not have.
     #[error("the first update of an agent without a view must be complete")]
     NotComplete,
+    /// No controller that is in order counts down.
+    #[error("its version is older than {0}, which this node has of the same start of the controller")]
+    Backward(String),
     /// A resource does not convert.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -52,6 +56,8 @@ pub struct Applied {
     pub snapshot: Arc<Snapshot>,
     /// The roots are not what they were.
     pub roots_changed: bool,
+    /// The controller that sent it was restored from an older state than the one whose view was in force before.
+    pub restored: bool,
 }
 
 /// The view that this node holds.
@@ -87,6 +93,10 @@ impl ViewState {
         if !update.complete && self.version.is_empty() {
             return Err(UpdateError::NotComplete);
         }
+        let succession = self.succession(&update.version);
+        if succession == Succession::Backward {
+            return Err(UpdateError::Backward(self.version.clone()));
+        }
         let mut view = if update.complete { NodeView::default() } else { self.view.clone() };
         view.apply(wire::delta(update)?);
         let snapshot = Snapshot::new(&self.node, &update.version, &view)?;
@@ -97,7 +107,16 @@ impl ViewState {
         }
         self.version.clone_from(&update.version);
         self.view = view;
-        Ok(Applied { snapshot: Arc::new(snapshot), roots_changed })
+        let restored = succession == Succession::Restored;
+        Ok(Applied { snapshot: Arc::new(snapshot), roots_changed, restored })
+    }
+
+    /// What is not a version of ours tells nothing.
+    fn succession(&self, next: &str) -> Succession {
+        match (next.parse::<Version>(), self.version.parse()) {
+            (Ok(next), Ok(held)) => next.after(&held),
+            _ => Succession::Onward,
+        }
     }
 
     fn check(&self, snapshot: &Snapshot) -> Result<(), UpdateError> {
@@ -208,6 +227,20 @@ pub(super) mod tests {
             state.apply(&bad).unwrap_err();
             assert_eq!(state.to_update(), held);
         }
+    }
+
+    #[test]
+    fn an_epochs_older_view_is_refused_and_a_restored_controllers_is_taken_and_told() {
+        let mut state = ViewState::new("n1", trust_domain());
+        let root = root();
+        let mut apply =
+            |version: &str| state.apply(&update(version, true, vec![mesh(vec![root.clone()])], &[]));
+        assert!(!apply("2.a-5").unwrap().restored);
+        let error = apply("2.a-4").unwrap_err();
+        assert!(matches!(error, UpdateError::Backward(_)), "{error}");
+        assert!(!apply("2.a-6").unwrap().restored);
+        assert!(apply("1.b-1").unwrap().restored);
+        assert!(!apply("3.c-1").unwrap().restored);
     }
 
     #[test]

@@ -117,6 +117,7 @@ impl Inner {
         proto::Certificate {
             chain_der: vec![leaf, self.root().issuing_certificate.to_vec()],
             roots_der: self.bundle.iter().map(|root| root.to_vec()).collect(),
+            now_unix_ms: 0,
         }
     }
 

@@ -23,6 +23,9 @@ pub struct Status {
     pub trust_domain: String,
     /// The roots that are trusted, the newest first.
     pub roots: Vec<Root>,
+    /// What is wrong with the controller itself, each with its cure; empty when nothing is.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// The nodes and their agents.
     pub agents: Vec<AgentRow>,
     /// The source's documents.

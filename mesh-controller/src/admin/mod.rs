@@ -82,6 +82,7 @@ async fn status(State(admin): Shared) -> Json<Status> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         trust_domain: admin.trust_domain.to_string(),
         roots: admin.authority.roots().iter().map(root).collect(),
+        problems: problems(&admin),
         agents: agents(&admin.hub, &world),
         documents: Documents {
             accepted: world.ledger.documents_accepted(),
@@ -89,6 +90,20 @@ async fn status(State(admin): Shared) -> Json<Status> {
             problems: world.ledger.refused().to_vec(),
         },
     })
+}
+
+/// What is wrong with the controller itself.
+fn problems(admin: &Admin) -> Vec<String> {
+    let restored = admin.metrics.restored.get() == 1;
+    let mut problems = Vec::new();
+    if restored {
+        problems.push(
+            "restored from an older state: compare manifests and roots with what should be; join tokens made before \
+             are void (until the next start)"
+                .to_owned(),
+        );
+    }
+    problems
 }
 
 /// The agents that have connected, and the nodes with workloads whose agents have not.

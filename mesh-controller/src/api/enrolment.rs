@@ -1,11 +1,10 @@
 //! How a machine becomes a node: a join token for a certificate.
 
-use std::time::{Instant, SystemTime};
-
 use mesh_core::{
     identity::SpiffeId,
     wire::proto::{Certificate, JoinRequest},
 };
+use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
 
 use super::{Api, services::enrolment_server::Enrolment, tls::Peer};
@@ -22,7 +21,7 @@ impl Enrolment for Api {
         let node = request.node.clone();
         let joined = match from {
             // Before anything is signed or looked up.
-            Some(from) if !self.limits.may_join(from.ip(), Instant::now()) => {
+            Some(from) if !self.limits.may_join(from.ip(), Instant::now().into_std()) => {
                 self.metrics.limit_hit(Limit::joins);
                 Err(Status::resource_exhausted("too many joins from this address; try again in a second"))
             }
@@ -49,9 +48,10 @@ async fn admit(api: &Api, request: JoinRequest) -> Result<Certificate, Status> {
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     // Signed before the token is used up: a request that cannot be signed leaves the token good.
     let certificate = api.sign(&request.csr_der, &id)?;
-    let tokens = api.tokens.clone();
-    let redeemed =
-        tokio::task::spawn_blocking(move || tokens.redeem(&request.token, &request.node, SystemTime::now()));
+    // Until then an agent may come that knows of uses of this token that this state has forgotten.
+    api.hub.settled().await;
+    let (tokens, now) = (api.tokens.clone(), api.clock.now());
+    let redeemed = tokio::task::spawn_blocking(move || tokens.redeem(&request.token, &request.node, now));
     redeemed.await.map_err(|error| Status::internal(error.to_string()))?.map_err(refusal)?;
     api.count_certificate(CertificateKind::node);
     Ok(certificate)

@@ -12,10 +12,7 @@ pub mod limits;
 pub mod node;
 pub mod tls;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
@@ -23,15 +20,17 @@ use mesh_core::{
 };
 use rustls::ServerConfig;
 use tokio::{
-    net::TcpListener,
     sync::{mpsc, watch},
+    time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
 use crate::{
     ca::{Authority, SignError},
+    clock::Clock,
     distribute::Hub,
+    generation::Generation,
     metrics::{CertificateKind, CertificateLabels, Limit, Metrics},
     token::Tokens,
 };
@@ -71,6 +70,8 @@ pub struct Api {
     pub hub: Arc<Hub>,
     /// Signs.
     pub authority: Arc<Authority>,
+    /// Which start of which state this is.
+    pub generation: Arc<Generation>,
     /// Who may join.
     pub tokens: Tokens,
     /// How often anybody may ask.
@@ -81,6 +82,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// The trust domain of every identity.
     pub trust_domain: TrustDomain,
+    /// The time.
+    pub clock: Clock,
     /// How long certificates live.
     pub certificate_ttl: Duration,
     /// The watches that are open.
@@ -92,7 +95,7 @@ pub struct Api {
 impl Api {
     fn sign(&self, csr_der: &[u8], id: &SpiffeId) -> Result<Certificate, Status> {
         let issued =
-            self.authority.sign(csr_der, id, self.certificate_ttl, SystemTime::now()).map_err(|error| {
+            self.authority.sign(csr_der, id, self.certificate_ttl, self.clock.now()).map_err(|error| {
                 match error {
                     SignError::Request(_) | SignError::Key => Status::invalid_argument(error.to_string()),
                     SignError::Make(_) => {
@@ -104,16 +107,50 @@ impl Api {
         Ok(Certificate {
             chain_der: issued.chain.iter().map(|der| der.to_vec()).collect(),
             roots_der: self.authority.roots().iter().map(|der| der.to_vec()).collect(),
+            now_unix_ms: self.clock.unix_ms(),
         })
     }
 
     /// Whether a node may ask for one more thing now.
     fn may_ask(&self, node: &str) -> Result<(), Status> {
-        if self.limits.may_ask(node, Instant::now()) {
+        if self.limits.may_ask(node, Instant::now().into_std()) {
             return Ok(());
         }
         self.metrics.limit_hit(Limit::requests);
         Err(Status::resource_exhausted("this node asks more often than it may; ask again in a second"))
+    }
+
+    /// Hears which view an agent holds. One of a start that is still to come tells that this state was restored from
+    /// a backup: what is known to be wrong in it is put right before the agent is answered.
+    async fn hear(&self, node: &str, version: &str) {
+        let Some(newer) = self.generation.hear(version) else { return };
+        self.metrics.restored.set(1);
+        let (tokens, generation) = (self.tokens.clone(), self.generation.clone());
+        let righted = tokio::task::spawn_blocking(move || {
+            let revoked = tokens.revoke_all().map_err(|error| error.to_string());
+            (revoked, generation.keep(newer).map_err(|error| error.to_string()))
+        });
+        let own = self.generation.number();
+        match righted.await {
+            Ok((Ok(revoked), Ok(()))) => tracing::error!(
+                node,
+                own,
+                newer,
+                revoked,
+                "this controller's state was restored from an older one: compare its manifests and roots with what \
+                 should be; join tokens made before are void, as they may have been used"
+            ),
+            Ok((tokens, count)) => tracing::error!(
+                node,
+                own,
+                newer,
+                ?tokens,
+                ?count,
+                "this controller's state was restored from an older one, and it cannot be written: remove the files \
+                 in its folder tokens, they may have been used"
+            ),
+            Err(error) => tracing::error!(%error, "putting a restored state right"),
+        }
     }
 
     fn count_certificate(&self, kind: CertificateKind) {
@@ -123,7 +160,7 @@ impl Api {
 
 /// Serves agents until cancelled; connections that are open then are told to go, and end with their watches.
 pub async fn serve(
-    listener: TcpListener,
+    listener: impl tls::Listen,
     tls: watch::Receiver<Arc<ServerConfig>>,
     api: Arc<Api>,
 ) -> Result<(), tonic::transport::Error> {

@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Api, NodeReport, services::node_server::Node, tls::Peer};
 use crate::{
+    clock::Clock,
     distribute::{Acks, Subscription},
     metrics::CertificateKind,
 };
@@ -26,7 +27,7 @@ const UPDATE_QUEUE: usize = 2;
 #[tonic::async_trait]
 impl Node for Api {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<Certificate>, Status> {
-        let (node, _) = Peer::node(&request, &self.trust_domain)?;
+        let (node, _) = Peer::node(&request, &self.trust_domain, self.clock.now())?;
         self.may_ask(&node)?;
         let id = SpiffeId::node(&self.trust_domain, &node)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -37,7 +38,7 @@ impl Node for Api {
     }
 
     async fn certify(&self, request: Request<CertifyRequest>) -> Result<Response<Certificate>, Status> {
-        let (node, _) = Peer::node(&request, &self.trust_domain)?;
+        let (node, _) = Peer::node(&request, &self.trust_domain, self.clock.now())?;
         self.may_ask(&node)?;
         let request = request.into_inner();
         let id = SpiffeId::parse(&request.identity)
@@ -60,7 +61,7 @@ impl Node for Api {
         &self,
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let (node, certified_until) = Peer::node(&request, &self.trust_domain)?;
+        let (node, certified_until) = Peer::node(&request, &self.trust_domain, self.clock.now())?;
         self.may_ask(&node)?;
         let mut words = request.into_inner();
         let first = timeout(HELLO_TIMEOUT, words.message())
@@ -69,11 +70,13 @@ impl Node for Api {
         let Some(WatchRequest { body: Some(Body::Hello(hello)) }) = first else {
             return Err(Status::invalid_argument("the first word of a watch must be Hello"));
         };
+        self.hear(&node, &hello.version).await;
         let subscription = self.hub.connect(&node, &hello.version, &hello.agent_version);
         self.count_agents();
         tracing::info!(%node, has = hello.version, agent = hello.agent_version, "agent watches");
         let (sender, receiver) = mpsc::channel(UPDATE_QUEUE);
-        let watch = Watch { node, certified_until, sender, reports: self.reports.clone() };
+        let clock = self.clock.clone();
+        let watch = Watch { node, certified_until, sender, reports: self.reports.clone(), clock };
         let cancel = self.cancel.clone();
         let (hub, metrics) = (self.hub.clone(), self.metrics.clone());
         self.watches.spawn(async move {
@@ -103,12 +106,13 @@ struct Watch {
     certified_until: SystemTime,
     sender: mpsc::Sender<Result<ViewUpdate, Status>>,
     reports: mpsc::Sender<NodeReport>,
+    clock: Clock,
 }
 
 impl Watch {
     /// Carries updates one way and words the other, until either ends; says why.
     async fn run(self, mut updates: Subscription, words: Streaming<WatchRequest>, sent: &Counter) -> String {
-        let certified_for = self.certified_until.duration_since(SystemTime::now()).unwrap_or_default();
+        let certified_for = self.certified_until.duration_since(self.clock.now()).unwrap_or_default();
         let acks = updates.acks();
         // Cancel-safe: the first that ends, ends the watch.
         let status = tokio::select! {
@@ -125,7 +129,8 @@ impl Watch {
     }
 
     async fn tell(&self, updates: &mut Subscription, sent: &Counter) -> Status {
-        while let Some(update) = updates.next().await {
+        while let Some(mut update) = updates.next().await {
+            update.now_unix_ms = self.clock.unix_ms();
             if self.sender.send(Ok(update)).await.is_err() {
                 return Status::cancelled("the agent went away");
             }

@@ -22,7 +22,7 @@ use rustls::{
 use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     time::timeout,
 };
@@ -35,6 +35,7 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer};
 use super::limits::{CONNECTIONS, CONNECTIONS_OF_ADDRESS, HANDSHAKES_OF_ADDRESS, Place, Places};
 use crate::{
     ca::{self, Authority, CaError},
+    clock::Clock,
     metrics::{Limit, Metrics},
 };
 
@@ -66,8 +67,9 @@ pub fn server_config(
     authority: &Authority,
     trust_domain: &TrustDomain,
     ttl: Duration,
-    now: SystemTime,
+    clock: &Clock,
 ) -> Result<(Arc<ServerConfig>, SystemTime), TlsError> {
+    let now = clock.now();
     let (issued, key) = authority.own(&SpiffeId::controller(trust_domain), ttl, now)?;
     let mut roots = RootCertStore::empty();
     for root in authority.roots() {
@@ -77,7 +79,7 @@ pub fn server_config(
     let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .allow_unauthenticated()
         .build()?;
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_details(provider, Arc::new(clock.clone()))
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(clients)
         .with_single_cert(issued.chain, key)?;
@@ -108,12 +110,13 @@ impl Peer {
     pub fn node<T>(
         request: &tonic::Request<T>,
         trust_domain: &TrustDomain,
+        now: SystemTime,
     ) -> Result<(String, SystemTime), Status> {
         let peer = request.extensions().get::<Self>();
         let certificate = peer.and_then(|peer| peer.certificate.as_ref()).ok_or_else(|| {
             Status::unauthenticated("this call needs the node's certificate; join first, with a token")
         })?;
-        if certificate.not_after <= SystemTime::now() {
+        if certificate.not_after <= now {
             return Err(Status::unauthenticated(
                 "the node's certificate has ended; connect with the renewed one",
             ));
@@ -131,12 +134,17 @@ impl Peer {
 }
 
 /// A connection that has shaken hands.
-#[derive(Debug)]
 pub struct AgentStream {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Box<dyn Stream>>,
     peer: Peer,
     /// Of its address and of all, for as long as it is open.
     _places: (Place, OwnedSemaphorePermit),
+}
+
+impl std::fmt::Debug for AgentStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AgentStream").field("peer", &self.peer).finish_non_exhaustive()
+    }
 }
 
 impl Connected for AgentStream {
@@ -171,9 +179,27 @@ impl AsyncWrite for AgentStream {
     }
 }
 
+/// A connection, of TCP or simulated.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Where connections come in.
+pub trait Listen: Send + 'static {
+    /// The next connection, and where it is from. Cancel-safe.
+    fn next(&mut self) -> impl Future<Output = io::Result<(Box<dyn Stream>, SocketAddr)>> + Send;
+}
+
+impl Listen for TcpListener {
+    async fn next(&mut self) -> io::Result<(Box<dyn Stream>, SocketAddr)> {
+        let (stream, address) = self.accept().await?;
+        stream.set_nodelay(true)?;
+        Ok((Box::new(stream), address))
+    }
+}
+
 /// The connections of a listener, after their handshakes. A handshake that fails or dawdles costs only itself.
 pub fn incoming(
-    listener: TcpListener,
+    listener: impl Listen,
     tls: watch::Receiver<Arc<ServerConfig>>,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
@@ -190,7 +216,7 @@ pub fn incoming(
 }
 
 async fn accept(
-    listener: TcpListener,
+    mut listener: impl Listen,
     tls: watch::Receiver<Arc<ServerConfig>>,
     metrics: Arc<Metrics>,
     served: mpsc::Sender<io::Result<AgentStream>>,
@@ -200,7 +226,7 @@ async fn accept(
     let (by_address, shaking) = (Places::default(), Places::default());
     loop {
         let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let (stream, address) = match listener.accept().await {
+        let (stream, address) = match listener.next().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "accepting a connection");
@@ -238,12 +264,11 @@ async fn accept(
 }
 
 async fn handshake(
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
     address: SocketAddr,
     places: (Place, OwnedSemaphorePermit),
     acceptor: &TlsAcceptor,
 ) -> io::Result<AgentStream> {
-    stream.set_nodelay(true)?;
     let stream = acceptor.accept(stream).await?;
     let certificate = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
         Some(leaf) => Some(peer_certificate(leaf).map_err(io::Error::other)?),

@@ -13,6 +13,9 @@ pub(crate) fn status(status: &Status) -> String {
             format_args!("root {} until {}", &root.sha256[..16.min(root.sha256.len())], root.not_after),
         );
     }
+    for problem in &status.problems {
+        line(&mut text, format_args!("PROBLEM {problem}"));
+    }
     text.push_str(&documents(&status.documents));
     text.push('\n');
     let agents = status.agents.iter().map(|agent| {
