@@ -23,6 +23,7 @@ pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
         };
         run(&["--workspace", "--lib", "--bins"])?;
         run(&["--package", "mesh-agent", "--test", "control"])?;
+        run(&["--package", "mesh-tests", "--test", "simulation"])?;
         run(&["--package", "mesh-controller", "--package", "xtask", "--tests"])
     })
 }
