@@ -208,6 +208,16 @@ impl Agent {
         self.settings.directory.join(format!("access-{}.log", self.settings.node))
     }
 
+    /// Puts another join token in place of the one that it used.
+    pub fn give_token(&self, token: &str) -> Result<()> {
+        fs::write(self.token_file(), token).context("writing the join token")
+    }
+
+    /// Its keys, certificates and last view, on tmpfs.
+    pub fn run_dir(&self) -> &Path {
+        &self.settings.run_dir
+    }
+
     /// Where it pins.
     pub fn bpffs(&self) -> &Path {
         &self.settings.bpffs

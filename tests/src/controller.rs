@@ -9,6 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{http, metrics::Metrics, netns, netns::NetNs, process, process::Program, topology::Pair, wait};
 
@@ -81,6 +85,52 @@ impl Controller {
         let status = self.program().take().context("the controller does not run")?.stop(grace)?;
         anyhow::ensure!(status.success(), "the controller ended with {status}");
         Ok(())
+    }
+
+    /// SIGSTOP: it keeps its connections and answers nobody, as a machine does that swaps itself to death.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Drops every packet between it and the nodes, both ways: connections that stand stay open at both ends.
+    pub fn cut_off(&self) -> Result<()> {
+        self.rules("-A", "")
+    }
+
+    /// Ends [`Controller::cut_off`].
+    pub fn reconnect(&self) -> Result<()> {
+        self.rules("-D", "")
+    }
+
+    /// Drops this part of the packets each way, at random.
+    pub fn lose(&self, part: f64) -> Result<()> {
+        self.rules("-A", &format!("-m statistic --mode random --probability {part}"))
+    }
+
+    fn rules(&self, action: &str, which: &str) -> Result<()> {
+        let rule = |chain: &str, way: &str| {
+            self.netns
+                .shell(&format!("iptables {action} {chain} {way} uplink -p tcp {which} -j DROP"))
+                .map(drop)
+        };
+        rule("INPUT", "-i").and_then(|()| rule("OUTPUT", "-o"))
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let program = self.program();
+        let pid = program.as_ref().context("the controller does not run")?.pid();
+        kill(Pid::from_raw(i32::try_from(pid)?), signal)
+            .with_context(|| format!("{signal} to the controller"))
+    }
+
+    /// Where it keeps its state.
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     /// A join token for a node.
