@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::netns::NetNs;
+use crate::wait::scaled;
 use crate::workload::connect_in;
 
 /// How long an answer may take.
@@ -25,8 +26,8 @@ pub struct Answer {
 
 /// `GET path` from inside a namespace. HTTP/1.0, so that the answer ends with the connection.
 pub fn get(from: &NetNs, to: SocketAddr, path: &str) -> Result<Answer> {
-    let mut stream = connect_in(from, to, TIMEOUT).with_context(|| format!("connecting to {to}"))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
+    let mut stream = connect_in(from, to, scaled(TIMEOUT)).with_context(|| format!("connecting to {to}"))?;
+    stream.set_read_timeout(Some(scaled(TIMEOUT)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {to}\r\n\r\n")?;
     let mut answer = vec![];
     stream.read_to_end(&mut answer).with_context(|| format!("reading the answer of {to}"))?;

@@ -1,12 +1,26 @@
 //! Waiting for conditions, never for time: the one place of this crate that sleeps, between two looks.
+//!
+//! Deadlines are those of a real machine. An emulated one is many times slower and says so in `NODEMESH_TIME_SCALE`, a
+//! whole number that every deadline is multiplied by.
 
 use std::{
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
 
 /// Pause between two looks at a condition.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// A deadline, or a limit that a test asserts on, as long as this machine is slow.
+pub fn scaled(deadline: Duration) -> Duration {
+    static SCALE: OnceLock<u32> = OnceLock::new();
+    let scale = SCALE.get_or_init(|| match std::env::var("NODEMESH_TIME_SCALE") {
+        Ok(text) => text.parse().expect("NODEMESH_TIME_SCALE is a whole number"),
+        Err(_) => 1,
+    });
+    deadline * *scale
+}
 
 /// Looks until `look` gives something, and returns it; panics with `what` and the last complaint at the deadline.
 ///
@@ -22,6 +36,7 @@ pub fn until<T>(what: &str, deadline: Duration, look: impl FnMut() -> Result<T, 
 /// Like [`until`], but hands the last complaint back.
 pub fn try_until<T>(deadline: Duration, mut look: impl FnMut() -> Result<T, String>) -> Result<T, String> {
     let started = Instant::now();
+    let deadline = scaled(deadline);
     loop {
         match look() {
             Ok(value) => return Ok(value),

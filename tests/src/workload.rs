@@ -14,6 +14,7 @@ use crate::{
     apps::{Handler, Server},
     netns::NetNs,
     topology::Pair,
+    wait::scaled,
 };
 
 /// How long a connect or a silent peer may take before a test fails: above every deadline of the agent.
@@ -95,7 +96,7 @@ impl Workload {
 
     /// Connects from inside, as an application would; reads and writes of the stream give up after [`TIMEOUT`].
     pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        connect_in(&self.netns, to, TIMEOUT)
+        connect_in(&self.netns, to, scaled(TIMEOUT))
     }
 
     /// Connects, sends, ends the sending half, and reads until the other side ends.
@@ -118,7 +119,12 @@ impl Workload {
         };
         let kinds = [ErrorKind::ConnectionRefused, ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
         assert!(kinds.contains(&error.kind()), "{} to {to} was not refused: {error}", self.name);
-        assert!(started.elapsed() < AT_ONCE, "{} to {to}: refused after {:?}", self.name, started.elapsed());
+        assert!(
+            started.elapsed() < scaled(AT_ONCE),
+            "{} to {to}: refused after {:?}",
+            self.name,
+            started.elapsed()
+        );
         error
     }
 
@@ -140,7 +146,7 @@ pub fn connect_in(from: &NetNs, to: SocketAddr, timeout: Duration) -> io::Result
     socket.connect_timeout(&SockAddr::from(to), timeout)?;
     let stream = TcpStream::from(socket);
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(scaled(TIMEOUT)))?;
+    stream.set_write_timeout(Some(scaled(TIMEOUT)))?;
     Ok(stream)
 }

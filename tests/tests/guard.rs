@@ -11,7 +11,7 @@ use mesh_tests::{
     Workload, World, apps,
     manifests::{self, Enrolment, Mode},
     until,
-    wait::holds,
+    wait::{holds, scaled},
     workload::TIMEOUT,
 };
 use socket2::{Domain, Socket, Type};
@@ -57,7 +57,7 @@ fn send(from: &Workload, source: SocketAddr, to: SocketAddr, text: &[u8]) {
 
 /// What arrives until the datagram `end`, which must arrive; the path keeps the order.
 fn received(socket: &UdpSocket, end: &[u8]) -> Vec<Vec<u8>> {
-    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    socket.set_read_timeout(Some(scaled(TIMEOUT))).unwrap();
     let mut all = vec![];
     let mut buffer = [0; 4096];
     loop {

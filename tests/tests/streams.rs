@@ -8,7 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_tests::{Server, Workload, World, apps, apps::Handler, until, wait::holds, workload::TIMEOUT};
+use mesh_tests::{
+    Server, Workload, World, apps,
+    apps::Handler,
+    until,
+    wait::{holds, scaled},
+    workload::TIMEOUT,
+};
 use socket2::SockRef;
 
 const BULK: usize = 40 << 20;
@@ -43,7 +49,7 @@ impl Pair {
 fn handed(server: &Workload) -> (Server, mpsc::Receiver<TcpStream>) {
     let (sender, receiver) = mpsc::channel();
     let hand = move |stream: TcpStream| {
-        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(scaled(TIMEOUT)))?;
         sender.send(stream).map_err(std::io::Error::other)
     };
     (server.serve(8080, Arc::new(hand)).unwrap(), receiver)
@@ -58,7 +64,7 @@ fn assert_reset(stream: &mut TcpStream) {
     let started = Instant::now();
     let error = stream.read(&mut [0; 1]).expect_err("a reset, not an orderly end");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-    assert!(started.elapsed() < SOON, "the reset took {:?}", started.elapsed());
+    assert!(started.elapsed() < scaled(SOON), "the reset took {:?}", started.elapsed());
 }
 
 #[test]
