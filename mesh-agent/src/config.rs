@@ -26,6 +26,8 @@ struct CommandLine {
 enum Command {
     /// Removes everything that the agent put into the kernel: programs, rules, routes, pins.
     Uninstall(Uninstall),
+    /// Tells what this kernel has of what capture needs, and what follows where it lacks something.
+    Doctor(Doctor),
 }
 
 /// What the command line asks for.
@@ -35,6 +37,8 @@ pub enum Invocation {
     Run(Config),
     /// Take it off the machine.
     Uninstall(Uninstall),
+    /// Look at the kernel.
+    Doctor(Doctor),
 }
 
 impl Invocation {
@@ -50,6 +54,7 @@ impl Invocation {
         let line = CommandLine::try_parse_from(words)?;
         match (line.command, line.run) {
             (Some(Command::Uninstall(uninstall)), _) => Ok(Self::Uninstall(uninstall)),
+            (Some(Command::Doctor(doctor)), _) => Ok(Self::Doctor(doctor)),
             (None, Some(run)) => Ok(Self::Run(run)),
             (None, None) => Err(clap::Error::raw(
                 clap::error::ErrorKind::MissingRequiredArgument,
@@ -68,6 +73,14 @@ pub struct Uninstall {
     /// The run directory of the agent, removed as well when given.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+}
+
+/// What is needed to look at the kernel.
+#[derive(Debug, Clone, Args)]
+pub struct Doctor {
+    /// Where programs and maps would be pinned; what is tried goes beside it and is removed again.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
+    pub bpffs: PathBuf,
 }
 
 /// The settings of a running agent.

@@ -17,11 +17,12 @@
 //! | [`wire`] | what crossed the wire between the nodes |
 //! | [`topology`] | addresses and links, in the shapes of real CNI plugins |
 //! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
-//! | [`tcx`] | what is attached to an interface, asked of the kernel |
+//! | [`attached`] | what is attached to an interface, asked of the kernel |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
 
 pub mod agent;
 pub mod apps;
+pub mod attached;
 pub mod controller;
 pub mod frame;
 pub mod http;
@@ -32,7 +33,6 @@ pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod slot;
-pub mod tcx;
 pub mod topology;
 pub mod wait;
 pub mod wire;

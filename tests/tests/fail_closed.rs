@@ -15,10 +15,10 @@ use std::{
 };
 
 use mesh_tests::{
-    Workload, World, apps,
+    Workload, World, apps, attached,
     manifests::{Enrolment, Mode},
     netns::NetNs,
-    tcx, until,
+    until,
     wait::holds,
     wire::Capture,
     workload::{TIMEOUT, connect_in},
@@ -150,8 +150,8 @@ struct Damage {
 }
 
 fn detach(netns: &NetNs, device: &str) {
-    for link in tcx::links(netns, device).unwrap() {
-        tcx::detach(link).unwrap();
+    for program in attached::programs(netns, device).unwrap() {
+        program.detach().unwrap();
     }
 }
 
@@ -208,7 +208,10 @@ const DAMAGES: &[Damage] = &[
     Damage {
         what: "the pins of all links, by the node's root",
         repair: "program",
-        inflict: |world, _| fs::remove_dir_all(world.agent("a").bpffs().join("links")).unwrap(),
+        inflict: |world, _| {
+            let records = if attached::has_tcx() { "links" } else { "filters" };
+            fs::remove_dir_all(world.agent("a").bpffs().join(records)).unwrap();
+        },
     },
     Damage {
         what: "the pins of the maps, by the node's root",

@@ -23,7 +23,7 @@ const TABLE: u32 = 1501;
 /// Priority of the rule; before the main table's 32766, after nothing that a pod usually has.
 const PRIORITY: u32 = 100;
 /// The index of `lo`.
-const LO: u32 = 1;
+pub(super) const LO: u32 = 1;
 
 const ACCEPT_LOCAL: &str = "/proc/sys/net/ipv4/conf/lo/accept_local";
 const RP_FILTER: &str = "/proc/sys/net/ipv4/conf/lo/rp_filter";

@@ -1,13 +1,11 @@
 //! Finds a workload's network namespace and the two ends of its veth, by its address.
 //!
-//! Namespaces are found in `/run/netns` (where CNI plugins and `ip netns` keep them) and through the processes in
-//! `/proc`. The node's end is found by link index, and checked to lead back to the pod's end.
+//! The node's end is found by link index, and checked to lead back to the pod's end.
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
+    io,
     net::IpAddr,
-    os::unix::fs::MetadataExt,
     path::PathBuf,
 };
 
@@ -16,7 +14,7 @@ use mesh_ebpf::abi::Mac;
 use netlink_packet_route::link::LinkAttribute;
 use nix::ifaddrs::getifaddrs;
 
-use crate::net::netns::Namespace;
+use crate::net::netns::{Namespace, namespaces};
 
 /// Why a workload's place was not found.
 #[derive(Debug, thiserror::Error)]
@@ -61,26 +59,6 @@ pub struct Place {
     pub node_ifindex: u32,
     /// The hardware address of the pod's end.
     pub mac: Mac,
-}
-
-/// Paths of all network namespaces, each once.
-pub fn namespaces() -> io::Result<Vec<PathBuf>> {
-    let own = fs::metadata("/proc/self/ns/net")?.ino();
-    let mut seen = HashSet::from([own]);
-    let mut paths = Vec::new();
-    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
-    let of_processes = fs::read_dir("/proc")?
-        .flatten()
-        .filter(|entry| entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit))
-        .map(|entry| entry.path().join("ns/net"));
-    for path in named.chain(of_processes) {
-        // Processes and names come and go; what cannot be looked at is not there any more.
-        let Ok(metadata) = fs::metadata(&path) else { continue };
-        if seen.insert(metadata.ino()) {
-            paths.push(path);
-        }
-    }
-    Ok(paths)
 }
 
 /// Which namespaces and interfaces have which address, at one moment.

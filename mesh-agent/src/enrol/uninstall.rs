@@ -2,23 +2,26 @@
 
 use std::{fs, io, path::Path};
 
-use super::discover;
 use crate::{
     capture::{
+        clsact::Filters,
         routing::Routing,
         settings::{forget_settings, saved_settings},
     },
-    net::netns::Namespace,
+    net::netns::{Namespace, namespaces},
 };
 
-/// Removes what is pinned below `bpffs` and what the node's namespaces have of us. Programs go with their links.
+/// Removes what is pinned below `bpffs` and what the node's namespaces have of us. Programs go with
+/// their links, or with their filters.
 /// Must be called inside a runtime.
 pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>) -> anyhow::Result<()> {
+    // What they are recorded by is below `bpffs` too.
+    Filters::below(bpffs).remove_all()?;
     match fs::remove_dir_all(bpffs) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
     }
-    for path in discover::namespaces()? {
+    for path in namespaces()? {
         // A namespace may go while we look; then nothing is left in it.
         let Ok(namespace) = Namespace::open(&path) else { continue };
         let routing = Routing::open(&namespace)?;

@@ -28,11 +28,15 @@ pub enum CgroupError {
 /// Makes the directory `name` below the cgroup2 mount, moves this process there, and returns the directory's inode
 /// number: what `bpf_skb_cgroup_id` gives for the process's sockets.
 pub fn enter(name: &str) -> Result<u64, CgroupError> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| CgroupError::NoMount)?;
-    let root = mount_point(&mounts).ok_or(CgroupError::NoMount)?;
-    let path = root.join(name);
+    let path = mount()?.join(name);
     let entered = make_and_enter(&path);
     entered.map_err(|error| CgroupError::Enter { path, error })
+}
+
+/// Where cgroup2 is mounted.
+pub fn mount() -> Result<PathBuf, CgroupError> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| CgroupError::NoMount)?;
+    mount_point(&mounts).ok_or(CgroupError::NoMount)
 }
 
 fn make_and_enter(path: &Path) -> io::Result<u64> {

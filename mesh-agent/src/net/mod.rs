@@ -2,5 +2,6 @@
 //! privileges.
 
 pub mod cgroup;
+pub mod netlink;
 pub mod netns;
 pub mod socket;

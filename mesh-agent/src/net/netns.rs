@@ -4,11 +4,12 @@
 //! only `socket()`, netlink and /proc/sys need to run inside; everything else happens where the runtime likes.
 
 use std::{
-    fs::File,
+    collections::HashSet,
+    fs::{self, File},
     io,
     os::fd::{AsFd, BorrowedFd},
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Path, PathBuf},
     sync::OnceLock,
 };
 
@@ -46,6 +47,17 @@ impl Namespace {
         Self::open(Path::new("/proc/self/ns/net"))
     }
 
+    /// The namespace with this inode number, if a name or a process of this machine has it.
+    pub fn find(inode: u64) -> io::Result<Option<Self>> {
+        let own = Self::of_agent()?;
+        if own.inode == inode {
+            return Ok(Some(own));
+        }
+        // One that goes while we look is not there any more.
+        let all = namespaces()?.into_iter().filter_map(|path| Self::open(&path).ok());
+        Ok(all.into_iter().find(|namespace| namespace.inode == inode))
+    }
+
     /// The namespace's inode number: equal for equal namespaces, as long as one handle is open.
     pub fn inode(&self) -> u64 {
         self.inode
@@ -69,6 +81,27 @@ impl Namespace {
         let _way_back = WayBack(home);
         Ok(work())
     }
+}
+
+/// Paths of all network namespaces but the caller's own, each once: those with a name in `/run/netns` (where CNI plugins
+/// and `ip netns` keep them) and those of processes.
+pub fn namespaces() -> io::Result<Vec<PathBuf>> {
+    let own = fs::metadata("/proc/self/ns/net")?.ino();
+    let mut seen = HashSet::from([own]);
+    let mut paths = Vec::new();
+    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    let of_processes = fs::read_dir("/proc")?
+        .flatten()
+        .filter(|entry| entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit))
+        .map(|entry| entry.path().join("ns/net"));
+    for path in named.chain(of_processes) {
+        // Processes and names come and go; what cannot be looked at is not there any more.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if seen.insert(metadata.ino()) {
+            paths.push(path);
+        }
+    }
+    Ok(paths)
 }
 
 impl AsFd for Namespace {
