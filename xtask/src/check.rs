@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    ebpf, fuzz,
+    ebpf, fuzz, kernel,
     run::{cargo, read, step, succeed},
     setup,
 };
@@ -49,10 +49,11 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
     let nextest = setup::nextest()?;
     step("Tests: pure ones, then worlds one at a time", || {
         let mut tests = cargo();
-        tests.env("PATH", with_tool(&nextest)?).env("NODEMESH_BIN_DIR", binaries);
+        tests.env("PATH", with_tool(&nextest)?).env("NODEMESH_BIN_DIR", &binaries);
         tests.args(["nextest", "run", "--workspace"]).args(filter);
         succeed(&mut tests)
-    })
+    })?;
+    if filter.is_none() { kernel::smoke(&binaries) } else { Ok(()) }
 }
 
 /// What a merge must pass.

@@ -6,6 +6,7 @@
 //! | [`ebpf`] | builds the kernel programs |
 //! | [`fuzz`] | feeds arbitrary bytes to what reads bytes of others |
 //! | [`check`] | `test` and `ci` |
+//! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`demo`] | shows a mesh at work |
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
 
@@ -13,6 +14,7 @@ mod check;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod kernel;
 mod run;
 mod setup;
 
@@ -42,6 +44,10 @@ enum Task {
         /// Only tests with this in their name; skips format and lints.
         #[arg(long)]
         filter: Option<String>,
+        /// Only those about the kernel, on another kernel in a virtual machine: 6.1, 6.12, or all of them.
+        #[arg(long, value_name = "VERSION|all", num_args = 0..=1, default_missing_value = "all")]
+        #[arg(conflicts_with = "pure")]
+        kernel: Option<String>,
     },
     /// Feed arbitrary bytes to everything that reads bytes of others.
     Fuzz {
@@ -66,8 +72,9 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Demo { once } => demo::demo(if once { demo::End::Once } else { demo::End::OnInterrupt }),
-        Task::Test { pure: true, filter } => check::pure(filter.as_deref()),
-        Task::Test { pure: false, filter } => check::everything(filter.as_deref()),
+        Task::Test { kernel: Some(version), filter, .. } => kernel::test(&version, filter.as_deref()),
+        Task::Test { pure: true, filter, .. } => check::pure(filter.as_deref()),
+        Task::Test { pure: false, filter, .. } => check::everything(filter.as_deref()),
         Task::Fuzz { seeds: true, .. } => fuzz::seeds(),
         Task::Fuzz { seeds: false, target, runs } => fuzz::run(target.as_deref(), runs),
         Task::BuildEbpf => {

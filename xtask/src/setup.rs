@@ -21,8 +21,8 @@ const BPF_LINKER: &str = "0.13.0";
 const NEXTEST: &str = "0.9.151";
 /// Checks licences and advisories of dependencies.
 const CARGO_DENY: &str = "0.20.2";
-/// The oldest kernel with TCX links, which capture rests on.
-const OLDEST_KERNEL: (u32, u32) = (6, 6);
+/// The oldest kernel that capture is tested on.
+const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Programs that worlds, tests and demo run, each with its Debian package.
 const PROGRAMS: [(&str, &str); 6] = [
@@ -116,8 +116,8 @@ fn kernel(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()??, numbers.next()??))
 }
 
-/// Installs what is missing of programs and their packages.
-fn programs(wanted: &[(&str, &str)]) -> Result<()> {
+/// Installs the packages of those programs that are missing.
+pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     let mut packages: Vec<&str> =
         wanted.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     packages.dedup();
