@@ -5,27 +5,38 @@ use std::{net::IpAddr, sync::Arc};
 use mesh_core::{
     identity::SpiffeId,
     model::{Name, Workload},
-    policy::{Request, RuleRef, Verdict, decide},
+    policy::{Decision, Request, RuleRef, Verdict, WouldRefuse, decide},
     refusal::Reason,
     view::Snapshot,
 };
 
 use crate::refusal::Refusal;
 
-/// Decides a connection to a workload of this node. The rule that allows it, if one had to.
+/// Decides a connection to a workload of this node.
 pub(crate) fn inbound(
     view: &Snapshot,
     destination: &Workload,
     source: Option<&SpiffeId>,
     source_address: IpAddr,
     port: u16,
-) -> Result<Option<RuleRef>, Denied> {
+) -> Result<Allowed, Denied> {
     let request = Request { source, source_address, port };
-    match decide(destination.mode, view.policies_of(destination), &request) {
-        Verdict::AllowedByDefault => Ok(None),
-        Verdict::Allowed(rule) => Ok(Some(rule)),
+    let Decision { verdict, would_refuse } =
+        decide(destination.mode, view.policies_of(destination), &request);
+    match verdict {
+        Verdict::AllowedByDefault => Ok(Allowed { rule: None, would_refuse }),
+        Verdict::Allowed(rule) => Ok(Allowed { rule: Some(rule), would_refuse }),
         Verdict::Refused { reason, rule } => Err(Denied { reason, rule }),
     }
+}
+
+/// A verdict for a connection.
+#[derive(Debug)]
+pub(crate) struct Allowed {
+    /// The rule that allows it, if one had to.
+    pub(crate) rule: Option<RuleRef>,
+    /// What audited policies would say.
+    pub(crate) would_refuse: Option<WouldRefuse>,
 }
 
 /// A verdict against a connection.

@@ -50,6 +50,17 @@ pub struct ConnectionLabels {
     pub transport: &'static str,
 }
 
+/// Labels of `nodemesh_policy_audit_refusals_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AuditLabels {
+    /// The audited policy, `namespace/name`.
+    pub policy: String,
+    /// The workload of this node that was asked for, `namespace/name`.
+    pub workload: String,
+    /// The reason's label.
+    pub reason: &'static str,
+}
+
 /// A set of one label, that says which way.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct DirectionLabels {
@@ -110,6 +121,7 @@ pub struct ByteCounters {
 pub struct Metrics {
     connections: Family<ConnectionLabels, Counter>,
     active: Family<DirectionLabels, Gauge>,
+    audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
     inbound_bytes: ByteCounters,
     kernel_refused: Family<ReasonLabels, Counter>,
@@ -140,6 +152,7 @@ impl Metrics {
         let metrics = Self {
             connections: Family::default(),
             active: Family::default(),
+            audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
             inbound_bytes: both(Direction::Inbound),
             kernel_refused: Family::default(),
@@ -163,6 +176,11 @@ impl Metrics {
         let m = &metrics;
         registry.register("connections", "Connections that ended", m.connections.clone());
         registry.register("connections_active", "Connections that are carried now", m.active.clone());
+        registry.register(
+            "policy_audit_refusals",
+            "Connections that an audited policy would have refused, had it been enforced",
+            m.audit_refusals.clone(),
+        );
         registry.register("bytes", "Bytes of applications that were carried", bytes.clone());
         registry.register(
             "kernel_refused",
@@ -236,6 +254,16 @@ impl Metrics {
     /// How many connections ended with these labels.
     pub fn connections(&self, labels: &ConnectionLabels) -> u64 {
         self.connections.get_or_create(labels).get()
+    }
+
+    /// An audited policy would have refused a connection.
+    pub fn audit_refused(&self, labels: &AuditLabels) {
+        self.audit_refusals.get_or_create(labels).inc();
+    }
+
+    /// How many connections audited policies would have refused with these labels.
+    pub fn audit_refusals(&self, labels: &AuditLabels) -> u64 {
+        self.audit_refusals.get_or_create(labels).get()
     }
 
     /// The gauge of connections that are carried.
@@ -409,6 +437,11 @@ mod tests {
             transport: "tunnel",
         };
         metrics.connection_ended(&labels);
+        metrics.audit_refused(&AuditLabels {
+            policy: "shop/trial".into(),
+            workload: "shop/web".into(),
+            reason: "policy_deny",
+        });
         metrics.kernel_refused("plaintext", 2);
         metrics.handshake("ok");
         metrics.certificate_expiry("spiffe://td/ns/a/sa/b", Some(12.0));
@@ -419,6 +452,7 @@ mod tests {
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
             r#"nodemesh_connections_total{direction="outbound",workload="shop/web",outcome="refused",reason="dial_refused",transport="tunnel"} 1"#,
+            r#"nodemesh_policy_audit_refusals_total{policy="shop/trial",workload="shop/web",reason="policy_deny"} 1"#,
             r#"nodemesh_kernel_refused_total{reason="plaintext"} 2"#,
             r#"nodemesh_handshakes_total{result="ok"} 1"#,
             r#"nodemesh_certificate_expiry_seconds{identity="spiffe://td/ns/a/sa/b"} 12.0"#,

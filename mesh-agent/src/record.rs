@@ -10,14 +10,14 @@ use std::{
     io::{self, BufWriter, Write},
     net::SocketAddr,
     path::Path,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Instant, SystemTime},
 };
 
 use mesh_core::{
     identity::SpiffeId,
     model::Name,
-    policy::RuleRef,
+    policy::{RuleRef, WouldRefuse},
     refusal::{Reason, Step},
     route::Transport,
 };
@@ -26,7 +26,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    metrics::{ConnectionLabels, Counted, Direction, Flow, Metrics},
+    metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics},
     quota::Share,
     refusal::{Failure, Stop},
 };
@@ -126,6 +126,7 @@ pub(crate) struct Entry {
     pub(crate) flow: Flow,
     /// Its place among the node's connections. Here, and not on the way, to keep that small.
     pub(crate) place: Option<Box<Share<u64>>>,
+    would_refuse: OnceLock<WouldRefuse>,
     recorder: Recorder,
     direction: Direction,
     workload: Name,
@@ -147,6 +148,7 @@ impl Recorder {
             view: None,
             flow: Flow::new(self.metrics.bytes(direction).clone()),
             place: None,
+            would_refuse: OnceLock::new(),
             recorder: self.clone(),
             direction,
             workload: workload.clone(),
@@ -168,6 +170,25 @@ impl Entry {
     /// It was no connection but a tunnel, whose leases are recorded one by one.
     pub(crate) fn withdraw(mut self: Box<Self>) {
         self.withdrawn = true;
+    }
+
+    /// It may be: by this rule, if one had to say so, and against this audited policy.
+    pub(crate) fn allowed(&mut self, rule: Option<RuleRef>, would_refuse: Option<WouldRefuse>) {
+        self.rule = rule;
+        self.would_refuse(would_refuse);
+    }
+
+    /// What audited policies would have refused: counted once a connection, however often it is decided anew.
+    pub(crate) fn would_refuse(&self, found: Option<WouldRefuse>) {
+        let Some(found) = found else { return };
+        let labels = AuditLabels {
+            policy: found.policy.to_string(),
+            workload: self.workload.to_string(),
+            reason: found.reason.label(),
+        };
+        if self.would_refuse.set(found).is_ok() {
+            self.recorder.metrics.audit_refused(&labels);
+        }
     }
 
     fn transport_label(&self) -> &'static str {
@@ -202,6 +223,7 @@ impl Entry {
             destination: EndEvent::of(&self.destination),
             transport: self.transport_label(),
             rule: self.deciding_rule().map(ToString::to_string),
+            would_refuse: self.would_refuse.get(),
             bytes_sent,
             bytes_received,
             outcome: outcome(&self.result),
@@ -271,6 +293,7 @@ struct Event<'a> {
     destination: EndEvent<'a>,
     transport: &'static str,
     rule: Option<String>,
+    would_refuse: Option<&'a WouldRefuse>,
     bytes_sent: u64,
     bytes_received: u64,
     outcome: &'static str,

@@ -6,8 +6,11 @@ mod world;
 
 use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
-use mesh_agent::connection::{Accepted, Direction, Limits, serve};
-use mesh_core::model::{Action, Mode, Policy, Rule, Source};
+use mesh_agent::{
+    connection::{Accepted, Direction, Limits, serve},
+    metrics::AuditLabels,
+};
+use mesh_core::model::{Action, Enforcement, Mode, Policy, Rule, Source, Traits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
 
@@ -332,9 +335,9 @@ async fn a_reset_passes_through_plaintext_too() {
 }
 
 fn deny(account: &str) -> Policy {
-    let from = vec![Source { identities: vec![identity(account)], ..Source::default() }];
-    let rules = vec![Rule { from, ports: vec![] }];
-    Policy { name: name("no-client"), selector: Default::default(), action: Action::Deny, rules }
+    let any_of = Traits { identities: vec![identity(account).into()], ..Traits::default() };
+    let rule = Rule { from: vec![Source { any_of, ..Source::default() }], to: vec![] };
+    Policy::new(name("no-client"), Action::Deny, vec![rule])
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -368,6 +371,98 @@ async fn a_new_deny_ends_live_connections() {
     is_reset(&client).await;
     is_reset(&server).await;
     assert_eq!(world.destination.log_of(1).await[0]["reason"], "policy_deny");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audited_policy_refuses_nothing_and_is_counted_once_a_connection() {
+    let audited = Policy { enforcement: Enforcement::Audit, ..deny("client") };
+    let mut plan = Plan { policies: vec![audited.clone()], ..Plan::default() };
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let to = world.outbound(web);
+    let refusals = || {
+        let (policy, workload) = ("shop/no-client".into(), "shop/web".into());
+        world.destination.metrics.audit_refusals(&AuditLabels { policy, workload, reason: "policy_deny" })
+    };
+    let mut early = connect(to).await;
+    let (mut server, _) = accept(&app).await;
+    assert_eq!(refusals(), 1);
+    // Every view decides live connections anew: they count once.
+    plan.policies = vec![];
+    world.publish(&plan, "2");
+    let mut late = connect(to).await;
+    let (mut other_server, _) = accept(&app).await;
+    assert_eq!(refusals(), 1);
+    plan.policies = vec![audited];
+    world.publish(&plan, "3");
+    eventually(async || (refusals() == 2).then_some(())).await;
+    for (client, server) in [(&mut early, &mut server), (&mut late, &mut other_server)] {
+        client.write_all(b"still").await.unwrap();
+        in_time(server.read_exact(&mut [0; 5])).await.unwrap();
+    }
+    drop((early, server, late, other_server));
+    for line in world.destination.log_of(2).await {
+        assert_eq!((&line["outcome"], &line["rule"]), (&"ok".into(), &serde_json::Value::Null), "{line}");
+        let expected = serde_json::json!({"policy": "shop/no-client", "rule": 0, "reason": "policy_deny"});
+        assert_eq!(line["would_refuse"], expected);
+    }
+    assert_eq!(refusals(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plaintext_ends_at_both_nodes_when_the_destination_becomes_strict() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let stranger = connect_from(STRANGER, web).await.unwrap();
+    let (_stranger_server, _) = accept(&app).await;
+    let (mut client, mut server) = {
+        let direct = world.outbound(app.local_addr().unwrap());
+        plan.workloads.push(workload("app", &[WEB_APP]));
+        plan.workload("app").enrolled = false;
+        plan.workload("app").captured = false;
+        world.publish(&plan, "2");
+        (connect(direct).await, accept(&app).await.0)
+    };
+    // To be enrolled is no reason: a permissive workload takes plaintext.
+    plan.workload("app").enrolled = true;
+    world.publish(&plan, "3");
+    client.write_all(b"go on").await.unwrap();
+    in_time(server.read_exact(&mut [0; 5])).await.unwrap();
+    plan.workload("app").mode = Mode::Strict;
+    plan.workload("web").mode = Mode::Strict;
+    world.publish(&plan, "4");
+    for stream in [&stranger, &client, &server] {
+        is_reset(stream).await;
+    }
+    assert_eq!(world.destination.log_of(1).await[0]["reason"], "plaintext_to_strict");
+    let line = &world.source.log_of(1).await[0];
+    assert_eq!((&line["outcome"], &line["step"]), (&"refused".into(), &"relay".into()));
+    assert_eq!((&line["reason"], &line["detail"]), (&"destination_became_strict".into(), &"shop/app".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_ends_when_either_end_is_somebody_else_in_the_view() {
+    for (changed, at_source) in [("client", "identity_mismatch"), ("web", "peer_identity_mismatch")] {
+        let mut plan = Plan::default();
+        let world = World::new(&plan);
+        let (web, app) = world.web().await;
+        let client = connect(world.outbound(web)).await;
+        let (server, _) = accept(&app).await;
+        plan.workload("api").service_account = "other".into(); // a change that does not concern it
+        world.publish(&plan, "2");
+        plan.workload(changed).service_account = "new".into();
+        world.publish(&plan, "3");
+        is_reset(&client).await;
+        is_reset(&server).await;
+        assert_eq!(world.source.log_of(1).await[0]["reason"], at_source);
+        let line = &world.destination.log_of(1).await[0];
+        // The other agent's reset may be there before the own view.
+        let reasons = ["identity_mismatch", "tunnel_lost"];
+        assert!(reasons.contains(&line["reason"].as_str().unwrap()), "{line}");
+        // Nothing of it is leased again.
+        assert_eq!(ask(world.outbound(web), b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

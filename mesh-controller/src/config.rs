@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use mesh_core::identity::TrustDomain;
+use mesh_core::{identity::TrustDomain, model::Mode};
 
 /// Shortest life of a certificate: below, renewal could not keep up with clocks that differ.
 const MIN_TTL: Duration = Duration::from_secs(10);
@@ -25,6 +25,10 @@ pub struct Config {
     /// The trust domain of every identity: spiffe://NAME/...
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub trust_domain: TrustDomain,
+    /// Whether workloads take plaintext (permissive) or not (strict), where neither the label nodemesh.io/mode of the
+    /// workload nor that of its namespace says it.
+    #[arg(long, value_name = "MODE", default_value = "permissive")]
+    pub default_mode: Mode,
     /// How long certificates of nodes and workloads live; agents renew them from half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_ttl)]
     pub certificate_ttl: Duration,

@@ -13,7 +13,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use mesh_core::{identity::TrustDomain, model::Name, view::Mesh};
+use mesh_core::{
+    identity::TrustDomain,
+    model::{Mode, Name},
+    view::Mesh,
+};
 use rustls::ServerConfig;
 use tokio::{
     net::TcpListener,
@@ -163,6 +167,8 @@ pub struct Settings {
     pub trust_domain: TrustDomain,
     /// How long certificates live.
     pub certificate_ttl: Duration,
+    /// The mode where neither workload nor namespace says one.
+    pub default_mode: Mode,
 }
 
 impl From<&Config> for Settings {
@@ -171,6 +177,7 @@ impl From<&Config> for Settings {
             state_dir: config.state_dir.clone(),
             trust_domain: config.trust_domain.clone(),
             certificate_ttl: config.certificate_ttl,
+            default_mode: config.default_mode,
         }
     }
 }
@@ -203,7 +210,7 @@ impl Parts {
         ledger: watch::Receiver<Arc<Ledger>>,
         clock: Clock,
     ) -> Result<Self, StartError> {
-        let Settings { state_dir, trust_domain, certificate_ttl } = settings;
+        let Settings { state_dir, trust_domain, certificate_ttl, default_mode } = settings;
         store::private_dir(&state_dir)?;
         let authority = Arc::new(Authority::open(&state_dir, clock.now())?);
         let (generation, trouble) = Generation::begin(&state_dir);
@@ -228,6 +235,7 @@ impl Parts {
             reports,
             reports_file,
             trust_domain: trust_domain.clone(),
+            default_mode,
             metrics: metrics.clone(),
         };
         let hub = Hub::new(core.world(), generation.clone());
@@ -306,6 +314,7 @@ struct Core {
     reports: Reports,
     reports_file: PathBuf,
     trust_domain: TrustDomain,
+    default_mode: Mode,
     metrics: Arc<Metrics>,
 }
 
@@ -373,7 +382,7 @@ impl Core {
         let model = Arc::new(ledger.model());
         let roots = self.roots.borrow().to_vec();
         let mesh = Arc::new(Mesh { trust_domain: self.trust_domain.clone(), roots });
-        let common = Arc::new(Common::new(&model, mesh, &self.reports.captured(&model)));
+        let common = Arc::new(Common::new(&model, mesh, &self.reports.captured(&model), self.default_mode));
         let documents = |state| self.metrics.documents.get_or_create(&DocumentLabels { state });
         documents(DocumentState::accepted).set(ledger.documents_accepted() as u64);
         documents(DocumentState::refused).set(ledger.documents_refused() as u64);

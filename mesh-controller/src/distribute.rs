@@ -379,7 +379,7 @@ impl Acks {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
-    use mesh_core::{identity::TrustDomain, view::Mesh};
+    use mesh_core::{identity::TrustDomain, model::Mode, view::Mesh};
     use proptest::prelude::*;
 
     use super::*;
@@ -393,6 +393,7 @@ mod tests {
                     name: format!("s/{name}").parse().unwrap(),
                     labels: BTreeMap::new(),
                     enroll: Some(true),
+                    mode: None,
                     node: "n".into(),
                     addresses: vec![[10, 0, 0, *last].into()],
                     service_account: "default".into(),
@@ -402,7 +403,7 @@ mod tests {
             .collect();
         let model: Model = objects.iter().collect();
         let mesh = Arc::new(Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] });
-        let common = Arc::new(Common::new(&model, mesh, &BTreeSet::new()));
+        let common = Arc::new(Common::new(&model, mesh, &BTreeSet::new(), Mode::default()));
         World { model: Arc::new(model), ledger: Arc::default(), reports: Arc::default(), common }
     }
 

@@ -87,8 +87,31 @@ pub struct Namespace {
     pub name: String,
     /// Workloads without a word of their own are enrolled.
     pub enroll: bool,
-    /// Whether its workloads take plaintext.
-    pub mode: Mode,
+    /// Whether those of its workloads that do not say it themselves take plaintext.
+    #[serde(default)]
+    pub mode: Option<Mode>,
+}
+
+/// Who says what a workload's mode is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModeFrom {
+    /// Its own label.
+    Workload,
+    /// Its namespace's label.
+    Namespace,
+    /// Neither: the controller's `--default-mode`.
+    Default,
+}
+
+impl fmt::Display for ModeFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Workload => "workload",
+            Self::Namespace => "namespace",
+            Self::Default => "default",
+        })
+    }
 }
 
 /// A workload as its manifest wants it.
@@ -100,6 +123,9 @@ pub struct Workload {
     pub labels: BTreeMap<String, String>,
     /// Its own word on enrolment, which wins over its namespace's.
     pub enroll: Option<bool>,
+    /// Its own word on whether it takes plaintext, which wins over its namespace's.
+    #[serde(default)]
+    pub mode: Option<Mode>,
     /// The node it runs on.
     pub node: String,
     /// Its addresses.
@@ -201,9 +227,14 @@ impl Model {
         workload.enroll.unwrap_or_else(of_namespace)
     }
 
-    /// Whether a workload takes plaintext.
-    pub fn mode(&self, workload: &Workload) -> Mode {
-        self.namespaces.get(&workload.name.namespace).map_or(Mode::default(), |ns| ns.mode)
+    /// Whether a workload takes plaintext, and who says so: itself, else its namespace, else the mesh's default.
+    pub fn mode(&self, workload: &Workload, default: Mode) -> (Mode, ModeFrom) {
+        let of_namespace = || self.namespaces.get(&workload.name.namespace).and_then(|ns| ns.mode);
+        match (workload.mode, of_namespace()) {
+            (Some(own), _) => (own, ModeFrom::Workload),
+            (None, Some(of_namespace)) => (of_namespace, ModeFrom::Namespace),
+            (None, None) => (default, ModeFrom::Default),
+        }
     }
 
     /// The nodes that have a workload.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use mesh_core::{
-    model::{Endpoint, Name, Policy, Service, ServicePort, Workload},
+    model::{Endpoint, Mode, Name, Policy, Service, ServicePort, Workload},
     view::{Mesh, NodeView, Resource},
 };
 
@@ -29,10 +29,11 @@ pub struct Common {
 
 impl Common {
     /// Builds it. `captured` names the workloads whose own agent says that their capture is in place; the word of
-    /// a workload that is not meant to be enrolled does not count.
-    pub fn new(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>) -> Self {
-        let workloads: Vec<Arc<Workload>> =
-            model.workloads.values().map(|wanted| Arc::new(workload(model, wanted, captured))).collect();
+    /// a workload that is not meant to be enrolled does not count. `default_mode` is that of workloads of which
+    /// nobody says it.
+    pub fn new(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, default_mode: Mode) -> Self {
+        let project = |wanted| Arc::new(workload(model, wanted, captured, default_mode));
+        let workloads: Vec<Arc<Workload>> = model.workloads.values().map(project).collect();
         let mut by_node: BTreeMap<String, Vec<Arc<Workload>>> = BTreeMap::new();
         for workload in &workloads {
             by_node.entry(workload.node.clone()).or_default().push(workload.clone());
@@ -95,10 +96,15 @@ impl Common {
 
 /// The view of one node, when only one is wanted.
 pub fn project(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, node: &str) -> NodeView {
-    Common::new(model, mesh, captured).view(node)
+    Common::new(model, mesh, captured, Mode::default()).view(node)
 }
 
-fn workload(model: &Model, wanted: &model::Workload, captured: &BTreeSet<Name>) -> Workload {
+fn workload(
+    model: &Model,
+    wanted: &model::Workload,
+    captured: &BTreeSet<Name>,
+    default_mode: Mode,
+) -> Workload {
     let enrolled = model.enrolled(wanted);
     Workload {
         name: wanted.name.clone(),
@@ -108,7 +114,7 @@ fn workload(model: &Model, wanted: &model::Workload, captured: &BTreeSet<Name>) 
         labels: wanted.labels.clone(),
         enrolled,
         captured: enrolled && captured.contains(&wanted.name),
-        mode: model.mode(wanted),
+        mode: model.mode(wanted, default_mode).0,
     }
 }
 
@@ -139,7 +145,7 @@ fn service(wanted: &model::Service, candidates: &[&model::Workload]) -> Service 
 mod tests {
     use mesh_core::{
         identity::TrustDomain,
-        model::{Action, Mode},
+        model::{Action, Selector},
         view::{Key, Snapshot},
     };
     use proptest::prelude::*;
@@ -152,7 +158,7 @@ mod tests {
     }
 
     fn namespace(name: &str, enroll: bool, mode: Mode) -> Object {
-        Object::Namespace(Namespace { name: name.into(), enroll, mode })
+        Object::Namespace(Namespace { name: name.into(), enroll, mode: Some(mode) })
     }
 
     fn a_workload(name: &str, node: &str, address: &str, ready: bool, enroll: Option<bool>) -> Object {
@@ -160,6 +166,7 @@ mod tests {
             name: name.parse().unwrap(),
             labels: [("app".to_owned(), "web".to_owned())].into(),
             enroll,
+            mode: None,
             node: node.into(),
             addresses: vec![address.parse().unwrap()],
             service_account: "default".into(),
@@ -177,11 +184,10 @@ mod tests {
     }
 
     fn a_policy(name: &str, selector: &[(&str, &str)]) -> Object {
+        let labels = selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Object::AuthorizationPolicy(Policy {
-            name: name.parse().unwrap(),
-            selector: selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-            action: Action::Deny,
-            rules: vec![],
+            selector: Selector { labels, ..Selector::default() },
+            ..Policy::new(name.parse().unwrap(), Action::Deny, vec![])
         })
     }
 
@@ -205,6 +211,30 @@ mod tests {
             ];
             let got = only_workload(&view(&objects, &["shop/a"], "n"));
             assert_eq!((got.enrolled, got.captured, got.mode), (expected, expected, Mode::Strict));
+        }
+    }
+
+    #[test]
+    fn the_workloads_own_mode_wins_over_its_namespaces_and_that_over_the_default() {
+        use Mode::{Permissive, Strict};
+        for (default, of_namespace, own, expected) in [
+            (Permissive, None, None, Permissive),
+            (Strict, None, None, Strict),
+            (Strict, Some(Permissive), None, Permissive),
+            (Permissive, Some(Strict), None, Strict),
+            (Strict, Some(Strict), Some(Permissive), Permissive),
+            (Permissive, Some(Permissive), Some(Strict), Strict),
+            (Permissive, None, Some(Strict), Strict),
+        ] {
+            let namespace =
+                Object::Namespace(Namespace { name: "shop".into(), enroll: true, mode: of_namespace });
+            let Object::Workload(workload) = a_workload("shop/a", "n", "10.0.0.1", true, None) else {
+                panic!()
+            };
+            let objects = [namespace, Object::Workload(model::Workload { mode: own, ..workload })];
+            let model: Model = objects.iter().collect();
+            let common = Common::new(&model, mesh(), &BTreeSet::new(), default);
+            assert_eq!(common.workloads()[0].mode, expected, "{default:?} {of_namespace:?} {own:?}");
         }
     }
 
@@ -295,7 +325,7 @@ mod tests {
         #[test]
         fn every_view_can_be_put_in_force_and_decides_as_the_view_of_all_does(objects in arbitrary_objects()) {
             let model: Model = objects.iter().collect();
-            let common = Common::new(&model, mesh(), &BTreeSet::new());
+            let common = Common::new(&model, mesh(), &BTreeSet::new(), Mode::default());
             let all = Snapshot::new("", "1", &common.view_of_all()).unwrap();
             for node in ["n", "m"] {
                 let snapshot = Snapshot::new(node, "1", &common.view(node)).unwrap();

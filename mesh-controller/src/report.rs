@@ -139,6 +139,7 @@ mod tests {
                     name: name.parse().unwrap(),
                     labels: BTreeMap::new(),
                     enroll: Some(true),
+                    mode: None,
                     node: (*node).into(),
                     addresses: vec![],
                     service_account: "default".into(),

@@ -46,12 +46,18 @@ async fn meshctl_shows_what_is_in_force() {
         (&["status"][..], &["trust domain td", "5 accepted, 1 refused", "bad.yaml:5", "never connected"][..]),
         (
             &["get", "workloads"],
-            &["shop/web", "spiffe://td/ns/shop/sa/web", "permissive", "pending", "has not reported"],
+            &[
+                "shop/web",
+                "spiffe://td/ns/shop/sa/web",
+                "permissive (default)",
+                "pending",
+                "has not reported",
+            ],
         ),
         (&["get", "services"], &["shop/web", "10.96.0.1", "http", "80", "shop/web 10.0.0.1:8080"]),
         (
             &["get", "policies"],
-            &["shop/no-db", "Deny", "from 10.0.0.2/32 to any port", "all of the namespace"],
+            &["shop/no-db", "Deny", "from address in 10.0.0.2/32 to any port", "all of the namespace"],
         ),
         (
             &["why", "shop/db", "shop/web:80"],

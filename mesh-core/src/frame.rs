@@ -302,8 +302,6 @@ impl Open {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     fn decode_one(mut bytes: &[u8]) -> Result<Control, FrameError> {
@@ -311,35 +309,6 @@ mod tests {
         bytes.copy_to_slice(&mut header);
         let header = Header::decode(header)?;
         Control::decode(header.kind, Bytes::copy_from_slice(&bytes[..header.len.min(bytes.len())]))
-    }
-
-    fn arbitrary_control() -> impl Strategy<Value = Control> {
-        prop_oneof![
-            any::<u8>().prop_map(Control::Settings),
-            (any::<SocketAddr>(), any::<u16>()).prop_map(|(source, port)| {
-                let source = SocketAddr::new(source.ip(), source.port());
-                Control::Open(Open { source, port })
-            }),
-            Just(Control::Accept),
-            prop::sample::select(Reason::ALL).prop_map(|reason| Control::Refuse(Some(reason))),
-            Just(Control::Fin),
-            Just(Control::Reset),
-            Just(Control::Ready),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn control_frames_round_trip(control in arbitrary_control()) {
-            let mut out = BytesMut::new();
-            control.encode(&mut out);
-            prop_assert_eq!(decode_one(&out), Ok(control));
-        }
-
-        #[test]
-        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), HEADER_LEN..100)) {
-            let _ = decode_one(&bytes);
-        }
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! Who may connect: the one decision that agents enforce and `meshctl why` explains.
 //!
-//! Order of words, strongest first: a deny rule that matches; an allow rule that matches; the existence of any allow
-//! policy (then what nothing allowed is refused); otherwise allowed. Adding a deny policy never allows anything.
+//! Order of words, strongest first: a strict destination's mode; a deny rule that matches; an allow rule that matches;
+//! the existence of any allow policy (then what nothing allowed is refused); otherwise allowed. `docs/operate/authorization.md`
+//! tells it to people.
+//!
+//! Invariants, each a property test (`tests/properties/policy.rs`): a deny policy never allows anything; an allow policy
+//! never allows what a deny rule refuses; an audited policy never changes the verdict; order changes nothing but the
+//! name of the rule; what nothing proves never satisfies an allow rule's `not…`, and always a deny rule's.
 
 use std::net::IpAddr;
 
@@ -9,7 +14,7 @@ use serde::Serialize;
 
 use crate::{
     identity::SpiffeId,
-    model::{Action, Mode, Name, Policy, Rule, Source},
+    model::{Action, Enforcement, IdentityPattern, Mode, Name, Policy, PortRange, Rule, Source, Target},
     refusal::Reason,
 };
 
@@ -55,16 +60,63 @@ pub enum Verdict {
     },
 }
 
+impl Verdict {
+    /// Whether the connection is let through.
+    pub fn allows(&self) -> bool {
+        !matches!(self, Self::Refused { .. })
+    }
+}
+
+/// What audited policies would refuse that is let through.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WouldRefuse {
+    /// The audited policy; where several would refuse, the first by name.
+    pub policy: Name,
+    /// The place of its deny rule in `spec.rules`, or nothing when no allow rule matched.
+    pub rule: Option<usize>,
+    /// With which reason.
+    pub reason: Reason,
+}
+
+impl std::fmt::Display for WouldRefuse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.rule {
+            Some(rule) => write!(f, "{}[{rule}] ({})", self.policy, self.reason),
+            None => write!(f, "{} ({})", self.policy, self.reason),
+        }
+    }
+}
+
+/// What was decided, and what would have been.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Decision {
+    /// By the enforced policies: this happens.
+    pub verdict: Verdict,
+    /// What enforcing the audited ones too would refuse.
+    pub would_refuse: Option<WouldRefuse>,
+}
+
 /// Decides a connection to a workload of the given mode, that the given policies select.
 pub fn decide<'p>(
     mode: Mode,
-    policies: impl IntoIterator<Item = &'p Policy> + Clone,
+    policies: impl IntoIterator<Item = &'p Policy, IntoIter: Clone>,
     request: &Request<'_>,
-) -> Verdict {
+) -> Decision {
     if mode == Mode::Strict && request.source.is_none() {
-        return Verdict::Refused { reason: Reason::PlaintextToStrict, rule: None };
+        let verdict = Verdict::Refused { reason: Reason::PlaintextToStrict, rule: None };
+        return Decision { verdict, would_refuse: None };
     }
-    let of = |action| policies.clone().into_iter().filter(move |p| p.action == action);
+    let policies = policies.into_iter();
+    let of = |enforcement| policies.clone().filter(move |policy| policy.enforcement == enforcement);
+    let verdict = judge(of(Enforcement::Enforce), request);
+    let news = verdict.allows() && of(Enforcement::Audit).next().is_some();
+    let would_refuse =
+        news.then(|| shadow(judge(policies.clone(), request), of(Enforcement::Audit))).flatten();
+    Decision { verdict, would_refuse }
+}
+
+fn judge<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
+    let of = |action| policies.clone().filter(move |policy| policy.action == action);
     if let Some(rule) = of(Action::Deny).find_map(|policy| matching_rule(policy, request)) {
         return Verdict::Refused { reason: Reason::PolicyDeny, rule: Some(rule) };
     }
@@ -77,58 +129,131 @@ pub fn decide<'p>(
     Verdict::AllowedByDefault
 }
 
+/// Who is behind a refusal that the enforced policies alone do not make. A deny rule is an audited policy's then, and
+/// where no allow rule matched, all allow policies are audited ones: an enforced one would have refused by itself.
+fn shadow<'p>(verdict: Verdict, mut audited: impl Iterator<Item = &'p Policy>) -> Option<WouldRefuse> {
+    match verdict {
+        Verdict::AllowedByDefault | Verdict::Allowed(_) => None,
+        Verdict::Refused { reason, rule: Some(rule) } => {
+            Some(WouldRefuse { policy: rule.policy, rule: Some(rule.rule), reason })
+        }
+        Verdict::Refused { reason, rule: None } => {
+            let policy = audited.find(|policy| policy.action == Action::Allow)?.name.clone();
+            Some(WouldRefuse { policy, rule: None, reason })
+        }
+    }
+}
+
 fn matching_rule(policy: &Policy, request: &Request<'_>) -> Option<RuleRef> {
-    let rule = policy.rules.iter().position(|rule| rule_matches(rule, request))?;
+    let rule = policy.rules.iter().position(|rule| rule_matches(rule, policy.action, request))?;
     Some(RuleRef { policy: policy.name.clone(), rule })
 }
 
-fn rule_matches(rule: &Rule, request: &Request<'_>) -> bool {
-    (rule.ports.is_empty() || rule.ports.contains(&request.port))
-        && (rule.from.is_empty() || rule.from.iter().any(|source| source_matches(source, request)))
+fn rule_matches(rule: &Rule, action: Action, request: &Request<'_>) -> bool {
+    (rule.to.is_empty() || rule.to.iter().any(|target| target_matches(target, request.port)))
+        && (rule.from.is_empty() || rule.from.iter().any(|source| source_matches(source, action, request)))
 }
 
-fn source_matches(source: &Source, request: &Request<'_>) -> bool {
-    let identity =
-        source.identities.is_empty() || request.source.is_some_and(|id| source.identities.contains(id));
-    let namespace = source.namespaces.is_empty()
-        || request
-            .source
-            .and_then(SpiffeId::namespace)
-            .is_some_and(|ns| source.namespaces.iter().any(|wanted| wanted == ns));
-    let block = source.address_blocks.is_empty()
-        || source.address_blocks.iter().any(|block| block.contains(&request.source_address));
-    identity && namespace && block
+fn target_matches(target: &Target, port: u16) -> bool {
+    let within = |ranges: &[PortRange]| ranges.iter().any(|range| range.contains(port));
+    (target.ports.is_empty() || within(&target.ports)) && !within(&target.not_ports)
+}
+
+fn source_matches(source: &Source, action: Action, request: &Request<'_>) -> bool {
+    let Source { any_of, none_of } = source;
+    let (id, address) = (request.source, &request.source_address);
+    let (namespace, domain) = (id.and_then(SpiffeId::namespace), id.map(SpiffeId::trust_domain));
+    let blocks = |blocks: &[ipnet::IpNet]| blocks.iter().any(|block| block.contains(address));
+    includes(&any_of.identities, id, IdentityPattern::matches)
+        && includes(&any_of.namespaces, namespace, |entry, known| entry == known)
+        && includes(&any_of.trust_domains, domain, |entry, known| entry == known)
+        && (any_of.address_blocks.is_empty() || blocks(&any_of.address_blocks))
+        && excludes(&none_of.identities, action, id, IdentityPattern::matches)
+        && excludes(&none_of.namespaces, action, namespace, |entry, known| entry == known)
+        && excludes(&none_of.trust_domains, action, domain, |entry, known| entry == known)
+        && !blocks(&none_of.address_blocks)
+}
+
+/// An entry matches what is known; a list that is not given includes everything.
+fn includes<E, K: ?Sized>(list: &[E], known: Option<&K>, matches: impl Fn(&E, &K) -> bool) -> bool {
+    list.is_empty() || known.is_some_and(|known| list.iter().any(|entry| matches(entry, known)))
+}
+
+/// No entry matches what is known. Of a source that has proved nothing it cannot be said that it is *not* somebody: it
+/// is never allowed for that, and always denied.
+fn excludes<E, K: ?Sized>(
+    list: &[E],
+    action: Action,
+    known: Option<&K>,
+    matches: impl Fn(&E, &K) -> bool,
+) -> bool {
+    match known {
+        _ if list.is_empty() => true,
+        Some(known) => !list.iter().any(|entry| matches(entry, known)),
+        None => action == Action::Deny,
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
+    use crate::model::Traits;
 
     fn id(text: &str) -> SpiffeId {
         SpiffeId::parse(text).expect("a valid identity")
     }
 
     fn policy(action: Action, rules: Vec<Rule>) -> Policy {
-        Policy { name: Name::new("shop", "p"), selector: Default::default(), action, rules }
+        Policy::new(Name::new("shop", "p"), action, rules)
     }
 
-    fn any_connection() -> Rule {
-        Rule::default()
+    fn from(any_of: Traits) -> Rule {
+        Rule { from: vec![Source { any_of, none_of: Traits::default() }], to: vec![] }
+    }
+
+    fn not_from(none_of: Traits) -> Rule {
+        Rule { from: vec![Source { any_of: Traits::default(), none_of }], to: vec![] }
+    }
+
+    fn to(ports: &[&str], not_ports: &[&str]) -> Rule {
+        let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        Rule { from: vec![], to: vec![Target { ports: ranges(ports), not_ports: ranges(not_ports) }] }
+    }
+
+    fn identities(patterns: &[&str]) -> Traits {
+        let identities = patterns.iter().map(|text| IdentityPattern::parse(text).unwrap()).collect();
+        Traits { identities, ..Traits::default() }
+    }
+
+    fn namespaces(names: &[&str]) -> Traits {
+        Traits { namespaces: names.iter().map(|name| (*name).to_owned()).collect(), ..Traits::default() }
+    }
+
+    fn trust_domains(names: &[&str]) -> Traits {
+        let trust_domains = names.iter().map(|name| name.parse().unwrap()).collect();
+        Traits { trust_domains, ..Traits::default() }
+    }
+
+    fn blocks(texts: &[&str]) -> Traits {
+        let address_blocks = texts.iter().map(|text| text.parse().unwrap()).collect();
+        Traits { address_blocks, ..Traits::default() }
+    }
+
+    fn decided(mode: Mode, policies: &[Policy], source: Option<&str>) -> Decision {
+        let source = source.map(id);
+        let request =
+            Request { source: source.as_ref(), source_address: "10.1.0.11".parse().unwrap(), port: 8080 };
+        decide(mode, policies, &request)
     }
 
     #[track_caller]
     fn check(mode: Mode, policies: &[Policy], source: Option<&str>, expected: Result<(), Reason>) {
-        let source = source.map(id);
-        let request =
-            Request { source: source.as_ref(), source_address: "10.1.0.11".parse().unwrap(), port: 8080 };
-        let verdict = decide(mode, policies, &request);
+        let Decision { verdict, would_refuse } = decided(mode, policies, source);
         let got = match &verdict {
             Verdict::AllowedByDefault | Verdict::Allowed(_) => Ok(()),
             Verdict::Refused { reason, .. } => Err(*reason),
         };
-        assert_eq!(got, expected, "{verdict:?}");
+        assert_eq!((got, would_refuse), (expected, None), "{verdict:?}");
     }
 
     const WEB: Option<&str> = Some("spiffe://td/ns/shop/sa/web");
@@ -136,65 +261,114 @@ mod tests {
     #[test]
     fn the_order_of_words() {
         use Mode::{Permissive, Strict};
-        let from_web = Rule {
-            from: vec![Source { identities: vec![id("spiffe://td/ns/shop/sa/web")], ..Source::default() }],
-            ports: vec![8080],
-        };
-        let from_block = Rule {
-            from: vec![Source { address_blocks: vec!["10.1.0.0/16".parse().unwrap()], ..Source::default() }],
-            ports: vec![],
-        };
-        let from_ns = Rule {
-            from: vec![Source { namespaces: vec!["shop".into()], ..Source::default() }],
-            ports: vec![],
-        };
-        let other_port = Rule { from: vec![], ports: vec![9090] };
+        let from_web = from(identities(&["spiffe://td/ns/shop/sa/web"]));
         check(Permissive, &[], None, Ok(()));
         check(Strict, &[], None, Err(Reason::PlaintextToStrict));
         check(Strict, &[], WEB, Ok(()));
-        check(Permissive, &[policy(Action::Allow, vec![])], WEB, Err(Reason::PolicyNotAllowed));
-        check(Permissive, &[policy(Action::Allow, vec![from_web.clone()])], WEB, Ok(()));
-        check(
-            Permissive,
-            &[policy(Action::Allow, vec![from_web.clone()])],
-            None,
-            Err(Reason::PolicyNotAllowed),
-        );
-        check(Permissive, &[policy(Action::Allow, vec![from_ns])], WEB, Ok(()));
-        check(Permissive, &[policy(Action::Allow, vec![from_block])], None, Ok(()));
-        check(Permissive, &[policy(Action::Allow, vec![other_port])], WEB, Err(Reason::PolicyNotAllowed));
-        let both = [policy(Action::Allow, vec![any_connection()]), policy(Action::Deny, vec![from_web])];
+        let allow = |rules| [policy(Action::Allow, rules)];
+        check(Strict, &allow(vec![Rule::default()]), None, Err(Reason::PlaintextToStrict));
+        check(Permissive, &allow(vec![]), WEB, Err(Reason::PolicyNotAllowed));
+        check(Permissive, &allow(vec![from_web.clone()]), WEB, Ok(()));
+        check(Permissive, &allow(vec![from_web.clone()]), None, Err(Reason::PolicyNotAllowed));
+        check(Permissive, &[policy(Action::Deny, vec![])], WEB, Ok(()));
+        let both = [policy(Action::Allow, vec![Rule::default()]), policy(Action::Deny, vec![from_web])];
         check(Permissive, &both, WEB, Err(Reason::PolicyDeny));
         check(Permissive, &both, None, Ok(()));
     }
 
-    fn arbitrary_policy() -> impl Strategy<Value = Policy> {
-        let source = (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(i, n, b)| Source {
-            identities: if i { vec![id("spiffe://td/ns/shop/sa/web")] } else { vec![] },
-            namespaces: if n { vec!["other".into()] } else { vec![] },
-            address_blocks: if b { vec!["10.1.0.0/16".parse().unwrap()] } else { vec![] },
-        });
-        let rule = (prop::collection::vec(source, 0..3), prop::collection::vec(8079u16..8082, 0..3))
-            .prop_map(|(from, ports)| Rule { from, ports });
-        (any::<bool>(), prop::collection::vec(rule, 0..3))
-            .prop_map(|(allow, rules)| policy(if allow { Action::Allow } else { Action::Deny }, rules))
+    /// Whether the rule matches `shop/web` from 10.1.0.11 to 8080, and a source there that has proved nothing, in an
+    /// allow policy and in a deny policy.
+    #[track_caller]
+    fn check_rule(rule: Rule, web: bool, nobody_allowed: bool, nobody_denied: bool) {
+        let allows = |source| decided(Mode::Permissive, &[policy(Action::Allow, vec![rule.clone()])], source);
+        let denies = |source| decided(Mode::Permissive, &[policy(Action::Deny, vec![rule.clone()])], source);
+        assert_eq!(allows(WEB).verdict.allows(), web, "allow: {rule:?}");
+        assert_eq!(denies(WEB).verdict.allows(), !web, "deny: {rule:?}");
+        assert_eq!(allows(None).verdict.allows(), nobody_allowed, "allow nobody: {rule:?}");
+        assert_eq!(denies(None).verdict.allows(), !nobody_denied, "deny nobody: {rule:?}");
     }
 
-    proptest! {
-        #[test]
-        fn adding_a_deny_never_allows(policies in prop::collection::vec(arbitrary_policy(), 0..5), extra in arbitrary_policy(), tls: bool) {
-            let web = id("spiffe://td/ns/shop/sa/web");
-            let request = Request {
-                source: tls.then_some(&web), source_address: "10.1.0.11".parse().unwrap(), port: 8080,
-            };
-            let before = decide(Mode::Permissive, &policies, &request);
-            let mut more = policies.clone();
-            more.push(Policy { action: Action::Deny, ..extra });
-            let after = decide(Mode::Permissive, &more, &request);
-            if matches!(before, Verdict::Refused { .. }) {
-                let still_refused = matches!(after, Verdict::Refused { .. });
-                prop_assert!(still_refused);
-            }
+    #[test]
+    fn each_kind_of_source_and_its_negation() {
+        let of_shop = "spiffe://td/ns/shop/*";
+        for (matching, other) in [
+            (
+                identities(&["spiffe://td/ns/a/sa/b", "spiffe://td/ns/shop/sa/web"]),
+                identities(&["spiffe://td/ns/shop/sa/db"]),
+            ),
+            (identities(&[of_shop]), identities(&["spiffe://td/ns/other/*"])),
+            (namespaces(&["other", "shop"]), namespaces(&["other"])),
+            (trust_domains(&["td"]), trust_domains(&["elsewhere"])),
+        ] {
+            check_rule(from(matching.clone()), true, false, false);
+            check_rule(from(other.clone()), false, false, false);
+            check_rule(not_from(matching), false, false, true);
+            check_rule(not_from(other), true, false, true);
         }
+        // An address is known of everybody.
+        check_rule(from(blocks(&["10.1.0.0/16"])), true, true, true);
+        check_rule(from(blocks(&["10.2.0.0/16", "fd00::/8"])), false, false, false);
+        check_rule(not_from(blocks(&["10.1.0.0/16"])), false, false, false);
+        check_rule(not_from(blocks(&["10.2.0.0/16"])), true, true, true);
+        for (rule, matches) in [
+            (to(&["8080"], &[]), true),
+            (to(&["9090", "8000-8999"], &[]), true),
+            (to(&["9090"], &[]), false),
+            (to(&[], &["8080"]), false),
+            (to(&[], &["9090"]), true),
+            (to(&["8000-8999"], &["8080"]), false),
+        ] {
+            check_rule(rule, matches, matches, matches);
+        }
+    }
+
+    #[test]
+    fn every_list_that_is_given_must_match() {
+        let both = Traits { namespaces: vec!["shop".into()], ..blocks(&["10.2.0.0/16"]) };
+        check_rule(from(both), false, false, false);
+        let shop_without_web =
+            Source { any_of: namespaces(&["shop"]), none_of: identities(&["spiffe://td/ns/shop/sa/web"]) };
+        check_rule(Rule { from: vec![shop_without_web.clone()], to: vec![] }, false, false, false);
+        let or_web = vec![
+            shop_without_web,
+            Source { any_of: identities(&["spiffe://td/ns/shop/sa/web"]), ..Source::default() },
+        ];
+        check_rule(Rule { from: or_web, to: vec![] }, true, false, false);
+    }
+
+    #[track_caller]
+    fn check_audit(
+        policies: &[(Action, Enforcement, bool)],
+        allowed: bool,
+        expected: Option<(&str, Option<usize>)>,
+    ) {
+        let policies: Vec<Policy> = policies
+            .iter()
+            .zip('a'..)
+            .map(|((action, enforcement, matches), name)| Policy {
+                name: Name::new("shop", name),
+                enforcement: *enforcement,
+                ..policy(*action, if *matches { vec![Rule::default()] } else { vec![to(&["1"], &[])] })
+            })
+            .collect();
+        let Decision { verdict, would_refuse } = decided(Mode::Permissive, &policies, WEB);
+        assert_eq!(verdict.allows(), allowed, "{policies:?}");
+        let got = would_refuse.as_ref().map(|it| (it.policy.name.as_str(), it.rule));
+        assert_eq!(got, expected, "{policies:?}");
+    }
+
+    #[test]
+    fn what_audited_policies_would_refuse_is_told_with_its_policy() {
+        use Action::{Allow, Deny};
+        use Enforcement::{Audit, Enforce};
+        check_audit(&[(Deny, Audit, true)], true, Some(("a", Some(0))));
+        check_audit(&[(Deny, Audit, false)], true, None);
+        check_audit(&[(Allow, Audit, false), (Allow, Audit, false)], true, Some(("a", None)));
+        check_audit(&[(Allow, Audit, false), (Allow, Audit, true)], true, None);
+        check_audit(&[(Allow, Enforce, true), (Allow, Audit, false)], true, None);
+        check_audit(&[(Allow, Enforce, true), (Deny, Audit, true)], true, Some(("b", Some(0))));
+        // What is refused anyway is no news, and an audited allow policy does not help.
+        check_audit(&[(Deny, Enforce, true), (Deny, Audit, true)], false, None);
+        check_audit(&[(Allow, Enforce, false), (Allow, Audit, true)], false, None);
     }
 }

@@ -135,6 +135,8 @@ reasons! {
         cure "find what opens so many connections: the access log has the source";
     LimitDescriptors = "limit_descriptors" at Connect, "The workload has as many connections as are left for all others of the node",
         cure "raise the agent's limit of open files, or find what holds so many connections";
+    DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
+        cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",
         cure "connect again";
     AgentStopping = "agent_stopping" at Relay, "The agent was stopped and the drain deadline passed",

@@ -5,7 +5,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use crate::{
-    identity::{IdentityError, SpiffeId, TrustDomain},
+    identity::{IdentityError, TrustDomain},
     model, view,
 };
 
@@ -14,6 +14,9 @@ use crate::{
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/nodemesh.v1.rs"));
 }
+
+/// What is said of a word that a newer controller sent: guessing at it could allow what it refuses.
+const UNKNOWN: &str = "this version does not know it";
 
 /// Why a message is not a resource.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,7 +65,7 @@ fn resource_to_proto(resource: &view::Resource) -> proto::Resource {
         }),
         view::Resource::Workload(workload) => Body::Workload(workload_to_proto(workload)),
         view::Resource::Service(service) => Body::Service(service_to_proto(service)),
-        view::Resource::Policy(policy) => Body::Policy(policy_to_proto(policy)),
+        view::Resource::Policy(policy) => Body::AuthorizationPolicy(policy_to_proto(policy)),
     };
     proto::Resource { key: resource.key().to_string(), body: Some(body) }
 }
@@ -81,7 +84,9 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
             view::Resource::Workload(Arc::new(workload_from_proto(key, workload)?))
         }
         Some(Body::Service(service)) => view::Resource::Service(Arc::new(service_from_proto(key, service)?)),
-        Some(Body::Policy(policy)) => view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?)),
+        Some(Body::AuthorizationPolicy(policy)) => {
+            view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?))
+        }
     };
     if converted.key().to_string() != key {
         return Err(error(key, "key", format_args!("the body names {}", converted.key())));
@@ -173,63 +178,145 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
     })
 }
 
-fn policy_to_proto(policy: &model::Policy) -> proto::Policy {
-    let source = |source: &model::Source| proto::Source {
-        identities: source.identities.iter().map(ToString::to_string).collect(),
-        namespaces: source.namespaces.clone(),
-        address_blocks: source.address_blocks.iter().map(ToString::to_string).collect(),
-    };
+fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
     let rule = |rule: &model::Rule| proto::Rule {
-        from: rule.from.iter().map(source).collect(),
-        ports: rule.ports.iter().map(|port| u32::from(*port)).collect(),
+        from: rule
+            .from
+            .iter()
+            .map(|source| proto::Source {
+                any_of: Some(traits_to_proto(&source.any_of)),
+                none_of: Some(traits_to_proto(&source.none_of)),
+            })
+            .collect(),
+        to: rule
+            .to
+            .iter()
+            .map(|target| proto::Target {
+                ports: target.ports.iter().map(range_to_proto).collect(),
+                not_ports: target.not_ports.iter().map(range_to_proto).collect(),
+            })
+            .collect(),
     };
-    proto::Policy {
+    let expression = |expression: &model::Expression| proto::Expression {
+        key: expression.key.clone(),
+        operator: match expression.operator {
+            model::Operator::In => proto::Operator::In,
+            model::Operator::NotIn => proto::Operator::NotIn,
+            model::Operator::Exists => proto::Operator::Exists,
+            model::Operator::DoesNotExist => proto::Operator::DoesNotExist,
+        }
+        .into(),
+        values: expression.values.clone(),
+    };
+    proto::AuthorizationPolicy {
         namespace: policy.name.namespace.clone(),
         name: policy.name.name.clone(),
-        selector: policy.selector.clone(),
+        labels: policy.selector.labels.clone(),
+        expressions: policy.selector.expressions.iter().map(expression).collect(),
         action: match policy.action {
             model::Action::Allow => proto::Action::Allow,
             model::Action::Deny => proto::Action::Deny,
+        }
+        .into(),
+        enforcement: match policy.enforcement {
+            model::Enforcement::Enforce => proto::Enforcement::Enforce,
+            model::Enforcement::Audit => proto::Enforcement::Audit,
         }
         .into(),
         rules: policy.rules.iter().map(rule).collect(),
     }
 }
 
-fn policy_from_proto(key: &str, policy: &proto::Policy) -> Result<model::Policy, WireError> {
+fn policy_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<model::Policy, WireError> {
     let source = |source: &proto::Source| {
-        let identities = source.identities.iter().map(|id| SpiffeId::parse(id));
-        let blocks = source.address_blocks.iter().map(|block| block.parse());
-        Ok(model::Source {
-            identities: identities
-                .collect::<Result<_, IdentityError>>()
-                .map_err(|e| error(key, "rules.from.identities", e))?,
-            namespaces: source.namespaces.clone(),
-            address_blocks: blocks
-                .collect::<Result<_, ipnet::AddrParseError>>()
-                .map_err(|e| error(key, "rules.from.address_blocks", e))?,
+        let traits = |traits: &Option<proto::Traits>| {
+            traits.as_ref().map_or_else(|| Ok(model::Traits::default()), |it| traits_from_proto(key, it))
+        };
+        Ok(model::Source { any_of: traits(&source.any_of)?, none_of: traits(&source.none_of)? })
+    };
+    let target = |target: &proto::Target| {
+        Ok(model::Target {
+            ports: ranges_from_proto(key, "rules.to.ports", &target.ports)?,
+            not_ports: ranges_from_proto(key, "rules.to.not_ports", &target.not_ports)?,
         })
     };
     let rule = |rule: &proto::Rule| {
         Ok(model::Rule {
             from: rule.from.iter().map(source).collect::<Result<_, _>>()?,
-            ports: rule
-                .ports
-                .iter()
-                .map(|port| port_from_proto(key, "rules.ports", *port))
-                .collect::<Result<_, _>>()?,
+            to: rule.to.iter().map(target).collect::<Result<_, _>>()?,
+        })
+    };
+    let expression = |expression: &proto::Expression| {
+        Ok(model::Expression {
+            key: expression.key.clone(),
+            operator: match expression.operator() {
+                proto::Operator::In => model::Operator::In,
+                proto::Operator::NotIn => model::Operator::NotIn,
+                proto::Operator::Exists => model::Operator::Exists,
+                proto::Operator::DoesNotExist => model::Operator::DoesNotExist,
+                proto::Operator::Unspecified => return Err(error(key, "expressions.operator", UNKNOWN)),
+            },
+            values: expression.values.clone(),
         })
     };
     Ok(model::Policy {
         name: name_from_proto(key, &policy.namespace, &policy.name)?,
-        selector: policy.selector.clone(),
+        selector: model::Selector {
+            labels: policy.labels.clone(),
+            expressions: policy.expressions.iter().map(expression).collect::<Result<_, _>>()?,
+        },
         action: match policy.action() {
             proto::Action::Allow => model::Action::Allow,
             proto::Action::Deny => model::Action::Deny,
-            proto::Action::Unspecified => return Err(error(key, "action", "this version does not know it")),
+            proto::Action::Unspecified => return Err(error(key, "action", UNKNOWN)),
+        },
+        enforcement: match policy.enforcement() {
+            proto::Enforcement::Enforce => model::Enforcement::Enforce,
+            proto::Enforcement::Audit => model::Enforcement::Audit,
+            proto::Enforcement::Unspecified => return Err(error(key, "enforcement", UNKNOWN)),
         },
         rules: policy.rules.iter().map(rule).collect::<Result<_, _>>()?,
     })
+}
+
+fn traits_to_proto(traits: &model::Traits) -> proto::Traits {
+    proto::Traits {
+        identities: traits.identities.iter().map(ToString::to_string).collect(),
+        namespaces: traits.namespaces.clone(),
+        trust_domains: traits.trust_domains.iter().map(ToString::to_string).collect(),
+        address_blocks: traits.address_blocks.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn traits_from_proto(key: &str, traits: &proto::Traits) -> Result<model::Traits, WireError> {
+    let identities = traits.identities.iter().map(|text| model::IdentityPattern::parse(text));
+    let domains = traits.trust_domains.iter().map(|text| TrustDomain::parse(text));
+    let blocks = traits.address_blocks.iter().map(|text| text.parse());
+    Ok(model::Traits {
+        identities: identities
+            .collect::<Result<_, model::PatternError>>()
+            .map_err(|e| error(key, "rules.from.identities", e))?,
+        namespaces: traits.namespaces.clone(),
+        trust_domains: domains
+            .collect::<Result<_, IdentityError>>()
+            .map_err(|e| error(key, "rules.from.trust_domains", e))?,
+        address_blocks: blocks
+            .collect::<Result<_, ipnet::AddrParseError>>()
+            .map_err(|e| error(key, "rules.from.address_blocks", e))?,
+    })
+}
+
+fn range_to_proto(range: &model::PortRange) -> proto::PortRange {
+    proto::PortRange { first: range.first().into(), last: range.last().into() }
+}
+
+fn ranges_from_proto(
+    key: &str,
+    field: &'static str,
+    ranges: &[proto::PortRange],
+) -> Result<Vec<model::PortRange>, WireError> {
+    let range = |range: &proto::PortRange| model::PortRange::new(range.first.into(), range.last.into());
+    ranges.iter().map(range).collect::<Result<_, _>>().map_err(|e| error(key, field, e))
 }
 
 fn address_to_proto(address: &IpAddr) -> Vec<u8> {
@@ -262,59 +349,49 @@ fn port_from_proto(key: &str, field: &'static str, port: u32) -> Result<u16, Wir
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Action, Endpoint, Mode, Name, Policy, Rule, Service, ServicePort, Source, Workload};
+    use crate::model::{Action, Mode, Name, Operator, Policy, Rule, Selector, Workload};
 
-    fn resources() -> Vec<view::Resource> {
+    /// An update of one workload and one policy, for tests to damage.
+    fn update_of_two() -> proto::ViewUpdate {
         let name = Name::new("shop", "web");
-        vec![
-            view::Resource::Mesh(Arc::new(view::Mesh {
-                trust_domain: TrustDomain::parse("td").unwrap(),
-                roots: vec![vec![1, 2], vec![3]],
-            })),
-            view::Resource::Workload(Arc::new(Workload {
-                name: name.clone(),
-                node: "node-a".into(),
-                service_account: "web".into(),
-                addresses: vec!["10.1.0.11".parse().unwrap(), "fd01::11".parse().unwrap()],
-                labels: [("app".to_owned(), "web".to_owned())].into(),
-                enrolled: true,
-                captured: true,
-                mode: Mode::Strict,
-            })),
-            view::Resource::Service(Arc::new(Service {
-                name: name.clone(),
-                addresses: vec!["10.96.0.1".parse().unwrap()],
-                ports: vec![ServicePort {
-                    name: "http".into(),
-                    port: 80,
-                    endpoints: vec![Endpoint {
-                        workload: name.clone(),
-                        address: "10.1.0.11".parse().unwrap(),
-                        port: 8080,
-                    }],
-                }],
-            })),
-            view::Resource::Policy(Arc::new(Policy {
-                name,
-                selector: Default::default(),
-                action: Action::Deny,
-                rules: vec![Rule {
-                    from: vec![Source {
-                        identities: vec![SpiffeId::parse("spiffe://td/ns/a/sa/b").unwrap()],
-                        namespaces: vec!["a".into()],
-                        address_blocks: vec!["10.0.0.0/8".parse().unwrap()],
-                    }],
-                    ports: vec![80],
-                }],
-            })),
-        ]
+        let workload = Workload {
+            name: name.clone(),
+            node: "node-a".into(),
+            service_account: "web".into(),
+            addresses: vec!["10.1.0.11".parse().unwrap()],
+            labels: Default::default(),
+            enrolled: true,
+            captured: true,
+            mode: Mode::Strict,
+        };
+        let expressions =
+            vec![model::Expression { key: "app".into(), operator: Operator::Exists, values: vec![] }];
+        let policy = Policy {
+            selector: Selector { expressions, ..Selector::default() },
+            ..Policy::new(name, Action::Deny, vec![Rule::default()])
+        };
+        let upserts =
+            vec![view::Resource::Workload(Arc::new(workload)), view::Resource::Policy(Arc::new(policy))];
+        update("7".into(), true, &view::Delta { upserts, removes: vec![] })
     }
 
-    #[test]
-    fn every_kind_crosses_the_wire_unchanged() {
-        let sent =
-            view::Delta { upserts: resources(), removes: vec![view::Key::Service(Name::new("a", "b"))] };
-        assert_eq!(delta(&update("7".into(), false, &sent)).unwrap(), sent);
+    #[track_caller]
+    fn check_refused(
+        damage: impl FnOnce(&mut proto::Workload, &mut proto::AuthorizationPolicy),
+        field: &str,
+    ) {
+        use proto::resource::Body;
+        let mut bad = update_of_two();
+        let [workload, policy] = bad.upserts.as_mut_slice() else { panic!() };
+        let (Some(Body::Workload(w)), Some(Body::AuthorizationPolicy(p))) =
+            (&mut workload.body, &mut policy.body)
+        else {
+            panic!()
+        };
+        damage(w, p);
+        let error = delta(&bad).unwrap_err();
+        assert!(error.key.ends_with("/shop/web"), "{error}");
+        assert_eq!(error.field, field);
     }
 
     #[test]
@@ -331,11 +408,33 @@ mod tests {
 
     #[test]
     fn a_bad_resource_names_itself_and_its_field() {
-        let mut bad = update("7".into(), true, &view::Delta { upserts: resources(), removes: vec![] });
-        if let Some(proto::resource::Body::Workload(workload)) = &mut bad.upserts[1].body {
-            workload.addresses[0] = vec![1, 2, 3];
-        }
-        let error = delta(&bad).unwrap_err();
-        assert_eq!((error.key.as_str(), error.field), ("workload/shop/web", "addresses"));
+        check_refused(|workload, _| workload.addresses[0] = vec![1, 2, 3], "addresses");
+        check_refused(|workload, _| workload.name = "other".into(), "key");
+        let rule = |traits, target| proto::Rule {
+            from: vec![proto::Source { any_of: None, none_of: Some(traits) }],
+            to: vec![target],
+        };
+        let (traits, target) = (proto::Traits::default(), proto::Target::default());
+        let bad = proto::Traits { identities: vec!["spiffe://td/ns/a*".into()], ..traits.clone() };
+        check_refused(|_, policy| policy.rules = vec![rule(bad, target.clone())], "rules.from.identities");
+        let bad = proto::Traits { trust_domains: vec!["TD".into()], ..traits.clone() };
+        check_refused(|_, policy| policy.rules = vec![rule(bad, target.clone())], "rules.from.trust_domains");
+        let bad = proto::Traits { address_blocks: vec!["10.0.0.0/33".into()], ..traits.clone() };
+        check_refused(
+            |_, policy| policy.rules = vec![rule(bad, target.clone())],
+            "rules.from.address_blocks",
+        );
+        let bad = proto::Target { not_ports: vec![proto::PortRange { first: 2, last: 1 }], ..target };
+        check_refused(|_, policy| policy.rules = vec![rule(traits, bad)], "rules.to.not_ports");
+    }
+
+    #[test]
+    fn a_word_of_a_newer_controller_is_not_guessed_at() {
+        check_refused(|_, policy| policy.action = 99, "action");
+        check_refused(|_, policy| policy.enforcement = 99, "enforcement");
+        check_refused(|_, policy| policy.expressions[0].operator = 99, "expressions.operator");
+        let mut bad = update_of_two();
+        bad.upserts[1].body = None; // a kind that is not known decodes to nothing
+        assert_eq!(delta(&bad).unwrap_err().field, "body");
     }
 }

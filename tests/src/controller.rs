@@ -31,26 +31,21 @@ pub struct Controller {
     source: PathBuf,
     state: PathBuf,
     log: PathBuf,
-    certificate_ttl: Option<Duration>,
+    options: Vec<String>,
     program: Mutex<Option<Program>>,
 }
 
 impl Controller {
-    /// Of the directory of manifests `source`, with state and log under `directory`. Not started yet.
-    pub fn new(
-        netns: NetNs,
-        address: Pair,
-        source: &Path,
-        directory: &Path,
-        certificate_ttl: Option<Duration>,
-    ) -> Self {
+    /// Of the directory of manifests `source`, with state and log under `directory` and more options for its command
+    /// line. Not started yet.
+    pub fn new(netns: NetNs, address: Pair, source: &Path, directory: &Path, options: Vec<String>) -> Self {
         Self {
             netns,
             address,
             source: source.to_owned(),
             state: directory.join("controller"),
             log: directory.join("controller.log"),
-            certificate_ttl,
+            options,
             program: Mutex::new(None),
         }
     }
@@ -60,9 +55,7 @@ impl Controller {
         let mut command = self.netns.command(process::binaries()?.join("mesh-controller"));
         command.arg("run").arg("--source").arg(&self.source).arg("--state-dir").arg(&self.state);
         command.args(["--listen", &format!("0.0.0.0:{AGENTS_PORT}"), "--admin-listen", ADMIN]);
-        if let Some(ttl) = self.certificate_ttl {
-            command.args(["--certificate-ttl", &format!("{}s", ttl.as_secs())]);
-        }
+        command.args(&self.options);
         command.env("RUST_LOG", log_level());
         *self.program() = Some(Program::start("mesh-controller", &mut command, &self.log)?);
         wait::try_until(READY, || {

@@ -72,6 +72,16 @@ pub enum Enrolment {
     Outside,
 }
 
+impl Mode {
+    /// The word for it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Permissive => "permissive",
+            Self::Strict => "strict",
+        }
+    }
+}
+
 impl Enrolment {
     fn label(self) -> &'static str {
         match self {
@@ -84,10 +94,7 @@ impl Enrolment {
 /// A Namespace.
 pub fn namespace(name: &str, enrolment: Enrolment, mode: Mode) -> String {
     let enroll = enrolment.label();
-    let mode = match mode {
-        Mode::Permissive => "permissive",
-        Mode::Strict => "strict",
-    };
+    let mode = mode.label();
     format!(
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels:\n    nodemesh.io/enroll: \"{enroll}\"\n    nodemesh.io/mode: {mode}\n"
     )

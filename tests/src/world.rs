@@ -96,6 +96,7 @@ pub struct Builder {
     mesh: bool,
     settled_within: Duration,
     certificate_ttl: Option<Duration>,
+    default_mode: Option<Mode>,
 }
 
 /// One machine of a world.
@@ -140,6 +141,12 @@ impl Builder {
     /// How long certificates live; the controller's default unless said.
     pub fn certificate_ttl(mut self, ttl: Duration) -> Self {
         self.certificate_ttl = Some(ttl);
+        self
+    }
+
+    /// What the controller's `--default-mode` says; the namespaces of a world say their own mode.
+    pub fn default_mode(mut self, mode: Mode) -> Self {
+        self.default_mode = Some(mode);
         self
     }
 
@@ -220,7 +227,7 @@ impl Builder {
         }
         world.write_services(&self.services)?;
         if self.mesh {
-            world.start_controller(self.certificate_ttl)?;
+            world.start_controller(self.certificate_ttl, self.default_mode)?;
             world.start_agents()?;
             let inside = |w: &&WorkloadSpec| {
                 let by_namespace = self.namespaces.get(&w.namespace).map_or(Enrolment::Enrolled, |n| n.0);
@@ -258,6 +265,7 @@ impl World {
             mesh: true,
             settled_within: SETTLED,
             certificate_ttl: None,
+            default_mode: None,
         }
     }
 
@@ -456,12 +464,22 @@ impl World {
         Ok(())
     }
 
-    fn start_controller(&mut self, certificate_ttl: Option<Duration>) -> Result<()> {
+    fn start_controller(
+        &mut self,
+        certificate_ttl: Option<Duration>,
+        default_mode: Option<Mode>,
+    ) -> Result<()> {
         let netns = NetNs::create(&format!("{}-controller", self.slot.prefix()), self.rp_filter)?;
         let address = self.plan.controller();
         topology::hang(&self.wire, &netns, "controller", address, self.plan)?;
-        let controller =
-            Controller::new(netns, address, self.yaml.directory(), &self.directory, certificate_ttl);
+        let mut options = vec![];
+        if let Some(ttl) = certificate_ttl {
+            options.extend(["--certificate-ttl".to_owned(), format!("{}s", ttl.as_secs())]);
+        }
+        if let Some(mode) = default_mode {
+            options.extend(["--default-mode".to_owned(), mode.label().to_owned()]);
+        }
+        let controller = Controller::new(netns, address, self.yaml.directory(), &self.directory, options);
         controller.start()?;
         self.controller = Some(controller);
         Ok(())

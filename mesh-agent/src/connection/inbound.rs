@@ -9,7 +9,6 @@ use std::{
 use mesh_core::{
     frame::{Control, Open},
     identity::SpiffeId,
-    policy::RuleRef,
     refusal::Reason,
     route::Transport,
     view::Snapshot,
@@ -21,7 +20,8 @@ use super::{
     turn::Turn,
 };
 use crate::{
-    authorize, connect,
+    authorize::{self, Allowed},
+    connect,
     local::{Admission, Local},
     metrics::Direction,
     net::socket,
@@ -124,7 +124,8 @@ async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mu
     let (at, client) = (At::of(accepted), accepted.peer.ip());
     // May they? The address names the source for the log alone: nothing proves it.
     entry.source.workload = view.workload_at(client).map(|workload| workload.name.clone());
-    entry.rule = may(view, &at, None)?;
+    let Allowed { rule, would_refuse } = may(view, &at, None)?;
+    entry.allowed(rule, would_refuse);
     let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
 
     // The application, and the bytes, for as long as they may.
@@ -134,7 +135,7 @@ async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mu
     let app = ResetOnDrop::new(app.await?);
     tokio::select! {
         carried = relay::plain::run(&accepted.stream, app, &entry.flow, limits.ready_wait) => Ok(carried?),
-        refusal = revoked(node, &at, None) => Err(refusal.into()),
+        refusal = revoked(node, &at, None, entry) => Err(refusal.into()),
     }
 }
 
@@ -230,7 +231,7 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     link.push(&Control::Accept);
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, carried) => carried,
-        refusal = revoked(node, at, Some(&proved)) => return cut(entry, refusal),
+        refusal = revoked(node, at, Some(&proved), &entry) => return cut(entry, refusal),
         refusal = node.cut(&at.workload) => return cut(entry, refusal),
     };
     let (result, usable) = match stopped {
@@ -283,7 +284,8 @@ async fn admit(
     entry.view = Some(view.clone());
     entry.destination.identity = view.identity(&at.workload.name).cloned();
     entry.source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
-    entry.rule = may(&view, at, Some(proved))?;
+    let Allowed { rule, would_refuse } = may(&view, at, Some(proved))?;
+    entry.allowed(rule, would_refuse);
     let limits = node.limits();
     let place = at.workload.admit(limits.max_connections_per_workload)?;
     let app =
@@ -293,7 +295,7 @@ async fn admit(
 
 /// The decision, the same when a connection is opened and whenever the view changes: is the source who it says, and
 /// may it connect?
-fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Option<RuleRef>, Refusal> {
+fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Allowed, Refusal> {
     let destination = authorize::destination(view, &at.workload.name)?;
     let (identity, address): (Option<&SpiffeId>, IpAddr) = match proved {
         Some(proved) => {
@@ -306,15 +308,11 @@ fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Option<RuleR
 }
 
 /// Done when a change of the view takes a live connection's permission away. Cancel-safe.
-async fn revoked(node: &Node, at: &At, proved: Option<&Proved>) -> Refusal {
-    let mut views = node.inner.view.clone();
-    while views.changed().await.is_ok() {
-        let view = views.borrow_and_update().clone();
-        // An agent that lost its view decides on the last one.
-        if let Some(Err(refusal)) = view.map(|view| may(&view, at, proved)) {
-            return refusal;
-        }
-    }
-    // Nobody will change the view any more.
-    std::future::pending().await
+async fn revoked(node: &Node, at: &At, proved: Option<&Proved>, entry: &Entry) -> Refusal {
+    node.each_view(|view| {
+        let allowed = may(view, at, proved)?;
+        entry.would_refuse(allowed.would_refuse);
+        Ok(())
+    })
+    .await
 }

@@ -111,6 +111,22 @@ impl Node {
         self.inner.view.borrow().clone().ok_or(Reason::ViewMissing)
     }
 
+    /// Done when a view says that a live connection may not go on. Looks at every view that comes, and first at the one
+    /// that is in force, should it be newer than what the connection was decided on. Cancel-safe.
+    async fn each_view(&self, may_go_on: impl Fn(&Snapshot) -> Result<(), Refusal>) -> Refusal {
+        // Nobody has ever looked through this receiver, so its clone has not seen the newest view yet.
+        let mut views = self.inner.view.clone();
+        while views.changed().await.is_ok() {
+            let view = views.borrow_and_update().clone();
+            // An agent that lost its view decides on the last one.
+            if let Some(Err(refusal)) = view.map(|view| may_go_on(&view)) {
+                return refusal;
+            }
+        }
+        // Nobody will change the view any more.
+        std::future::pending().await
+    }
+
     /// Done when a connection of this workload must end now, with the reason. Cancel-safe.
     async fn cut(&self, workload: &Local) -> Refusal {
         tokio::select! {

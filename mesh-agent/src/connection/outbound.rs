@@ -1,12 +1,17 @@
 //! A connection that a workload of this node opens, from its capture to its last byte.
 
-use mesh_core::route;
+use mesh_core::{
+    model::{Mode, Name},
+    refusal::Reason,
+    route::{self, Transport},
+    view::Snapshot,
+};
 
 use super::{Accepted, Node, identify};
 use crate::{
     connect::{Ask, Opened, Way},
     record::Entry,
-    refusal::{Failure, Stop},
+    refusal::{Failure, Refusal, Stop},
     relay::{
         self, ResetOnDrop,
         tunnel::{Carried, Stopped},
@@ -15,32 +20,41 @@ use crate::{
 
 /// The story. Each `?` ends it with a reason; the caller resets the application then, and records either way.
 pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
-    let view = node.view()?; // one version for the whole connection
-    entry.view = Some(view.clone());
     let connector = &node.inner.connector;
     let wait = node.limits().ready_wait;
+    let (local, app, address) = (&accepted.workload, &accepted.stream, accepted.peer);
 
     // Who is asking, and may it have one more?
-    entry.place = Some(node.place(&accepted.workload)?);
-    let _place = accepted.workload.admit(node.limits().max_connections_per_workload)?;
-    let identity = identify::source(accepted, &view, &mut entry.source)?;
+    entry.place = Some(node.place(local)?);
+    let _place = local.admit(node.limits().max_connections_per_workload)?;
+    let opened = {
+        let view = node.view()?; // one version until the way is open
+        entry.view = Some(view.clone());
+        let identity = identify::source(accepted, &view, &mut entry.source)?;
 
-    // What do they ask for, and which way leads there? Whether they may is for the destination to say.
-    let route = route::outbound(&view, accepted.original)?;
-    let (local, app, address) = (&accepted.workload, &accepted.stream, accepted.peer);
-    let ask = Ask { local, identity: &identity, app, address, view: &view };
-    let opened = Box::pin(connector.open(&ask, route, entry)).await?;
+        // What do they ask for, and which way leads there? Whether they may is for the destination to say.
+        let route = route::outbound(&view, accepted.original)?;
+        let ask = Ask { local, identity: &identity, app, address, view: &view };
+        Box::pin(connector.open(&ask, route, entry)).await?
+    };
 
     // The bytes. The attempt counts as a load of its endpoint until they have ended.
     let Opened { way, attempt: _attempt } = opened;
     let mut lease = match way {
         Way::Plaintext(to) => {
-            return Ok(relay::plain::run(app, ResetOnDrop::new(to), &entry.flow, wait).await?);
+            return tokio::select! {
+                carried = relay::plain::run(app, ResetOnDrop::new(to), &entry.flow, wait) => Ok(carried?),
+                refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => Err(refusal.into()),
+            };
         }
         Way::Tunnel(lease) => lease,
     };
     let carried = Carried { flow: &entry.flow, direction: accepted.direction, wait };
-    let (stopped, said) = relay::tunnel::run(app, &mut lease.link, carried).await;
+    let (stopped, said) = tokio::select! {
+        carried = relay::tunnel::run(app, &mut lease.link, carried) => carried,
+        // The tunnel itself is reset, by being dropped.
+        refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => return Err(refusal.into()),
+    };
     let result = match stopped {
         Stopped::Finished => Ok(()),
         // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
@@ -51,4 +65,35 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     };
     connector.settle(lease, said);
     Ok(result?)
+}
+
+/// Whether a live connection is still what it was opened as: between these two identities, or in plaintext to somebody
+/// who takes plaintext. Whether it may be at all is for the destination, as it was; so is a destination that has left.
+fn goes_on(view: &Snapshot, own: &Name, entry: &Entry) -> Result<(), Refusal> {
+    let destination = entry.destination.address.and_then(|address| view.workload_at(address.ip()));
+    match (entry.transport, destination) {
+        (Some(Transport::Plaintext), Some(workload)) => {
+            if workload.enrolled && workload.mode == Mode::Strict {
+                return Err(Refusal::new(Reason::DestinationBecameStrict, workload.name.to_string()));
+            }
+        }
+        (Some(Transport::Tunnel), destination) => {
+            let now = |name| view.identity(name).map(|identity| (name, identity));
+            if let (Some((name, now)), Some(then)) = (now(own), &entry.source.identity)
+                && now != then
+            {
+                let detail = format!("{name} is {now} now, it proved {then}");
+                return Err(Refusal::new(Reason::IdentityMismatch, detail));
+            }
+            if let (Some((name, now)), Some(then)) =
+                (destination.and_then(|workload| now(&workload.name)), &entry.destination.identity)
+                && now != then
+            {
+                let detail = format!("{name} is {now} now, it proved {then}");
+                return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
+            }
+        }
+        (Some(Transport::Plaintext) | None, _) => {}
+    }
+    Ok(())
 }

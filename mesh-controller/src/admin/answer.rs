@@ -1,11 +1,11 @@
 //! What the HTTP API answers, as types that both ends share: the controller writes them, `meshctl` reads them.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::net::IpAddr;
 
 use mesh_core::model::{Endpoint, Mode};
 use serde::{Deserialize, Serialize};
 
-use crate::source::Refused;
+use crate::{model::ModeFrom, source::Refused};
 
 /// Why a question has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +102,8 @@ pub struct WorkloadRow {
     pub identity: String,
     /// Whether it takes plaintext.
     pub mode: Mode,
+    /// Who says so.
+    pub mode_from: ModeFrom,
     /// Services send connections to it.
     pub ready: bool,
     /// `outside`, `pending`, `enrolled` or `failed`.
@@ -139,8 +141,10 @@ pub struct PolicyRow {
     pub name: String,
     /// `Allow` or `Deny`.
     pub action: String,
-    /// Labels of the workloads that it selects; none selects all of the namespace.
-    pub selector: BTreeMap<String, String>,
+    /// `Enforce` or `Audit`.
+    pub enforcement: String,
+    /// Labels of the workloads that it selects.
+    pub selector: String,
     /// The workloads that it selects now.
     pub selected: Vec<String>,
     /// Its rules, a line each.
@@ -180,6 +184,10 @@ pub struct End {
     pub transport: String,
     /// The rule that decided, `namespace/policy[index]`.
     pub rule: Option<String>,
+    /// Whether the destination takes plaintext; nothing where no agent decides.
+    pub mode: Option<Mode>,
+    /// The audited policy that would refuse it, with rule and reason, were it enforced.
+    pub would_refuse: Option<String>,
     /// The reason's label, as in metrics and access log.
     pub reason: Option<String>,
     /// What happened, for a person.

@@ -18,7 +18,7 @@ use axum::{
 };
 use mesh_core::{
     identity::TrustDomain,
-    model::{Action, Policy, Rule, Service},
+    model::{Action, Enforcement, Mode, Policy, Service},
 };
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -33,6 +33,7 @@ use crate::{
     digest::{digest, hex},
     distribute::{AgentState, Hub, World},
     metrics::Metrics,
+    model::ModeFrom,
     report::State as Reported,
 };
 
@@ -146,6 +147,7 @@ async fn workloads(State(admin): Shared) -> Json<Vec<WorkloadRow>> {
                 (state, reported.reason.clone())
             }
         };
+        let wanted = world.model.workloads.get(&workload.name);
         WorkloadRow {
             name: workload.name.to_string(),
             node: workload.node.clone(),
@@ -154,7 +156,8 @@ async fn workloads(State(admin): Shared) -> Json<Vec<WorkloadRow>> {
                 .identity(&admin.trust_domain)
                 .map_or_else(|e| e.to_string(), |id| id.to_string()),
             mode: workload.mode,
-            ready: world.model.workloads.get(&workload.name).is_some_and(|wanted| wanted.ready),
+            mode_from: wanted.map_or(ModeFrom::Default, |it| world.model.mode(it, Mode::default()).1),
+            ready: wanted.is_some_and(|wanted| wanted.ready),
             enrolment: enrolment.to_owned(),
             reason,
         }
@@ -187,7 +190,11 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
             Action::Allow => "Allow".to_owned(),
             Action::Deny => "Deny".to_owned(),
         },
-        selector: policy.selector.clone(),
+        enforcement: match policy.enforcement {
+            Enforcement::Enforce => "Enforce".to_owned(),
+            Enforcement::Audit => "Audit".to_owned(),
+        },
+        selector: policy.selector.to_string(),
         selected: world
             .common
             .workloads()
@@ -195,31 +202,9 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
             .filter(|workload| policy.selects(workload))
             .map(|workload| workload.name.to_string())
             .collect(),
-        rules: policy.rules.iter().map(rule).collect(),
+        rules: policy.rules.iter().map(ToString::to_string).collect(),
     };
     Json(world.common.policies().iter().map(row).collect())
-}
-
-/// A rule as one line.
-fn rule(rule: &Rule) -> String {
-    let join = |parts: Vec<String>| parts.join(", ");
-    let source = |source: &mesh_core::model::Source| {
-        let mut parts: Vec<String> = source.identities.iter().map(ToString::to_string).collect();
-        parts.extend(source.namespaces.iter().map(|namespace| format!("namespace {namespace}")));
-        parts.extend(source.address_blocks.iter().map(ToString::to_string));
-        if parts.is_empty() { "any source".to_owned() } else { join(parts) }
-    };
-    let from = if rule.from.is_empty() {
-        "any source".to_owned()
-    } else {
-        rule.from.iter().map(source).collect::<Vec<_>>().join(" or ")
-    };
-    let ports = if rule.ports.is_empty() {
-        "any port".to_owned()
-    } else {
-        format!("ports {}", join(rule.ports.iter().map(ToString::to_string).collect()))
-    };
-    format!("from {from} to {ports}")
 }
 
 /// What `why` is asked.

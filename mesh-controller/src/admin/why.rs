@@ -7,7 +7,7 @@ use std::{
 
 use mesh_core::{
     model::{Name, Workload},
-    policy::{Request, Verdict, decide},
+    policy::{Decision, Request, Verdict, decide},
     refusal::{Reason, Step},
     route::{self, Route, Transport},
     view::{Snapshot, SnapshotError},
@@ -85,7 +85,7 @@ impl Story<'_> {
             Ok(route) => route,
             Err(reason) => {
                 self.step(Step::Route, format!("{}: {}", self.asked, reason.says()));
-                return vec![refused(self.asked.to_string(), "", reason, None)];
+                return vec![refused(self.asked.to_string(), "", reason)];
             }
         };
         match route {
@@ -94,7 +94,6 @@ impl Story<'_> {
                 vec![allowed(
                     address.to_string(),
                     Transport::Plaintext,
-                    None,
                     "nobody in the mesh decides about it",
                 )]
             }
@@ -139,18 +138,13 @@ impl Story<'_> {
         let to = format!("{} at {address}", destination.name);
         if !destination.enrolled {
             self.step(Step::Connect, format!("{to} is not enrolled: plaintext"));
-            return allowed(
-                to,
-                Transport::Plaintext,
-                None,
-                "the destination is not enrolled: no agent decides",
-            );
+            return allowed(to, Transport::Plaintext, "the destination is not enrolled: no agent decides");
         }
         let transport = match self.transport(destination) {
             Ok(transport) => transport,
             Err(reason) => {
                 self.step(Step::Connect, format!("{to}: {}", reason.says()));
-                return refused(to, "", reason, None);
+                return End { mode: Some(destination.mode), ..refused(to, "", reason) };
             }
         };
         self.step(Step::Connect, format!("{to}: {}", word(transport)));
@@ -163,22 +157,27 @@ impl Story<'_> {
             port: address.port(),
         };
         let policies = self.snapshot.policies_of(destination);
-        let verdict = decide(destination.mode, policies.clone(), &request);
+        let Decision { verdict, would_refuse } = decide(destination.mode, policies.clone(), &request);
         let count = policies.count();
         let authorized =
-            format!("{count} policy(ies) select {}, mode {:?}", destination.name, destination.mode);
-        self.step(Step::Authorize, authorized.to_lowercase());
-        match verdict {
-            Verdict::AllowedByDefault => allowed(
-                to,
-                transport,
-                None,
-                "no allow policy selects the destination and no deny rule matches",
-            ),
-            Verdict::Allowed(rule) => allowed(to, transport, Some(rule.to_string()), "an allow rule matches"),
-            Verdict::Refused { reason, rule } => {
-                refused(to, word(transport), reason, rule.map(|rule| rule.to_string()))
+            format!("{count} policy(ies) select {}, mode {}", destination.name, destination.mode);
+        self.step(Step::Authorize, authorized);
+        if let Some(would) = &would_refuse {
+            self.step(Step::Authorize, format!("audited policy {would} would refuse it, were it enforced"));
+        }
+        let (end, rule) = match verdict {
+            Verdict::AllowedByDefault => {
+                let says = "no allow policy selects the destination and no deny rule matches";
+                (allowed(to, transport, says), None)
             }
+            Verdict::Allowed(rule) => (allowed(to, transport, "an allow rule matches"), Some(rule)),
+            Verdict::Refused { reason, rule } => (refused(to, word(transport), reason), rule),
+        };
+        End {
+            rule: rule.map(|rule| rule.to_string()),
+            mode: Some(destination.mode),
+            would_refuse: would_refuse.map(|would| would.to_string()),
+            ..end
         }
     }
 
@@ -207,24 +206,28 @@ fn word(transport: Transport) -> &'static str {
     }
 }
 
-fn allowed(to: String, transport: Transport, rule: Option<String>, says: &str) -> End {
+fn allowed(to: String, transport: Transport, says: &str) -> End {
     End {
         to,
         verdict: "allowed".into(),
         transport: word(transport).into(),
-        rule,
+        rule: None,
+        mode: None,
+        would_refuse: None,
         reason: None,
         says: says.into(),
         cure: String::new(),
     }
 }
 
-fn refused(to: String, transport: &str, reason: Reason, rule: Option<String>) -> End {
+fn refused(to: String, transport: &str, reason: Reason) -> End {
     End {
         to,
         verdict: "refused".into(),
         transport: transport.into(),
-        rule,
+        rule: None,
+        mode: None,
+        would_refuse: None,
         reason: Some(reason.label().into()),
         says: reason.says().into(),
         cure: reason.cure().into(),
@@ -235,7 +238,7 @@ fn refused(to: String, transport: &str, reason: Reason, rule: Option<String>) ->
 mod tests {
     use std::collections::BTreeSet;
 
-    use mesh_core::{identity::TrustDomain, view::Mesh};
+    use mesh_core::{identity::TrustDomain, model::Mode, view::Mesh};
 
     use super::*;
     use crate::source::ledger::{FileContent, Ledger};
@@ -282,6 +285,14 @@ spec:
   selector: {matchLabels: {app: db}}
   action: Allow
   rules: [{from: [{identities: [spiffe://td/ns/shop/sa/web]}], to: [{ports: [15432]}]}]
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: trial, namespace: shop}
+spec:
+  action: Deny
+  enforcement: Audit
+  rules: [{to: [{ports: [81]}]}, {from: [{notNamespaces: [other]}], to: [{notPorts: [80, 15432]}]}]
 ";
 
     fn common() -> Common {
@@ -290,7 +301,7 @@ spec:
         assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
         let captured: BTreeSet<Name> = ["shop/web", "shop/db"].map(|name| name.parse().unwrap()).into();
         let mesh = Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] };
-        Common::new(&ledger.model(), Arc::new(mesh), &captured)
+        Common::new(&ledger.model(), Arc::new(mesh), &captured, Mode::default())
     }
 
     #[track_caller]
@@ -319,6 +330,16 @@ spec:
         check("shop/web", "192.0.2.1:443", "allowed plaintext");
         check("default/legacy", "shop/db:5432", "refused plaintext plaintext_to_strict");
         check("shop/late", "shop/db:5432", "refused plaintext plaintext_to_strict");
+    }
+
+    #[test]
+    fn what_an_audited_policy_would_refuse_is_told() {
+        let why = explain(&common(), "shop/db", "shop/web:82").unwrap();
+        let end = &why.ends[0];
+        assert_eq!((end.verdict.as_str(), end.mode), ("allowed", Some(Mode::Strict)));
+        assert_eq!(end.would_refuse.as_deref(), Some("shop/trial[1] (policy_deny)"));
+        assert!(why.steps.iter().any(|step| step.says.contains("were it enforced")), "{why:?}");
+        assert_eq!(explain(&common(), "shop/db", "shop/web:80").unwrap().ends[0].would_refuse, None);
     }
 
     #[test]

@@ -14,7 +14,22 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, Refused, document, manifest};
-use crate::model::{Model, Object, ObjectKey};
+use crate::model::{Kind, Model, Object, ObjectKey};
+
+/// Most AuthorizationPolicies of a namespace, and so of a workload: each may have to be looked at for every connection.
+const MAX_POLICIES: usize = 512;
+
+fn too_many(policy: &ObjectKey, line: usize) -> Problem {
+    Problem {
+        line,
+        field: "metadata.namespace".into(),
+        reason: format!(
+            "namespace {} has {MAX_POLICIES} AuthorizationPolicies already",
+            policy.name.namespace
+        ),
+        cure: "merge some of them: one can have many rules".into(),
+    }
+}
 
 /// What one file says.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -122,7 +137,21 @@ impl Ledger {
                 }
             }
         }
-        for (key, mut claims) in candidates {
+        // What was in force comes first, so that a new policy never pushes an old one out.
+        let (known, new): (Vec<_>, Vec<_>) =
+            candidates.into_iter().partition(|(key, _)| before.in_force.contains_key(key));
+        let mut policies: BTreeMap<String, usize> = BTreeMap::new();
+        for (key, mut claims) in known.into_iter().chain(new) {
+            if key.kind == Kind::AuthorizationPolicy {
+                let count = policies.entry(key.name.namespace.clone()).or_default();
+                if *count == MAX_POLICIES {
+                    for (file, line, _) in claims {
+                        self.refuse(file, Some(&key), &[too_many(&key, line)]);
+                    }
+                    continue;
+                }
+                *count += 1;
+            }
             let incumbent = before.in_force.get(&key).map(|entry| entry.file.as_path());
             let place = claims.iter().position(|(file, ..)| Some(*file) == incumbent).unwrap_or(0);
             let (file, line, object) = claims.remove(place);
@@ -235,6 +264,25 @@ mod tests {
         assert!(ledger.refused()[0].last_good_in_force);
         let gone = workload("b", "10.0.0.3");
         assert_eq!(step(&mut ledger, &[("f", gone)]), (vec!["b=10.0.0.3".to_owned()], 0));
+    }
+
+    #[test]
+    fn a_namespace_has_no_more_policies_than_it_may_and_a_new_one_pushes_none_out() {
+        let policy = |name: &str, namespace: &str| {
+            format!(
+                "---\napiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, \
+                 namespace: {namespace}}}\nspec: {{action: Allow}}\n"
+            )
+        };
+        let mut ledger = Ledger::default();
+        let full: String = (0..MAX_POLICIES).map(|number| policy(&format!("p{number}"), "shop")).collect();
+        assert_eq!(step(&mut ledger, &[("f", full.clone())]).1, 0);
+        let more = policy("a-first-by-name", "shop") + &policy("of-another-namespace", "other");
+        assert_eq!(step(&mut ledger, &[("a", more), ("f", full)]).1, 1);
+        assert_eq!(ledger.model().policies.len(), MAX_POLICIES + 1);
+        let refused = &ledger.refused()[0];
+        assert_eq!(refused.object.as_deref(), Some("AuthorizationPolicy shop/a-first-by-name"));
+        assert!(refused.cure.contains("merge") && !refused.last_good_in_force, "{refused}");
     }
 
     #[test]

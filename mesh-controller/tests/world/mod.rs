@@ -291,6 +291,7 @@ fn config(source: &tempfile::TempDir, state: &tempfile::TempDir) -> Config {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         admin_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         trust_domain: "td".parse().unwrap(),
+        default_mode: mesh_core::model::Mode::Permissive,
         certificate_ttl: Duration::from_secs(3600),
     }
 }

@@ -109,6 +109,7 @@ impl Controller {
             state_dir: self.state.path().to_owned(),
             trust_domain: "td".parse().unwrap(),
             certificate_ttl: CERTIFICATE_TTL,
+            default_mode: mesh_core::model::Mode::default(),
         };
         let clock = ControllerClock::new(move || time.wall(off));
         let parts = Parts::assemble(settings, self.ledger.subscribe(), clock).unwrap();

@@ -1,6 +1,6 @@
 //! Answers as tables.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow};
@@ -55,7 +55,7 @@ pub(crate) fn workloads(rows: &[WorkloadRow]) -> String {
             row.node.clone(),
             list(&row.addresses),
             row.identity.clone(),
-            format!("{:?}", row.mode).to_lowercase(),
+            format!("{} ({})", row.mode, row.mode_from),
             state,
             row.reason.clone(),
         ]
@@ -83,7 +83,11 @@ pub(crate) fn policies(rows: &[PolicyRow]) -> String {
     let rows = rows.iter().map(|row| {
         let rules =
             if row.rules.is_empty() { "none: matches nothing".to_owned() } else { row.rules.join("\n") };
-        [row.name.clone(), row.action.clone(), selector(&row.selector), rules, row.selected.join("\n")]
+        let action = match row.enforcement.as_str() {
+            "Enforce" => row.action.clone(),
+            other => format!("{}, {}", row.action, other.to_lowercase()),
+        };
+        [row.name.clone(), action, row.selector.clone(), rules, row.selected.join("\n")]
     });
     table(["POLICY", "ACTION", "SELECTOR", "RULES", "SELECTS"], rows)
 }
@@ -100,18 +104,14 @@ pub(crate) fn why(why: &Why) -> String {
             &mut text,
             format_args!("{} to {}{rule}{reason}: {}", end.verdict.to_uppercase(), end.to, end.says),
         );
+        if let Some(would) = &end.would_refuse {
+            line(&mut text, format_args!("  audit: {would} would refuse it, were it enforced"));
+        }
         if !end.cure.is_empty() {
             line(&mut text, format_args!("  to change it: {}", end.cure));
         }
     }
     text
-}
-
-fn selector(labels: &BTreeMap<String, String>) -> String {
-    if labels.is_empty() {
-        return "all of the namespace".to_owned();
-    }
-    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
 fn list(items: &[impl ToString]) -> String {

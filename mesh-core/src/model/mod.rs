@@ -3,11 +3,16 @@
 //! Stands apart from the manifests: those are parsed in the controller, checked, and turned into these. Names are
 //! checked there; these types are what both sides of the wire agree on.
 
+mod policy;
+
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use self::policy::{
+    Action, Enforcement, Expression, IdentityPattern, IpNet, Operator, PatternError, Policy, PortRange,
+    PortRangeError, Rule, Selector, Source, Target, Traits,
+};
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// The namespaced name of an object, printed as `namespace/name`.
@@ -74,6 +79,38 @@ pub enum Mode {
     Strict,
 }
 
+impl Mode {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Permissive, Self::Strict];
+
+    /// The word of labels, settings and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Permissive => "permissive",
+            Self::Strict => "strict",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A text is neither mode.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a mode: write permissive or strict")]
+pub struct ModeError(pub String);
+
+impl std::str::FromStr for Mode {
+    type Err = ModeError;
+    fn from_str(text: &str) -> Result<Self, ModeError> {
+        let found = Self::ALL.into_iter().find(|mode| mode.as_str() == text);
+        found.ok_or_else(|| ModeError(text.chars().take(100).collect()))
+    }
+}
+
 /// One running instance with an identity and addresses: a pod, a process on a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workload {
@@ -133,55 +170,4 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// The workload's port (`spec.ports[].targetPort`).
     pub port: u16,
-}
-
-/// What a policy does with the connections that its rules match.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Action {
-    /// They may; and once any allow policy selects a workload, what no allow rule matches may not.
-    Allow,
-    /// They may not, whatever any allow policy says.
-    Deny,
-}
-
-/// Who may connect to the workloads that it selects (`AuthorizationPolicy`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Policy {
-    /// Its name; it selects workloads of its own namespace only.
-    pub name: Name,
-    /// All of these labels; none selects every workload of the namespace.
-    pub selector: BTreeMap<String, String>,
-    /// What it does.
-    pub action: Action,
-    /// Any of these; none: matches nothing.
-    pub rules: Vec<Rule>,
-}
-
-impl Policy {
-    /// Whether it speaks about connections to this workload.
-    pub fn selects(&self, workload: &Workload) -> bool {
-        self.name.namespace == workload.name.namespace
-            && self.selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
-    }
-}
-
-/// A set of connections.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Rule {
-    /// Any of these; none: any source.
-    pub from: Vec<Source>,
-    /// Any of these destination ports; none: any port.
-    pub ports: Vec<u16>,
-}
-
-/// A set of sources: every field that is given must match, within a field any entry.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Source {
-    /// Exact identities.
-    pub identities: Vec<SpiffeId>,
-    /// Namespaces of authenticated identities.
-    pub namespaces: Vec<String>,
-    /// Blocks that the source's address lies in.
-    pub address_blocks: Vec<IpNet>,
 }

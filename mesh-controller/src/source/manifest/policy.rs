@@ -1,0 +1,299 @@
+//! AuthorizationPolicies. What they mean is told in `docs/operate/authorization.md`; here each text becomes the thing
+//! that it names, or a problem with its line.
+//!
+//! A list that is there and empty is refused: left out it would match everything, and a list that a template failed to
+//! fill must not.
+
+use std::{collections::BTreeMap, fmt};
+
+use mesh_core::{
+    identity::TrustDomain,
+    model::{
+        Action, Enforcement, Expression, IdentityPattern, IpNet, Operator, Policy, PortRange, Rule, Selector,
+        Source, Target, Traits,
+    },
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, Visitor},
+};
+
+use super::{
+    super::document::one_of,
+    Raw,
+    check::{Check, MAX_ENTRIES},
+};
+use crate::model::Object;
+
+/// Most entries of all lists of a policy together: what a connection may have to be compared with.
+const MAX_POLICY_ENTRIES: usize = 16 * 1024;
+/// How an identity is written.
+const IDENTITY_CURE: &str = "write spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT, spiffe://TRUST-DOMAIN/ns/NAMESPACE/* \
+                             or spiffe://TRUST-DOMAIN/*";
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RawPolicy {
+    #[serde(default)]
+    selector: RawSelector,
+    action: String,
+    enforcement: Option<String>,
+    #[serde(default)]
+    rules: Vec<RawRule>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawSelector {
+    #[serde(default)]
+    match_labels: BTreeMap<String, String>,
+    #[serde(default)]
+    match_expressions: Vec<RawExpression>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawExpression {
+    key: String,
+    operator: String,
+    #[serde(default)]
+    values: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawRule {
+    from: Option<Vec<RawSource>>,
+    to: Option<Vec<RawTarget>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawSource {
+    identities: Option<Vec<String>>,
+    namespaces: Option<Vec<String>>,
+    trust_domains: Option<Vec<String>>,
+    address_blocks: Option<Vec<String>>,
+    not_identities: Option<Vec<String>>,
+    not_namespaces: Option<Vec<String>>,
+    not_trust_domains: Option<Vec<String>>,
+    not_address_blocks: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawTarget {
+    ports: Option<Vec<RawPorts>>,
+    not_ports: Option<Vec<RawPorts>>,
+}
+
+/// A port or a range of them: a number, or a text such as `9000-9100`.
+#[derive(Debug)]
+struct RawPorts(String);
+
+impl<'de> Deserialize<'de> for RawPorts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Scalar;
+        impl Visitor<'_> for Scalar {
+            type Value = RawPorts;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port such as 8080, or a range such as 9000-9100")
+            }
+            fn visit_u64<E: Error>(self, number: u64) -> Result<RawPorts, E> {
+                Ok(RawPorts(number.to_string()))
+            }
+            fn visit_i64<E: Error>(self, number: i64) -> Result<RawPorts, E> {
+                Ok(RawPorts(number.to_string()))
+            }
+            fn visit_str<E: Error>(self, text: &str) -> Result<RawPorts, E> {
+                Ok(RawPorts(text.to_owned()))
+            }
+        }
+        deserializer.deserialize_any(Scalar)
+    }
+}
+
+impl Check<'_> {
+    pub(super) fn policy(&mut self, raw: Raw<RawPolicy>) -> Object {
+        let name = self.namespaced(&raw.metadata);
+        self.our_labels(&raw.metadata.labels, &[]);
+        let selector = self.selector(raw.spec.selector);
+        let action = self.action(&raw.spec.action);
+        let enforcement = self.enforcement(raw.spec.enforcement.as_deref());
+        self.limit("spec.rules", raw.spec.rules.len(), MAX_ENTRIES);
+        let rules: Vec<Rule> =
+            raw.spec.rules.into_iter().enumerate().map(|(index, rule)| self.rule(index, rule)).collect();
+        self.limit("spec.rules", rules.iter().map(entries).sum(), MAX_POLICY_ENTRIES);
+        Object::AuthorizationPolicy(Policy { name, selector, action, enforcement, rules })
+    }
+
+    fn action(&mut self, text: &str) -> Action {
+        match text {
+            "Allow" => Action::Allow,
+            "Deny" => Action::Deny,
+            "Audit" => {
+                let cure = "write 'enforcement: Audit' beside it, and Allow or Deny here: what it would do";
+                self.problem("spec.action", "'Audit' is not an action", cure);
+                Action::Deny
+            }
+            other => {
+                let cure = one_of(other, &["Allow", "Deny"]);
+                self.problem("spec.action", format!("'{other}' is not an action"), cure);
+                Action::Deny
+            }
+        }
+    }
+
+    fn enforcement(&mut self, text: Option<&str>) -> Enforcement {
+        match text {
+            None | Some("Enforce") => Enforcement::Enforce,
+            Some("Audit") => Enforcement::Audit,
+            Some(other) => {
+                let cure = one_of(other, &["Enforce", "Audit"]);
+                self.problem("spec.enforcement", format!("'{other}' is neither Enforce nor Audit"), cure);
+                Enforcement::Enforce
+            }
+        }
+    }
+
+    fn selector(&mut self, raw: RawSelector) -> Selector {
+        let field = "spec.selector.matchExpressions";
+        self.limit("spec.selector.matchLabels", raw.match_labels.len(), MAX_ENTRIES);
+        self.limit(field, raw.match_expressions.len(), MAX_ENTRIES);
+        let expressions = raw.match_expressions.into_iter().enumerate();
+        let expressions =
+            expressions.filter_map(|(index, it)| self.expression(&format!("{field}[{index}]"), it)).collect();
+        Selector { labels: raw.match_labels, expressions }
+    }
+
+    fn expression(&mut self, at: &str, raw: RawExpression) -> Option<Expression> {
+        let operator = match raw.operator.as_str() {
+            "In" => Operator::In,
+            "NotIn" => Operator::NotIn,
+            "Exists" => Operator::Exists,
+            "DoesNotExist" => Operator::DoesNotExist,
+            other => {
+                let cure = one_of(other, &["In", "NotIn", "Exists", "DoesNotExist"]);
+                self.problem(&format!("{at}.operator"), format!("'{other}' is not an operator"), cure);
+                return None;
+            }
+        };
+        let values = format!("{at}.values");
+        self.limit(&values, raw.values.len(), MAX_ENTRIES);
+        match (operator, raw.values.is_empty()) {
+            (Operator::In | Operator::NotIn, true) => {
+                self.problem(&values, format!("{operator:?} needs values"), "write at least one");
+            }
+            (Operator::Exists | Operator::DoesNotExist, false) => {
+                self.problem(
+                    &values,
+                    format!("{operator:?} looks at no value"),
+                    "remove them, or use In or NotIn",
+                );
+            }
+            _ => {}
+        }
+        Some(Expression { key: raw.key, operator, values: raw.values })
+    }
+
+    fn rule(&mut self, index: usize, raw: RawRule) -> Rule {
+        let at = format!("spec.rules[{index}]");
+        let from = self.list(&format!("{at}.from"), raw.from, Self::source);
+        let to = self.list(&format!("{at}.to"), raw.to, Self::target);
+        Rule { from, to }
+    }
+
+    fn source(&mut self, at: &str, raw: RawSource) -> Option<Source> {
+        let any_of = Traits {
+            identities: self.list(&format!("{at}.identities"), raw.identities, Self::identities),
+            namespaces: self.list(&format!("{at}.namespaces"), raw.namespaces, Self::namespace_name),
+            trust_domains: self.list(&format!("{at}.trustDomains"), raw.trust_domains, Self::trust_domain),
+            address_blocks: self.list(&format!("{at}.addressBlocks"), raw.address_blocks, Self::block),
+        };
+        let none_of = Traits {
+            identities: self.list(&format!("{at}.notIdentities"), raw.not_identities, Self::identities),
+            namespaces: self.list(&format!("{at}.notNamespaces"), raw.not_namespaces, Self::namespace_name),
+            trust_domains: self.list(
+                &format!("{at}.notTrustDomains"),
+                raw.not_trust_domains,
+                Self::trust_domain,
+            ),
+            address_blocks: self.list(&format!("{at}.notAddressBlocks"), raw.not_address_blocks, Self::block),
+        };
+        Some(Source { any_of, none_of })
+    }
+
+    fn target(&mut self, at: &str, raw: RawTarget) -> Option<Target> {
+        Some(Target {
+            ports: self.list(&format!("{at}.ports"), raw.ports, Self::port_range),
+            not_ports: self.list(&format!("{at}.notPorts"), raw.not_ports, Self::port_range),
+        })
+    }
+
+    /// A list that, where it is given, has entries; what is wrong with one of them is said at its own place.
+    fn list<Raw, T>(
+        &mut self,
+        field: &str,
+        raw: Option<Vec<Raw>>,
+        mut entry: impl FnMut(&mut Self, &str, Raw) -> Option<T>,
+    ) -> Vec<T> {
+        let Some(raw) = raw else { return vec![] };
+        if raw.is_empty() {
+            let cure = "write what it shall match, or remove the field if that is everything";
+            self.problem(field, "this list is empty, and so would match everything", cure);
+        }
+        self.limit(field, raw.len(), MAX_ENTRIES);
+        let entries = raw.into_iter().take(MAX_ENTRIES).enumerate();
+        entries.filter_map(|(index, raw)| entry(self, &format!("{field}[{index}]"), raw)).collect()
+    }
+
+    fn identities(&mut self, field: &str, text: String) -> Option<IdentityPattern> {
+        let parsed = IdentityPattern::parse(&text);
+        parsed.map_err(|error| self.problem(field, error.to_string(), IDENTITY_CURE)).ok()
+    }
+
+    fn namespace_name(&mut self, field: &str, text: String) -> Option<String> {
+        self.name(field, &text);
+        Some(text)
+    }
+
+    fn trust_domain(&mut self, field: &str, text: String) -> Option<TrustDomain> {
+        let cure = "write it as in an identity, without spiffe:// and without a path";
+        TrustDomain::parse(&text).map_err(|error| self.problem(field, error.to_string(), cure)).ok()
+    }
+
+    fn block(&mut self, field: &str, text: String) -> Option<IpNet> {
+        let cure = "write an address and a prefix length, such as 10.1.0.0/16 or fd00::/8";
+        match text.parse() {
+            // An application's address is never of this form, so it would never match.
+            Ok(IpNet::V6(block)) if block.addr().to_ipv4_mapped().is_some() => {
+                self.problem(field, format!("'{text}' is an IPv4 block written as IPv6"), cure);
+                None
+            }
+            Ok(block) => Some(block),
+            Err(_) => {
+                let shown: String = text.chars().take(100).collect();
+                self.problem(field, format!("'{shown}' is not an address block"), cure);
+                None
+            }
+        }
+    }
+
+    fn port_range(&mut self, field: &str, raw: RawPorts) -> Option<PortRange> {
+        let cure = "write a number from 1 to 65535, or a range such as 9000-9100";
+        raw.0
+            .parse()
+            .map_err(|error: mesh_core::model::PortRangeError| self.problem(field, error.to_string(), cure))
+            .ok()
+    }
+}
+
+/// How many things one rule compares a connection with.
+fn entries(rule: &Rule) -> usize {
+    let traits = |it: &Traits| {
+        it.identities.len() + it.namespaces.len() + it.trust_domains.len() + it.address_blocks.len()
+    };
+    let sources = rule.from.iter().map(|source| 1 + traits(&source.any_of) + traits(&source.none_of));
+    let targets = rule.to.iter().map(|target| 1 + target.ports.len() + target.not_ports.len());
+    1 + sources.sum::<usize>() + targets.sum::<usize>()
+}

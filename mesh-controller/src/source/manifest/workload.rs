@@ -1,0 +1,98 @@
+//! Namespaces and workloads: who runs where, whether traffic is captured, whether plaintext is taken.
+
+use std::collections::BTreeMap;
+
+use mesh_core::model::Mode;
+use serde::{Deserialize, de::IgnoredAny};
+
+use super::{super::document::one_of, ENROLL, MODE, Raw, RawMetadata, check::Check};
+use crate::model::{Namespace, Object, Workload};
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RawNamespace {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    metadata: RawMetadata,
+    #[serde(rename = "spec")]
+    _spec: Option<IgnoredAny>,
+    #[serde(rename = "status")]
+    _status: Option<IgnoredAny>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct RawWorkload {
+    node: String,
+    addresses: Vec<String>,
+    service_account: Option<String>,
+    ready: Option<bool>,
+}
+
+impl Check<'_> {
+    pub(super) fn namespace(&mut self, raw: RawNamespace) -> Object {
+        if raw.metadata.namespace.is_some() {
+            self.problem("metadata.namespace", "a Namespace is not within another", "remove it");
+        }
+        self.name("metadata.name", &raw.metadata.name);
+        self.our_labels(&raw.metadata.labels, &[ENROLL, MODE]);
+        let enroll = self.enroll(&raw.metadata.labels).unwrap_or(false);
+        let mode = self.mode(&raw.metadata.labels);
+        Object::Namespace(Namespace { name: raw.metadata.name, enroll, mode })
+    }
+
+    pub(super) fn workload(&mut self, raw: Raw<RawWorkload>) -> Object {
+        let name = self.namespaced(&raw.metadata);
+        self.our_labels(&raw.metadata.labels, &[ENROLL, MODE]);
+        let enroll = self.enroll(&raw.metadata.labels);
+        let mode = self.mode(&raw.metadata.labels);
+        self.name("spec.node", &raw.spec.node);
+        let service_account = raw.spec.service_account.unwrap_or_else(|| "default".to_owned());
+        self.name("spec.serviceAccount", &service_account);
+        if raw.spec.addresses.is_empty() {
+            self.problem(
+                "spec.addresses",
+                "a workload without an address can be neither captured nor reached",
+                "write its addresses: [10.1.0.11]",
+            );
+        }
+        let addresses = self.addresses("spec.addresses", &raw.spec.addresses);
+        Object::Workload(Workload {
+            name,
+            labels: raw.metadata.labels,
+            enroll,
+            mode,
+            node: raw.spec.node,
+            addresses,
+            service_account,
+            ready: raw.spec.ready.unwrap_or(true),
+        })
+    }
+
+    fn enroll(&mut self, labels: &BTreeMap<String, String>) -> Option<bool> {
+        match labels.get(ENROLL)?.as_str() {
+            "true" => Some(true),
+            "false" => Some(false),
+            other => {
+                self.problem(
+                    &format!("metadata.labels.{ENROLL}"),
+                    format!("'{other}' is neither \"true\" nor \"false\""),
+                    "write \"true\" or \"false\", with the quotes",
+                );
+                None
+            }
+        }
+    }
+
+    fn mode(&mut self, labels: &BTreeMap<String, String>) -> Option<Mode> {
+        let text = labels.get(MODE)?;
+        let mode = text.parse().ok();
+        if mode.is_none() {
+            let cure = one_of(text, &Mode::ALL.map(Mode::as_str));
+            self.problem(&format!("metadata.labels.{MODE}"), format!("'{text}' is not a mode"), cure);
+        }
+        mode
+    }
+}

@@ -1,0 +1,164 @@
+//! Values of every type that crosses the wire, with every field in use.
+//!
+//! Names and addresses come from small sets, so that what is made by chance often matches, collides and selects.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use mesh_core::{
+    identity::{SpiffeId, TrustDomain},
+    model::{
+        Action, Endpoint, Enforcement, Expression, IdentityPattern, Mode, Name, Operator, Policy, PortRange,
+        Rule, Selector, Service, ServicePort, Source, Target, Traits, Workload,
+    },
+    view::{Mesh, NodeView, Resource},
+};
+use proptest::{collection::vec, option, prelude::*, sample::select};
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+const DOMAINS: [&str; 2] = ["td", "td2"];
+
+fn word() -> impl Strategy<Value = String> {
+    select(&NAMES[..]).prop_map(ToOwned::to_owned)
+}
+
+fn trust_domain() -> impl Strategy<Value = TrustDomain> {
+    select(&DOMAINS[..]).prop_map(|name| TrustDomain::parse(name).expect("a trust domain"))
+}
+
+pub(crate) fn name() -> impl Strategy<Value = Name> {
+    (word(), word()).prop_map(|(namespace, name)| Name::new(namespace, name))
+}
+
+pub(crate) fn identity() -> impl Strategy<Value = SpiffeId> {
+    (trust_domain(), word(), word()).prop_map(|(domain, namespace, account)| {
+        SpiffeId::workload(&domain, &namespace, &account).expect("an identity")
+    })
+}
+
+pub(crate) fn address() -> impl Strategy<Value = IpAddr> {
+    let v4 = (0u8..4).prop_map(|last| Ipv4Addr::new(10, 0, 0, last).into());
+    let v6 = (0u16..4).prop_map(|last| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last).into());
+    prop_oneof![v4, v6]
+}
+
+pub(crate) fn port() -> impl Strategy<Value = u16> {
+    prop_oneof![79u16..83, Just(1), Just(u16::MAX)]
+}
+
+fn labels() -> impl Strategy<Value = BTreeMap<String, String>> {
+    prop::collection::btree_map(word(), word(), 0..3)
+}
+
+fn identity_pattern() -> impl Strategy<Value = IdentityPattern> {
+    prop_oneof![
+        identity().prop_map(IdentityPattern::Exact),
+        (trust_domain(), word())
+            .prop_map(|(domain, namespace)| IdentityPattern::Namespace(domain, namespace)),
+        trust_domain().prop_map(IdentityPattern::TrustDomain),
+    ]
+}
+
+fn block() -> impl Strategy<Value = IpNet> {
+    (address(), 0u8..=32).prop_map(|(address, cut)| {
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        IpNet::new(address, longest - cut.min(longest)).expect("a prefix length of the family")
+    })
+}
+
+fn traits() -> impl Strategy<Value = Traits> {
+    let domains = vec(trust_domain(), 0..2);
+    (vec(identity_pattern(), 0..3), vec(word(), 0..2), domains, vec(block(), 0..2)).prop_map(
+        |(identities, namespaces, trust_domains, address_blocks)| Traits {
+            identities,
+            namespaces,
+            trust_domains,
+            address_blocks,
+        },
+    )
+}
+
+/// Mostly one list at a time: all of them together match next to nothing.
+pub(crate) fn source() -> impl Strategy<Value = Source> {
+    let some = || prop_oneof![3 => Just(Traits::default()), 2 => traits()];
+    (some(), some()).prop_map(|(any_of, none_of)| Source { any_of, none_of })
+}
+
+fn port_range() -> impl Strategy<Value = PortRange> {
+    (port(), port()).prop_map(|(a, b)| PortRange::new(a.min(b).into(), a.max(b).into()).expect("in order"))
+}
+
+fn target() -> impl Strategy<Value = Target> {
+    (vec(port_range(), 0..2), vec(port_range(), 0..2))
+        .prop_map(|(ports, not_ports)| Target { ports, not_ports })
+}
+
+pub(crate) fn rule() -> impl Strategy<Value = Rule> {
+    (vec(source(), 0..3), vec(target(), 0..2)).prop_map(|(from, to)| Rule { from, to })
+}
+
+fn selector() -> impl Strategy<Value = Selector> {
+    let operator = select(vec![Operator::In, Operator::NotIn, Operator::Exists, Operator::DoesNotExist]);
+    let expression = (word(), operator, vec(word(), 0..2)).prop_map(|(key, operator, values)| Expression {
+        key,
+        operator,
+        values,
+    });
+    (labels(), vec(expression, 0..2)).prop_map(|(labels, expressions)| Selector { labels, expressions })
+}
+
+pub(crate) fn policy() -> impl Strategy<Value = Policy> {
+    let action = select(vec![Action::Allow, Action::Deny]);
+    let enforcement = select(vec![Enforcement::Enforce, Enforcement::Audit]);
+    (name(), selector(), action, enforcement, vec(rule(), 0..3)).prop_map(
+        |(name, selector, action, enforcement, rules)| Policy { name, selector, action, enforcement, rules },
+    )
+}
+
+pub(crate) fn mode() -> impl Strategy<Value = Mode> {
+    select(&Mode::ALL[..])
+}
+
+pub(crate) fn workload() -> impl Strategy<Value = Workload> {
+    let who = (name(), word(), word(), labels());
+    let how = (vec(address(), 0..3), any::<bool>(), any::<bool>(), mode());
+    (who, how).prop_map(|((name, node, service_account, labels), (addresses, enrolled, captured, mode))| {
+        Workload { name, node, service_account, addresses, labels, enrolled, captured, mode }
+    })
+}
+
+fn endpoint() -> impl Strategy<Value = Endpoint> {
+    (name(), address(), port()).prop_map(|(workload, address, port)| Endpoint { workload, address, port })
+}
+
+pub(crate) fn service() -> impl Strategy<Value = Service> {
+    let port = (option::of(word()), port(), vec(endpoint(), 0..4))
+        .prop_map(|(name, port, endpoints)| ServicePort { name: name.unwrap_or_default(), port, endpoints });
+    (name(), vec(address(), 0..3), vec(port, 0..3)).prop_map(|(name, addresses, ports)| Service {
+        name,
+        addresses,
+        ports,
+    })
+}
+
+fn mesh() -> impl Strategy<Value = Mesh> {
+    (trust_domain(), vec(vec(any::<u8>(), 0..4), 0..3))
+        .prop_map(|(trust_domain, roots)| Mesh { trust_domain, roots })
+}
+
+/// A view with everything that a view can have.
+pub(crate) fn view() -> impl Strategy<Value = NodeView> {
+    let parts = (option::of(mesh()), vec(workload(), 0..6), vec(service(), 0..4), vec(policy(), 0..4));
+    parts.prop_map(|(mesh, workloads, services, policies)| {
+        mesh.map(|it| Resource::Mesh(Arc::new(it)))
+            .into_iter()
+            .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
+            .chain(services.into_iter().map(|it| Resource::Service(Arc::new(it))))
+            .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
+            .collect()
+    })
+}

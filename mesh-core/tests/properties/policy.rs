@@ -1,0 +1,169 @@
+//! Precedence, as `docs/operate/authorization.md` tells it.
+
+use std::net::IpAddr;
+
+use mesh_core::{
+    identity::SpiffeId,
+    model::{Action, Enforcement, Mode, Policy, Rule, Source},
+    policy::{Decision, Request, Verdict, WouldRefuse, decide},
+    refusal::Reason,
+};
+use proptest::{collection::vec, option, prelude::*};
+
+use super::arbitrary;
+
+/// A connection to be decided.
+#[derive(Debug, Clone)]
+struct Asked {
+    mode: Mode,
+    source: Option<SpiffeId>,
+    address: IpAddr,
+    port: u16,
+}
+
+impl Asked {
+    fn decide(&self, policies: &[Policy]) -> Decision {
+        let request = Request { source: self.source.as_ref(), source_address: self.address, port: self.port };
+        decide(self.mode, policies, &request)
+    }
+
+    fn allowed(&self, policies: &[Policy]) -> bool {
+        self.decide(policies).verdict.allows()
+    }
+}
+
+fn asked() -> impl Strategy<Value = Asked> {
+    let who = (arbitrary::mode(), option::of(arbitrary::identity()), arbitrary::address(), arbitrary::port());
+    who.prop_map(|(mode, source, address, port)| Asked { mode, source, address, port })
+}
+
+fn policies() -> impl Strategy<Value = Vec<Policy>> {
+    vec(arbitrary::policy(), 0..5)
+}
+
+fn enforced(policies: &[Policy]) -> Vec<Policy> {
+    policies.iter().filter(|policy| policy.enforcement == Enforcement::Enforce).cloned().collect()
+}
+
+fn with(policies: &[Policy], more: Policy) -> Vec<Policy> {
+    policies.iter().cloned().chain([more]).collect()
+}
+
+fn of(policy: Policy, action: Action, enforcement: Enforcement) -> Policy {
+    Policy { action, enforcement, ..policy }
+}
+
+proptest! {
+    #[test]
+    fn deny_wins(asked in asked(), policies in policies(), deny in arbitrary::policy()) {
+        let deny = of(deny, Action::Deny, Enforcement::Enforce);
+        if !asked.allowed(std::slice::from_ref(&deny)) {
+            let refused = !asked.allowed(&with(&policies, deny));
+            prop_assert!(refused);
+        }
+    }
+
+    #[test]
+    fn adding_a_deny_policy_never_allows(asked in asked(), policies in policies(), deny in arbitrary::policy()) {
+        let more = with(&policies, Policy { action: Action::Deny, ..deny });
+        prop_assert!(asked.allowed(&policies) || !asked.allowed(&more));
+    }
+
+    #[test]
+    fn adding_an_allow_policy_never_allows_what_a_deny_refuses(
+        asked in asked(), policies in policies(), allow in arbitrary::policy(),
+    ) {
+        if let Verdict::Refused { reason: Reason::PolicyDeny, .. } = asked.decide(&policies).verdict {
+            let after = asked.decide(&with(&policies, Policy { action: Action::Allow, ..allow })).verdict;
+            let still_denied = matches!(after, Verdict::Refused { reason: Reason::PolicyDeny, .. });
+            prop_assert!(still_denied);
+        }
+    }
+
+    #[test]
+    fn with_an_empty_allow_policy_only_what_another_allows_passes(
+        asked in asked(), policies in policies(), empty in arbitrary::policy(),
+    ) {
+        let empty = Policy { rules: vec![], ..of(empty, Action::Allow, Enforcement::Enforce) };
+        prop_assert!(!asked.allowed(std::slice::from_ref(&empty)));
+        match asked.decide(&with(&policies, empty)).verdict {
+            Verdict::AllowedByDefault => prop_assert!(false, "an allow policy is there"),
+            Verdict::Allowed(_) | Verdict::Refused { .. } => {}
+        }
+    }
+
+    #[test]
+    fn audited_policies_never_change_the_verdict(asked in asked(), policies in policies()) {
+        prop_assert_eq!(asked.decide(&policies).verdict, asked.decide(&enforced(&policies)).verdict);
+        prop_assert_eq!(asked.decide(&enforced(&policies)).would_refuse, None);
+    }
+
+    #[test]
+    fn what_would_be_refused_is_what_enforcing_everything_refuses(asked in asked(), policies in policies()) {
+        let all: Vec<Policy> =
+            policies.iter().map(|it| Policy { enforcement: Enforcement::Enforce, ..it.clone() }).collect();
+        let Decision { verdict, would_refuse } = asked.decide(&policies);
+        match (verdict.allows(), asked.decide(&all).verdict) {
+            (true, Verdict::Refused { reason, .. }) => {
+                prop_assert_eq!(would_refuse.as_ref().map(|it| it.reason), Some(reason));
+                let WouldRefuse { policy, .. } = would_refuse.expect("just compared");
+                let audited = |it: &&Policy| it.name == policy && it.enforcement == Enforcement::Audit;
+                prop_assert!(policies.iter().any(|it| audited(&it)), "{policy} is to blame, and not audited");
+            }
+            _ => prop_assert_eq!(would_refuse, None),
+        }
+    }
+
+    #[test]
+    fn order_never_shows(
+        (policies, shuffled) in policies().prop_flat_map(|it| (Just(it.clone()), Just(it).prop_shuffle())),
+        asked in asked(),
+    ) {
+        let backwards: Vec<Policy> = shuffled
+            .into_iter()
+            .map(|it| Policy { rules: it.rules.into_iter().rev().map(reversed).collect(), ..it })
+            .collect();
+        let (one, other) = (asked.decide(&policies), asked.decide(&backwards));
+        prop_assert_eq!(one.verdict.allows(), other.verdict.allows());
+        prop_assert_eq!(reason(&one.verdict), reason(&other.verdict));
+        let shadow = |decision: &Decision| decision.would_refuse.as_ref().map(|it| it.reason);
+        prop_assert_eq!(shadow(&one), shadow(&other));
+    }
+
+    #[test]
+    fn a_source_that_proves_nothing_passes_no_rule_that_asks_who_it_is(
+        asked in asked(), mut source in arbitrary::source(), name in arbitrary::name(),
+    ) {
+        let asked = Asked { source: None, mode: Mode::Permissive, ..asked };
+        // Only identities, said either way: an address it does have.
+        source.any_of.address_blocks.clear();
+        source.none_of.address_blocks.clear();
+        let asks = source != Source::default();
+        let asks_only_who_not = source.any_of == Default::default();
+        let rules = vec![Rule { from: vec![source], to: vec![] }];
+        let allow = Policy::new(name.clone(), Action::Allow, rules.clone());
+        let deny = Policy::new(name, Action::Deny, rules);
+        prop_assert_eq!(asked.allowed(&[allow]), !asks);
+        prop_assert_eq!(asked.allowed(&[deny]), !asks_only_who_not);
+    }
+
+    #[test]
+    fn strict_takes_no_plaintext_whatever_policies_say(asked in asked(), policies in policies()) {
+        let asked = Asked { source: None, mode: Mode::Strict, ..asked };
+        let Decision { verdict, would_refuse } = asked.decide(&policies);
+        prop_assert_eq!(reason(&verdict), Some(Reason::PlaintextToStrict));
+        prop_assert_eq!(would_refuse, None);
+    }
+}
+
+fn reversed(rule: Rule) -> Rule {
+    let (from, to) = (rule.from.into_iter().rev().collect(), rule.to.into_iter().rev().collect());
+    Rule { from, to }
+}
+
+fn reason(verdict: &Verdict) -> Option<Reason> {
+    match verdict {
+        Verdict::Refused { reason, .. } => Some(*reason),
+        Verdict::AllowedByDefault | Verdict::Allowed(_) => None,
+    }
+}
