@@ -82,7 +82,7 @@ pub(crate) struct Ask<'a> {
 pub(crate) struct Opened {
     pub(crate) way: Way,
     /// Counts as a connection of its endpoint for as long as it lives.
-    pub(crate) attempt: Option<Attempt>,
+    pub(crate) attempt: Option<Box<Attempt>>,
 }
 
 /// How the destination was reached.
@@ -151,7 +151,7 @@ impl Connector {
             match self.reach(ask, workload, to, first, entry).await {
                 Ok(way) => {
                     attempt.connected();
-                    return Ok(Opened { way, attempt: Some(attempt) });
+                    return Ok(Opened { way, attempt: Some(Box::new(attempt)) });
                 }
                 Err(Miss::NotTaken(refusal)) => {
                     attempt.failed();

@@ -146,7 +146,13 @@ fn views() -> Vec<(&'static str, Vec<u8>)> {
             documents.iter().enumerate().map(|(i, text)| (i.to_string().into(), parse(text))).collect();
         let trust_domain = TrustDomain::parse("td").expect("a trust domain");
         let mesh = Arc::new(Mesh { trust_domain, roots: vec![root.clone()] });
-        Common::new(&Ledger::default().next(&files).model(), mesh, &BTreeSet::new()).view("a")
+        Common::new(
+            &Ledger::default().next(&files).model(),
+            mesh,
+            &BTreeSet::new(),
+            mesh_core::model::Mode::Permissive,
+        )
+        .view("a")
     };
     let update = |version: &str, from: Option<&NodeView>, to: &NodeView| {
         let delta = from.unwrap_or(&NodeView::default()).diff(to);

@@ -41,7 +41,7 @@ fuzz_target!(|input: &[u8]| {
     let model = ledger.model();
     let trust_domain = TrustDomain::parse("td").expect("a trust domain");
     let mesh = Arc::new(Mesh { trust_domain, roots: vec![vec![1]] });
-    let common = Common::new(&model, mesh, &BTreeSet::new());
+    let common = Common::new(&model, mesh, &BTreeSet::new(), mesh_core::model::Mode::Permissive);
     for node in model.nodes() {
         let view = common.view(node);
         let delta = NodeView::default().diff(&view);
