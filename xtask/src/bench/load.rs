@@ -1,0 +1,233 @@
+//! Loads, by programs that others know too, and what those say of them.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::{Workload, process::Program, wait};
+
+use super::systems::{HTTP, IPERF, SINK};
+
+/// How long a program may take until it listens.
+pub(super) const STARTED: Duration = Duration::from_secs(10);
+/// What the HTTP server answers: about a hundred bytes.
+const ANSWER: &str = "hello from the server pod, in a body of about one hundred bytes, as small answers of services are ....";
+/// A file for downloads that stall: more than all buffers on the way.
+const LARGE: u64 = 64 << 20;
+
+/// What iperf3 saw.
+#[derive(Debug)]
+pub(super) struct Bulk {
+    pub(super) gigabits_per_second: f64,
+    pub(super) gigabytes: f64,
+}
+
+/// What wrk saw.
+#[derive(Debug)]
+pub(super) struct Requests {
+    pub(super) per_second: f64,
+    pub(super) count: f64,
+    pub(super) p50_us: f64,
+    pub(super) p99_us: f64,
+}
+
+/// The server pod's programs: nginx and iperf3.
+pub(super) fn applications(server: &Workload, directory: &Path) -> Result<Vec<Program>> {
+    let root = directory.join("www");
+    fs::create_dir_all(&root)?;
+    fs::File::create(root.join("large"))?.set_len(LARGE)?;
+    let config = directory.join("server.conf");
+    let own = directory.display();
+    fs::write(
+        &config,
+        format!(
+            "user root; worker_processes 1; daemon off; pid {own}/server.pid; error_log {own}/server.err;
+events {{ worker_connections 9000; }}
+http {{
+  access_log off; sendfile on; tcp_nodelay on; keepalive_requests 1000000000; keepalive_timeout 3600;
+  server {{
+    listen {HTTP} backlog=8192; root {}; send_timeout 3600s;
+    location / {{ return 200 \"{ANSWER}\\n\"; }}
+    location /large {{ }}
+  }}
+}}
+",
+            root.display()
+        ),
+    )?;
+    let start = |name: &str, arguments: &[&str]| {
+        Program::start(name, server.command(name).args(arguments), &directory.join(format!("{name}.log")))
+    };
+    let nginx = start("nginx", &["-c", config.to_str().context("a path in UTF-8")?])?;
+    let iperf = start("iperf3", &["-s", "-p", &IPERF.to_string()])?;
+    for port in [HTTP, IPERF] {
+        await_listener(server, port)?;
+    }
+    Ok(vec![nginx, iperf])
+}
+
+/// Returns once something listens there.
+pub(super) fn await_listener(workload: &Workload, port: u16) -> Result<()> {
+    wait::try_until(STARTED, || {
+        let line = format!("ss -Hltn sport = :{port}");
+        let listening = workload.shell(&line).map_err(|e| format!("{e:#}"))?;
+        wait::holds(!listening.is_empty(), || format!("nothing listens on {port} in {}", workload.name))
+    })
+    .map_err(anyhow::Error::msg)
+}
+
+/// iperf3 from the client to the server.
+pub(super) fn bulk(client: &Workload, server: &Workload, streams: u32, duration: Duration) -> Result<Bulk> {
+    let mut iperf = client.command("iperf3");
+    iperf.args(["-J", "-c", &server.address.v4.to_string(), "-p", &IPERF.to_string()]);
+    iperf.args(["-t", &duration.as_secs().to_string(), "-P", &streams.to_string()]);
+    let said: serde_json::Value = serde_json::from_str(&output(&mut iperf)?).context("reading iperf3's report")?;
+    let sum = &said["end"]["sum_received"];
+    let number = |name: &str| sum[name].as_f64().with_context(|| format!("iperf3 says no {name}: {}", said["error"]));
+    Ok(Bulk { gigabits_per_second: number("bits_per_second")? / 1e9, gigabytes: number("bytes")? / 1e9 })
+}
+
+/// wrk from the client: small requests on so many connections, or each on a connection of its own.
+pub(super) fn requests(
+    client: &Workload,
+    to: SocketAddr,
+    connections: u32,
+    keep: Keep,
+    duration: Duration,
+) -> Result<Requests> {
+    let mut wrk = client.command("wrk");
+    wrk.args(["-t1", "--latency"]).arg(format!("-c{connections}")).arg(format!("-d{}s", duration.as_secs()));
+    if keep == Keep::Close {
+        wrk.args(["-H", "Connection: close"]);
+    }
+    let said = output(wrk.arg(format!("http://{to}/")))?;
+    ensure!(!said.contains("Socket errors") && !said.contains("Non-2xx"), "wrk saw errors:\n{said}");
+    parse_wrk(&said).with_context(|| format!("wrk says something else than expected:\n{said}"))
+}
+
+/// Whether connections are used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    Alive,
+    Close,
+}
+
+fn parse_wrk(said: &str) -> Option<Requests> {
+    let lines = || said.lines().map(str::trim);
+    let latency = |percent: &str| {
+        let text = lines().find_map(|line| line.strip_prefix(percent))?.trim();
+        let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
+        let scale = match unit {
+            "us" => 1.0,
+            "ms" => 1e3,
+            "s" => 1e6,
+            _ => return None,
+        };
+        Some(number.parse::<f64>().ok()? * scale)
+    };
+    Some(Requests {
+        per_second: lines().find_map(|line| line.strip_prefix("Requests/sec:"))?.trim().parse().ok()?,
+        count: lines().find_map(|line| line.split_once(" requests in "))?.0.parse().ok()?,
+        p50_us: latency("50%")?,
+        p99_us: latency("99%")?,
+    })
+}
+
+/// Connections that have carried one request and now wait.
+pub(super) fn idle(client: &Workload, to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
+    let request = format!("GET / HTTP/1.1\r\nHost: {to}\r\n\r\n");
+    let open = |n| -> Result<TcpStream> {
+        let mut stream = client.connect(to).with_context(|| format!("connection {n} of {count}"))?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = [0; 4096];
+        ensure!(stream.read(&mut answer)? > 0, "connection {n} of {count} was closed");
+        Ok(stream)
+    };
+    (1..=count).map(open).collect()
+}
+
+/// Connections that are stalled: half of them downloads that nobody reads, half uploads.
+pub(super) fn stalled(client: &Workload, server: &Workload, count: usize) -> Result<Vec<TcpStream>> {
+    let half = count / 2;
+    let mut all = vec![];
+    for _ in 0..half {
+        let mut download = client.connect(server.v4(HTTP))?;
+        download.write_all(b"GET /large HTTP/1.1\r\nHost: large\r\n\r\n")?;
+        all.push(download);
+        let mut upload = client.connect(server.v4(SINK))?;
+        upload.set_nonblocking(true)?;
+        // Full once nothing more is taken between two looks: the buffers on the way are full too then.
+        let filled = wait::try_until(STARTED, || match fill(&mut upload) {
+            Ok(0) => Ok(()),
+            Ok(_) => Err("still taking bytes".to_owned()),
+            Err(error) => Err(error.to_string()),
+        });
+        filled.map_err(anyhow::Error::msg)?;
+        all.push(upload);
+    }
+    Ok(all)
+}
+
+/// Writes what is taken at once; how much that was.
+fn fill(upload: &mut TcpStream) -> std::io::Result<usize> {
+    let mut written = 0;
+    loop {
+        match upload.write(&[0; 1 << 16]) {
+            Ok(n) => written += n,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(written),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Takes connections and reads nothing: they stay in the listener's queue.
+#[derive(Debug)]
+pub(super) struct Sink {
+    _listener: TcpListener,
+}
+
+impl Sink {
+    pub(super) fn start(server: &Workload) -> Result<Self> {
+        Ok(Self { _listener: server.listen(server.address.v4.into(), SINK)? })
+    }
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("starting {command:?}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complained = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}\n{said}{complained}", output.status);
+    Ok(said)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrk_is_understood() {
+        let said = "Running 4s test @ http://10.91.2.2:8080/
+  1 threads and 64 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency     1.35ms  401.00us  14.83ms   84.31%
+  Latency Distribution
+     50%    1.31ms
+     75%    1.50ms
+     90%  890.00us
+     99%    2.51ms
+  189332 requests in 4.00s, 47.12MB read
+Requests/sec:  47331.05
+Transfer/sec:     11.78MB
+";
+        let requests = parse_wrk(said).unwrap();
+        assert_eq!((requests.count, requests.per_second), (189_332.0, 47_331.05));
+        assert_eq!((requests.p50_us, requests.p99_us), (1310.0, 2510.0));
+        assert!(parse_wrk("unable to connect").is_none());
+    }
+}

@@ -1,0 +1,129 @@
+//! `bench`: what the mesh costs, as ratios to no mesh and to peers, measured side by side on this machine.
+//!
+//! Every system has the same world (two nodes, a client on one, a server on the other, each in its own namespace) and
+//! the same load; all stand at once, and in every round each figure is taken from one system after the other, so that
+//! what disturbs the machine disturbs all of them. Medians over the rounds are told, with the spread beside them.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`systems`] | no mesh, Nodemesh, and the peers, each started over a world of its own |
+//! | [`peers`] | Envoy, HAProxy and nginx as pairs of sidecars with mutual TLS |
+//! | [`scenarios`] | what is measured |
+//! | [`load`] | iperf3, wrk and raw connections, and what they say |
+//! | [`cost`] | CPU time, memory and descriptors of the systems' processes |
+//! | [`figures`] | samples, medians, ratios |
+//! | [`report`], [`plot`] | JSON and tables; SVG |
+//! | [`soak`] | many idle connections, and churn for as long as one likes, with memory and descriptors watched |
+
+mod cost;
+mod figures;
+mod load;
+mod peers;
+mod plot;
+mod report;
+mod scenarios;
+mod soak;
+mod systems;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Result, ensure};
+
+use self::{
+    figures::Figures,
+    scenarios::Scenario,
+    systems::{Kind, System},
+};
+use crate::{
+    check, ebpf,
+    run::{step, target},
+    setup,
+};
+
+/// What to measure.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Systems, besides no mesh.
+    #[arg(long, value_delimiter = ',', default_values = ["nodemesh", "envoy", "haproxy", "nginx"])]
+    systems: Vec<Kind>,
+    /// Scenarios; all unless named.
+    #[arg(long, value_delimiter = ',')]
+    scenarios: Vec<Scenario>,
+    /// Rounds; figures are medians over them.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// How long each load runs, in seconds.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Where results go: results.json, table.md and the plots.
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// A directory of Nodemesh's binaries, instead of building them: to compare two builds.
+    #[arg(long)]
+    binaries: Option<PathBuf>,
+    #[command(subcommand)]
+    long: Option<Long>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Long {
+    /// Ten thousand idle connections, then churn, with flat memory and descriptors or an error.
+    Soak(soak::Arguments),
+}
+
+/// Runs it.
+pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
+    setup::everything()?;
+    let with_peers = arguments.long.is_none();
+    setup::bench(with_peers && arguments.systems.contains(&Kind::Envoy))?;
+    ebpf::build()?;
+    let binaries = match &arguments.binaries {
+        Some(directory) => directory.clone(),
+        None => check::build_release()?,
+    };
+    // SAFETY: no other thread runs yet that could read the environment.
+    unsafe { std::env::set_var("NODEMESH_BIN_DIR", binaries) };
+    if std::env::var_os("RUST_LOG").is_none() {
+        // SAFETY: as above. Debug lines of the tests' default level would be measured too.
+        unsafe { std::env::set_var("RUST_LOG", "info") };
+    }
+    cost::raise_descriptor_limit()?;
+    match &arguments.long {
+        Some(Long::Soak(arguments)) => soak::soak(arguments),
+        None => compare(arguments),
+    }
+}
+
+fn compare(arguments: &Arguments) -> Result<()> {
+    ensure!(arguments.rounds > 0 && arguments.seconds > 0, "at least one round of one second");
+    let scenarios: &[Scenario] =
+        if arguments.scenarios.is_empty() { Scenario::ALL } else { &arguments.scenarios };
+    let directory = arguments.output.clone().unwrap_or_else(|| target().join("bench"));
+    let mut kinds = vec![Kind::NoMesh];
+    kinds.extend(arguments.systems.iter().filter(|kind| **kind != Kind::NoMesh));
+    let systems: Vec<System> =
+        kinds.iter().map(|kind| step(&format!("Start {kind}"), || System::start(*kind))).collect::<Result<_>>()?;
+    let duration = Duration::from_secs(arguments.seconds);
+    let mut figures = Figures::new(&systems, arguments.rounds, arguments.seconds)?;
+    for system in &systems {
+        step(&format!("{} at rest", system.kind), || scenarios::at_rest(system, &mut figures))?;
+    }
+    for round in 1..=arguments.rounds {
+        for scenario in scenarios {
+            step(&format!("Round {round} of {}: {scenario}", arguments.rounds), || {
+                // Another one begins in each round: who comes first may find a cooler machine.
+                for place in 0..systems.len() {
+                    let system = &systems[(place + round) % systems.len()];
+                    scenario.measure(system, duration, &mut figures)?;
+                }
+                Ok(())
+            })?;
+        }
+        // Written after each round: an interrupted run has its figures.
+        report::write(&figures, &directory)?;
+    }
+    plot::write(&figures, &directory)?;
+    println!("{}", report::table(&figures));
+    println!("written to {}", directory.display());
+    Ok(())
+}

@@ -1,0 +1,297 @@
+//! The peers: a pair of sidecars each, in the client's and in the server's namespace, with mutual TLS 1.3 between them.
+//!
+//! The client's connections are redirected to its sidecar by iptables, as sidecar meshes do; the sidecars' own, by
+//! their user, are not.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+use mesh_tests::{Workload, process::Program};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType};
+use serde_json::{Value, json};
+
+use super::{
+    load::await_listener,
+    systems::{HTTP, IPERF},
+};
+use crate::{
+    run::{clean, read},
+    setup,
+};
+
+/// The user of sidecars.
+const USER: &str = "1337";
+/// Each application port with the client's sidecar's and the server's sidecar's.
+const PORTS: [(u16, u16, u16); 2] = [(HTTP, 15080, 16080), (IPERF, 15201, 16201)];
+
+/// Envoy's TCP proxy.
+pub(super) fn envoy(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+    let program = setup::envoy();
+    let pair = Pair::new(client, server, directory)?;
+    let mut running = vec![];
+    for (side, number) in [(Side::Client, "101"), (Side::Server, "102")] {
+        let file = directory.join(format!("envoy-{}.json", side.name()));
+        fs::write(&file, serde_json::to_string_pretty(&pair.envoy(side))?)?;
+        let arguments = ["-c", text(&file)?, "--concurrency", "2", "--base-id", number, "-l", "warn"];
+        running.push(pair.start(side, text(&program)?, &arguments)?);
+    }
+    pair.capture()?;
+    let version = read(clean(&program).arg("--version"))?;
+    let version = version.split('/').nth(1).unwrap_or("unknown").to_owned();
+    Ok((running, version))
+}
+
+/// HAProxy in TCP mode.
+pub(super) fn haproxy(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+    let pair = Pair::new(client, server, directory)?;
+    let mut running = vec![];
+    for side in [Side::Client, Side::Server] {
+        let file = directory.join(format!("haproxy-{}.cfg", side.name()));
+        fs::write(&file, pair.haproxy(side))?;
+        running.push(pair.start(side, "haproxy", &["-db", "-f", text(&file)?])?);
+    }
+    pair.capture()?;
+    let version = read(clean("haproxy").arg("-v"))?;
+    Ok((running, version.split(' ').nth(2).unwrap_or("unknown").to_owned()))
+}
+
+/// nginx's stream module.
+pub(super) fn nginx(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+    let pair = Pair::new(client, server, directory)?;
+    let mut running = vec![];
+    for side in [Side::Client, Side::Server] {
+        let file = directory.join(format!("nginx-{}.conf", side.name()));
+        fs::write(&file, pair.nginx(side))?;
+        running.push(pair.start(side, "nginx", &["-c", text(&file)?])?);
+    }
+    pair.capture()?;
+    // It says so on its standard error.
+    let said = clean("nginx").arg("-v").output().context("starting nginx")?;
+    let version = String::from_utf8_lossy(&said.stderr).trim().rsplit('/').next().map(str::to_owned);
+    Ok((running, version.unwrap_or_else(|| "unknown".into())))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Client,
+    Server,
+}
+
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        }
+    }
+}
+
+/// Two sidecars to be.
+#[derive(Debug)]
+struct Pair<'a> {
+    client: &'a Workload,
+    server: &'a Workload,
+    directory: &'a Path,
+}
+
+impl<'a> Pair<'a> {
+    /// Writes their certificates; the directory becomes readable for their user.
+    fn new(client: &'a Workload, server: &'a Workload, directory: &'a Path) -> Result<Self> {
+        let pair = Self { client, server, directory };
+        pair.certificates()?;
+        let sidecars = read(clean("chown").args(["-R", USER, text(directory)?]));
+        sidecars.context("giving the files to the sidecars' user")?;
+        Ok(pair)
+    }
+
+    /// P-256, as the mesh's own.
+    fn certificates(&self) -> Result<()> {
+        let mut ca = CertificateParams::default();
+        // A leaf with its issuer's name would be taken for a root.
+        ca.distinguished_name.push(DnType::CommonName, "root");
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
+        fs::write(self.file("ca.crt"), ca.pem())?;
+        for side in [Side::Client, Side::Server] {
+            let name = side.name();
+            let mut leaf = CertificateParams::default();
+            leaf.distinguished_name.push(DnType::CommonName, name);
+            leaf.subject_alt_names = vec![
+                SanType::URI(format!("spiffe://cluster.local/ns/bench/sa/{name}").try_into()?),
+                SanType::DnsName(name.try_into()?),
+            ];
+            leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+            let key = KeyPair::generate()?;
+            let signed = leaf.signed_by(&key, &ca)?.pem();
+            fs::write(self.file(&format!("{name}.crt")), &signed)?;
+            fs::write(self.file(&format!("{name}.key")), key.serialize_pem())?;
+            fs::write(self.file(&format!("{name}.pem")), signed + &key.serialize_pem())?;
+        }
+        Ok(())
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+
+    fn workload(&self, side: Side) -> &Workload {
+        match side {
+            Side::Client => self.client,
+            Side::Server => self.server,
+        }
+    }
+
+    fn start(&self, side: Side, program: &str, arguments: &[&str]) -> Result<Program> {
+        let mut command = self.workload(side).command("setpriv");
+        command.args(["--reuid", USER, "--regid", USER, "--clear-groups", program]).args(arguments);
+        let log = self.directory.join(format!("sidecar-{}.log", side.name()));
+        let program = Program::start(program, &mut command, &log)?;
+        for (_, outbound, inbound) in PORTS {
+            let port = if side == Side::Client { outbound } else { inbound };
+            await_listener(self.workload(side), port)
+                .with_context(|| format!("the sidecar says:\n{}", mesh_tests::process::tail(&log)))?;
+        }
+        Ok(program)
+    }
+
+    /// Redirects the client's connections to its sidecar.
+    fn capture(&self) -> Result<()> {
+        let rule = "iptables -w -t nat -A OUTPUT -p tcp";
+        self.client.shell(&format!("{rule} -m owner --uid-owner {USER} -j RETURN"))?;
+        for (application, outbound, _) in PORTS {
+            let to = self.server.address.v4;
+            self.client.shell(&format!("{rule} -d {to} --dport {application} -j REDIRECT --to-ports {outbound}"))?;
+        }
+        Ok(())
+    }
+
+    fn haproxy(&self, side: Side) -> String {
+        let mut text = "global
+ nbthread 2
+ maxconn 9000
+ ssl-default-bind-options ssl-min-ver TLSv1.3
+ ssl-default-server-options ssl-min-ver TLSv1.3
+defaults
+ mode tcp
+ backlog 8192
+ timeout connect 5s
+ timeout client 3600s
+ timeout server 3600s
+"
+        .to_owned();
+        let ca = self.file("ca.crt");
+        for (application, outbound, inbound) in PORTS {
+            let (bind, server) = match side {
+                Side::Client => (
+                    format!(":{outbound}"),
+                    format!(
+                        "{}:{inbound} ssl crt {} ca-file {ca} verify required verifyhost server",
+                        self.server.address.v4,
+                        self.file("client.pem")
+                    ),
+                ),
+                Side::Server => (
+                    format!(":{inbound} ssl crt {} ca-file {ca} verify required", self.file("server.pem")),
+                    format!("127.0.0.1:{application}"),
+                ),
+            };
+            text += &format!(
+                "frontend f{application}\n bind {bind}\n default_backend b{application}\nbackend b{application}\n server s {server}\n"
+            );
+        }
+        text
+    }
+
+    fn nginx(&self, side: Side) -> String {
+        let name = side.name();
+        let [ca, certificate, key] =
+            ["ca.crt", &format!("{name}.crt"), &format!("{name}.key")].map(|file| self.file(file));
+        let mut text = format!(
+            "load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+worker_processes 2; daemon off; pid {}; error_log {};
+events {{ worker_connections 9000; }}
+stream {{
+ tcp_nodelay on; proxy_timeout 3600s;
+",
+            self.file(&format!("sidecar-{name}.pid")),
+            self.file(&format!("sidecar-{name}.err"))
+        );
+        for (application, outbound, inbound) in PORTS {
+            text += &match side {
+                Side::Client => format!(
+                    " server {{ listen {outbound} backlog=8192; proxy_pass {}:{inbound}; proxy_ssl on; proxy_ssl_protocols TLSv1.3;
+  proxy_ssl_certificate {certificate}; proxy_ssl_certificate_key {key}; proxy_ssl_trusted_certificate {ca};
+  proxy_ssl_verify on; proxy_ssl_name server; proxy_ssl_session_reuse on; }}\n",
+                    self.server.address.v4
+                ),
+                Side::Server => format!(
+                    " server {{ listen {inbound} ssl backlog=8192; proxy_pass 127.0.0.1:{application}; ssl_protocols TLSv1.3;
+  ssl_certificate {certificate}; ssl_certificate_key {key}; ssl_client_certificate {ca};
+  ssl_verify_client on; ssl_session_cache shared:sessions:10m; }}\n"
+                ),
+            };
+        }
+        text + "}\n"
+    }
+
+    fn envoy(&self, side: Side) -> Value {
+        let name = side.name();
+        let tls = |context: &str, more: Value| {
+            let mut config = json!({
+                "@type": format!("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{context}"),
+                "common_tls_context": {
+                    "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
+                    "tls_certificates": [{
+                        "certificate_chain": { "filename": self.file(&format!("{name}.crt")) },
+                        "private_key": { "filename": self.file(&format!("{name}.key")) },
+                    }],
+                    "validation_context": { "trusted_ca": { "filename": self.file("ca.crt") } },
+                },
+            });
+            if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+                config.extend(more);
+            }
+            json!({ "name": "envoy.transport_sockets.tls", "typed_config": config })
+        };
+        let mut listeners = vec![];
+        let mut clusters = vec![];
+        for (application, outbound, inbound) in PORTS {
+            let (port, to) = match side {
+                Side::Client => (outbound, (self.server.address.v4.to_string(), inbound)),
+                Side::Server => (inbound, ("127.0.0.1".to_owned(), application)),
+            };
+            let cluster = format!("c{application}");
+            let mut chain = json!({ "filters": [{
+                "name": "envoy.filters.network.tcp_proxy",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                    "stat_prefix": cluster, "cluster": cluster,
+                },
+            }] });
+            let limit = 100_000;
+            let mut upstream = json!({
+                "name": cluster, "type": "STATIC", "connect_timeout": "5s",
+                "circuit_breakers": { "thresholds": [{ "max_connections": limit, "max_pending_requests": limit }] },
+                "load_assignment": { "cluster_name": cluster, "endpoints": [{ "lb_endpoints": [{ "endpoint": {
+                    "address": { "socket_address": { "address": to.0, "port_value": to.1 } } } }] }] },
+            });
+            match side {
+                Side::Client => upstream["transport_socket"] = tls("UpstreamTlsContext", json!({})),
+                Side::Server => {
+                    chain["transport_socket"] =
+                        tls("DownstreamTlsContext", json!({ "require_client_certificate": true }));
+                }
+            }
+            listeners.push(json!({
+                "name": format!("l{application}"), "tcp_backlog_size": 8192, "filter_chains": [chain],
+                "address": { "socket_address": { "address": "0.0.0.0", "port_value": port } },
+            }));
+            clusters.push(upstream);
+        }
+        json!({ "static_resources": { "listeners": listeners, "clusters": clusters } })
+    }
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("a path in UTF-8")
+}

@@ -1,0 +1,241 @@
+//! What is measured, and what we want to reach.
+
+use std::{thread, time::Duration};
+
+use anyhow::Result;
+
+use super::{
+    cost,
+    figures::{
+        Better::{Less, More},
+        Figure, Figures, Goal,
+    },
+    load::{self, Keep},
+    systems::System,
+};
+
+/// Idle connections whose memory is measured.
+const IDLE: usize = 1000;
+/// How long processes may take to give back what they do not need, before memory is measured.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Connections that stall beside the measured ones.
+const STALLED: usize = 16;
+/// Connections of the measured ones then.
+const BESIDE: u32 = 4;
+
+/// A scenario; each gives one or more figures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Scenario {
+    /// iperf3, one stream.
+    Bulk1,
+    /// iperf3, eight streams.
+    Bulk8,
+    /// Small HTTP/1.1 requests on one connection.
+    Requests1,
+    /// On 16.
+    Requests16,
+    /// On 64.
+    Requests64,
+    /// A connection for each request, 16 at a time.
+    Connections,
+    /// Small requests while other connections stall.
+    Stalled,
+}
+
+impl std::fmt::Display for Scenario {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bulk1 => "bulk, 1 stream",
+            Self::Bulk8 => "bulk, 8 streams",
+            Self::Requests1 => "requests, 1 connection",
+            Self::Requests16 => "requests, 16 connections",
+            Self::Requests64 => "requests, 64 connections",
+            Self::Connections => "new connections",
+            Self::Stalled => "requests beside stalled connections",
+        })
+    }
+}
+
+const fn figure(name: &'static str, unit: &'static str, better: super::figures::Better, goal: Option<Goal>) -> Figure {
+    Figure { name, unit, better, goal }
+}
+
+const IDLE_PROCESS: Figure = figure("resident memory of a fresh process, idle", "MB", Less, Some(Goal::AtMost(15.0)));
+const IDLE_CONNECTION: Figure =
+    figure("memory per idle connection, both processes", "KB", Less, Some(Goal::AtMost(16.0)));
+
+impl Scenario {
+    /// All, in the order of the table.
+    pub(super) const ALL: &[Self] = &[
+        Self::Bulk1,
+        Self::Bulk8,
+        Self::Requests1,
+        Self::Requests16,
+        Self::Requests64,
+        Self::Connections,
+        Self::Stalled,
+    ];
+
+    /// Takes one sample of each figure.
+    pub(super) fn measure(self, system: &System, duration: Duration, figures: &mut Figures) -> Result<()> {
+        match self {
+            Self::Bulk1 => bulk(
+                system,
+                1,
+                duration,
+                figures,
+                [
+                    figure("bulk, 1 stream", "Gbit/s", More, Some(Goal::OfNoMesh(0.42))),
+                    figure("CPU per GB, 1 stream", "s", Less, Some(Goal::AtMost(1.5))),
+                ],
+            ),
+            Self::Bulk8 => bulk(
+                system,
+                8,
+                duration,
+                figures,
+                [
+                    figure("bulk, 8 streams", "Gbit/s", More, Some(Goal::OfNoMesh(0.45))),
+                    figure("CPU per GB, 8 streams", "s", Less, Some(Goal::AtMost(1.5))),
+                ],
+            ),
+            Self::Requests1 => requests(
+                system,
+                1,
+                Keep::Alive,
+                duration,
+                figures,
+                &[
+                    (figure("requests, 1 connection", "1/s", More, None), Said::Rate),
+                    (figure("… p50", "µs", Less, None), Said::P50),
+                ],
+            ),
+            Self::Requests16 => requests(
+                system,
+                16,
+                Keep::Alive,
+                duration,
+                figures,
+                &[
+                    (figure("requests, 16 connections", "1/s", More, None), Said::Rate),
+                    (figure("… p99, 16 connections", "µs", Less, None), Said::P99),
+                ],
+            ),
+            Self::Requests64 => requests(
+                system,
+                64,
+                Keep::Alive,
+                duration,
+                figures,
+                &[
+                    (figure("requests, 64 connections", "1/s", More, None), Said::Rate),
+                    (figure("… p99, 64 connections", "µs", Less, None), Said::P99),
+                    (
+                        figure("CPU per 1M requests, 64 connections", "s", Less, Some(Goal::AtMost(28.0))),
+                        Said::CpuPerMillion,
+                    ),
+                ],
+            ),
+            Self::Connections => requests(
+                system,
+                16,
+                Keep::Close,
+                duration,
+                figures,
+                &[
+                    (figure("new connections", "1/s", More, Some(Goal::OfNoMesh(0.28))), Said::Rate),
+                    (figure("CPU per 1M connections", "s", Less, Some(Goal::AtMost(110.0))), Said::CpuPerMillion),
+                ],
+            ),
+            Self::Stalled => stalled(system, duration, figures),
+        }
+    }
+}
+
+/// Memory of processes that have done nothing yet, and then of connections that do nothing. Once, before any load:
+/// an allocator that has grown would hide it.
+pub(super) fn at_rest(system: &System, figures: &mut Figures) -> Result<()> {
+    let processes = system.processes();
+    if processes.is_empty() {
+        return Ok(());
+    }
+    thread::sleep(SETTLE);
+    let largest = processes.iter().map(|pid| cost::resident_kib(*pid)).max().unwrap_or(0);
+    figures.add(system.kind, IDLE_PROCESS, largest as f64 * 1024.0 / 1e6);
+    let before = cost::memory_kib(&processes);
+    let idle = load::idle(&system.client, system.http(), IDLE)?;
+    thread::sleep(SETTLE);
+    let grown = cost::memory_kib(&system.processes()).saturating_sub(before);
+    figures.add(system.kind, IDLE_CONNECTION, grown as f64 / idle.len() as f64);
+    Ok(())
+}
+
+fn bulk(
+    system: &System,
+    streams: u32,
+    duration: Duration,
+    figures: &mut Figures,
+    [rate, cost]: [Figure; 2],
+) -> Result<()> {
+    let (said, cpu) = costing(system, || load::bulk(&system.client, &system.server, streams, duration))?;
+    figures.add(system.kind, rate, said.gigabits_per_second);
+    if let Some(cpu) = cpu {
+        figures.add(system.kind, cost, cpu / said.gigabytes);
+    }
+    Ok(())
+}
+
+/// Which of wrk's figures.
+#[derive(Debug, Clone, Copy)]
+enum Said {
+    Rate,
+    P50,
+    P99,
+    CpuPerMillion,
+}
+
+fn requests(
+    system: &System,
+    connections: u32,
+    keep: Keep,
+    duration: Duration,
+    figures: &mut Figures,
+    wanted: &[(Figure, Said)],
+) -> Result<()> {
+    let load = || load::requests(&system.client, system.http(), connections, keep, duration);
+    let (said, cpu) = costing(system, load)?;
+    for (figure, which) in wanted {
+        let value = match which {
+            Said::Rate => said.per_second,
+            Said::P50 => said.p50_us,
+            Said::P99 => said.p99_us,
+            Said::CpuPerMillion => match cpu {
+                Some(cpu) => cpu / said.count * 1e6,
+                None => continue,
+            },
+        };
+        figures.add(system.kind, *figure, value);
+    }
+    Ok(())
+}
+
+fn stalled(system: &System, duration: Duration, figures: &mut Figures) -> Result<()> {
+    const RATIO: Figure =
+        figure("p99 beside 16 stalled connections, to without", "×", Less, Some(Goal::AtMost(1.25)));
+    let load = || load::requests(&system.client, system.http(), BESIDE, Keep::Alive, duration);
+    let alone = load()?;
+    let stalled = load::stalled(&system.client, &system.server, STALLED)?;
+    let beside = load()?;
+    drop(stalled);
+    figures.add(system.kind, RATIO, beside.p99_us / alone.p99_us);
+    Ok(())
+}
+
+/// Runs a load, and says the CPU time that the system's processes took for it, if it has any.
+fn costing<T>(system: &System, load: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
+    let processes = system.processes();
+    let before = cost::cpu_seconds(&processes);
+    let said = load()?;
+    let used = cost::cpu_seconds(&processes) - before;
+    Ok((said, (!processes.is_empty()).then_some(used)))
+}
