@@ -345,13 +345,13 @@ async fn dial(
                 }
             },
         )?;
-    let proved = verify::peer_identity(new.certificates().as_deref())
+    let proved = verify::peer_identity(Some(new.certificates()))
         .map_err(|error| Refusal::new(Reason::PeerCertificateIdentity, format!("{to}: {error}")))?;
     if proved != *peer {
         let detail = format!("{to} proved {proved}, the view has {peer}");
         return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
     }
-    let until = verify::peer_until(new.certificates().as_deref());
+    let until = verify::peer_until(Some(new.certificates()));
     Ok(new.between(own, proved, until, &connector.metrics))
 }
 
@@ -379,9 +379,9 @@ pub(crate) async fn take(
             Refusal::new(fault.unwrap_or(Reason::HandshakeFailed), error.to_string())
         }
     })?;
-    let proved = verify::peer_identity(new.certificates().as_deref())
+    let proved = verify::peer_identity(Some(new.certificates()))
         .map_err(|error| Refusal::new(Reason::CertificateIdentity, error.to_string()))?;
-    let until = verify::peer_until(new.certificates().as_deref());
+    let until = verify::peer_until(Some(new.certificates()));
     Ok(new.between(own, proved, until, metrics))
 }
 

@@ -66,7 +66,6 @@ fn start(
 ) {
     // Without an original destination the connection is gone already: the peer reset it in the queue.
     let Ok(original) = stream.local_addr() else { return };
-    let _ = stream.set_nodelay(true);
     let accepted = Accepted { stream, peer, original, direction, workload: local.clone() };
     node.drain().spawn(connection::serve(accepted, node.clone()));
 }

@@ -11,7 +11,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{Arc, OnceLock},
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mesh_core::{
@@ -33,6 +33,9 @@ use crate::{
 
 /// Lines that wait for the writer at most: about 4 MiB.
 const QUEUE: usize = 8192;
+
+/// How long lines gather before the writer looks again: waking it for each would cost more than writing does.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// Where the lines go; cheap to clone.
 #[derive(Debug, Clone)]
@@ -95,6 +98,9 @@ fn write(mut queue: mpsc::Receiver<Line>, mut out: impl Write) {
         broken = result.is_err();
         // A closed receiver has stopped waiting.
         let _ = flushed.map(|done| done.send(()));
+        if queue.is_empty() {
+            std::thread::sleep(GATHER);
+        }
     }
 }
 

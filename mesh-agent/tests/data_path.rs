@@ -447,8 +447,11 @@ async fn a_tunnel_ends_when_either_end_is_somebody_else_in_the_view() {
         let mut plan = Plan::default();
         let world = World::new(&plan);
         let (web, app) = world.web().await;
-        let client = connect(world.outbound(web)).await;
-        let (server, _) = accept(&app).await;
+        let mut client = connect(world.outbound(web)).await;
+        let (mut server, _) = accept(&app).await;
+        // Both agents carry it from here on.
+        server.write_all(b"hello").await.unwrap();
+        in_time(client.read_exact(&mut [0; 5])).await.unwrap();
         plan.workload("api").service_account = "other".into(); // a change that does not concern it
         world.publish(&plan, "2");
         plan.workload(changed).service_account = "new".into();

@@ -60,7 +60,9 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
                 result = plaintext(&accepted, &view, node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
             };
-            if result.is_err() {
+            if result.is_ok() {
+                socket::close(accepted.stream);
+            } else {
                 socket::reset(accepted.stream);
             }
             entry.finish(result);
@@ -228,7 +230,6 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
 
     // The bytes, for as long as they may.
     let carried = Carried { flow: &entry.flow, direction: Direction::Inbound, wait };
-    link.push(&Control::Accept);
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, carried) => carried,
         refusal = revoked(node, at, Some(&proved), &entry) => return cut(entry, refusal),

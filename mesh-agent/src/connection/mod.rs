@@ -152,7 +152,9 @@ pub async fn serve(accepted: Accepted, node: Node) {
                 result = outbound::serve(&accepted, &node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
             };
-            if result.is_err() {
+            if result.is_ok() {
+                socket::close(accepted.stream);
+            } else {
                 socket::reset(accepted.stream);
             }
             entry.finish(result);

@@ -14,7 +14,12 @@ use mesh_core::{
     identity::{SpiffeId, TrustDomain},
     refusal::Reason,
 };
-use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::ring, sign::CertifiedKey, version::TLS13};
+use rustls::{
+    CipherSuite, ClientConfig, RootCertStore, ServerConfig,
+    crypto::{CryptoProvider, ring},
+    sign::CertifiedKey,
+    version::TLS13,
+};
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 
@@ -105,15 +110,15 @@ pub fn client_config(
     clock: &Clock,
 ) -> Result<ClientConfig, rustls::Error> {
     let verifier = SpiffeServerVerifier::new(root_store(roots)?, trust_domain.clone());
-    let mut config =
-        ClientConfig::builder_with_details(Arc::new(ring::default_provider()), Arc::new(clock.clone()))
-            .with_protocol_versions(&[&TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    let mut config = ClientConfig::builder_with_details(Arc::new(provider()), Arc::new(clock.clone()))
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.enable_sni = false;
     config.resumption = rustls::client::Resumption::disabled();
+    config.enable_secret_extraction = true; // for the tunnel's record layer
     Ok(config)
 }
 
@@ -126,15 +131,22 @@ pub fn server_config(
     clock: &Clock,
 ) -> Result<ServerConfig, rustls::Error> {
     let verifier = SpiffeClientVerifier::new(root_store(roots)?, trust_domain.clone())?;
-    let mut config =
-        ServerConfig::builder_with_details(Arc::new(ring::default_provider()), Arc::new(clock.clone()))
-            .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+    let mut config = ServerConfig::builder_with_details(Arc::new(provider()), Arc::new(clock.clone()))
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = true; // for the tunnel's record layer
     Ok(config)
+}
+
+/// ring, with AES-128 before AES-256: a fifth less CPU for bulk, and no weaker than the P-256 keys beside it.
+fn provider() -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
 }
 
 #[cfg(test)]

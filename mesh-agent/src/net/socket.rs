@@ -29,6 +29,10 @@ pub fn listen(namespace: &Namespace, family: Family) -> io::Result<std::net::Tcp
     // Accepted sockets inherit it. They are bound to the application's port, and without it an application that was
     // restarted could not bind while a tunnel to it is open (inet_csk_bind_conflict in the kernel).
     socket.set_reuse_address(true)?;
+    // Inherited too, which saves two calls for each connection. Whatever ends an agent, the applications' connections
+    // are reset then: the end of the stream would look like the end of the data.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_linger(Some(Duration::ZERO))?;
     let loopback: IpAddr = match family {
         Family::V4 => std::net::Ipv4Addr::LOCALHOST.into(),
         Family::V6 => std::net::Ipv6Addr::LOCALHOST.into(),
@@ -111,6 +115,12 @@ async fn connect(socket: Socket, to: SocketAddr, timeout: Duration) -> io::Resul
 pub fn reset(stream: TcpStream) {
     // Fails only for a socket that is gone already; then there is nothing to reset.
     let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Closes a stream that [`listen`] accepted, which would be reset otherwise, with all that is still unsent.
+pub fn close(stream: TcpStream) {
+    // Fails only for a socket that is gone already; then there is nothing to send.
+    let _ = socket2::SockRef::from(&stream).set_linger(None);
 }
 
 fn plain(family: Family) -> io::Result<Socket> {

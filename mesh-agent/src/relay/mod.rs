@@ -85,9 +85,10 @@ impl<'a> Socket<'a> {
         self.reset.load(Ordering::Relaxed)
     }
 
-    /// Waits for bytes or the end. Cancel-safe.
-    async fn readable(&self) -> Result<(), Reset> {
-        self.stream.readable().await.map_err(|_| self.died())
+    /// Waits for bytes or the end; whether the end has come already, behind the bytes. Cancel-safe.
+    async fn readable(&self) -> Result<bool, Reset> {
+        let ready = self.stream.ready(Interest::READABLE).await.map_err(|_| self.died())?;
+        Ok(ready.is_read_closed())
     }
 
     /// Waits for room. Cancel-safe.

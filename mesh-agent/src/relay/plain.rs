@@ -63,7 +63,7 @@ async fn copy(from: &Socket<'_>, to: &Socket<'_>, count: impl Fn(usize)) -> Resu
     loop {
         // Both waits are cancel-safe.
         tokio::select! {
-            ready = from.readable() => ready?,
+            ready = from.readable() => { ready?; }
             reset = to.failed() => return Err(reset),
         }
         let mut buffer = Buffer::take();

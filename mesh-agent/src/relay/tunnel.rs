@@ -16,6 +16,9 @@ use crate::{
     },
 };
 
+/// How long a destination's ACCEPT may wait for the application's first bytes, to go in one write with them.
+const ACCEPT_WAIT: Duration = Duration::from_millis(1);
+
 /// How a relay stopped.
 #[derive(Debug)]
 pub(crate) enum Stopped {
@@ -152,19 +155,40 @@ impl From<Broken> for Stopped {
 /// Application to tunnel, up to FIN.
 async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Broken> {
     let mut turns = Turns::default();
-    tls.flush().await?; // ACCEPT, where this is the destination
+    if carried.direction == Direction::Inbound {
+        let mut accept = BytesMut::with_capacity(HEADER_LEN);
+        Control::Accept.encode(&mut accept);
+        tls.push(&accept)?;
+        // It goes with the application's first bytes, if those come soon.
+        match tokio::time::timeout(ACCEPT_WAIT, app.readable()).await {
+            Ok(ready) => _ = ready?,
+            Err(_) => tls.flush().await?,
+        }
+    }
     loop {
-        app.readable().await?;
+        let closed = app.readable().await?;
         let mut buffer = Buffer::take();
-        let Some(n) = app.read(&mut buffer[HEADER_LEN..READ])? else { continue };
-        if n == 0 {
+        let Some(mut n) = app.read(&mut buffer[HEADER_LEN..READ])? else { continue };
+        let mut ended = n == 0;
+        if closed && !ended && HEADER_LEN + n < READ {
+            // The end is known to be behind these bytes: FIN goes with them.
+            match app.read(&mut buffer[HEADER_LEN + n..READ])? {
+                Some(0) => ended = true,
+                more => n += more.unwrap_or(0),
+            }
+        }
+        let mut len = 0;
+        if n > 0 {
+            buffer[..HEADER_LEN].copy_from_slice(&Header { kind: Kind::Data, len: n }.encode());
+            len = HEADER_LEN + n;
+        }
+        if ended {
             let mut fin = BytesMut::with_capacity(HEADER_LEN);
             Control::Fin.encode(&mut fin);
-            tls.push(&fin);
-        } else {
-            buffer[..HEADER_LEN].copy_from_slice(&Header { kind: Kind::Data, len: n }.encode());
-            tls.push(&buffer[..HEADER_LEN + n]);
+            buffer[len..len + fin.len()].copy_from_slice(&fin);
+            len += fin.len();
         }
+        tls.push(&buffer[..len])?;
         drop(buffer);
         // Both waits are cancel-safe.
         tokio::select! {
@@ -172,10 +196,10 @@ async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Bro
             flushed = tls.flush() => flushed?,
             reset = app.failed() => return Err(reset.into()),
         }
-        if n == 0 {
+        carried.up(n);
+        if ended {
             return Ok(());
         }
-        carried.up(n);
         turns.took().await;
     }
 }

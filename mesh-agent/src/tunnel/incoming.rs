@@ -8,7 +8,7 @@ pub(crate) use mesh_core::frame::Event;
 
 use super::{
     buffers::Buffer,
-    tls::{LinkError, Tls},
+    tls::{Filled, LinkError, Tls},
 };
 
 /// The receiving half of a tunnel.
@@ -37,34 +37,37 @@ impl Incoming {
         }
     }
 
-    /// Waits for bytes, without looking at them: for the handshake. Cancel-safe.
-    pub(crate) async fn read(&mut self, tls: &Tls) -> Result<(), LinkError> {
+    /// Of a tunnel whose handshake has ended; frames may have come with its last message.
+    pub(super) fn after_handshake(tls: &Tls) -> Result<Self, LinkError> {
+        let mut new = Self::default();
+        let mut buffer = Buffer::take();
+        if let Some(filled) = tls.fill_rest(&mut buffer)? {
+            new.take_in(buffer, filled);
+        }
+        Ok(new)
+    }
+
+    async fn read(&mut self, tls: &Tls) -> Result<(), LinkError> {
         while !self.read_now(tls)? {
             tls.readable().await?;
         }
         Ok(())
     }
 
-    /// Reads what is there; whether anything was.
+    /// Reads what is there; whether anything was. Everything before must have been taken.
     fn read_now(&mut self, tls: &Tls) -> Result<bool, LinkError> {
         if self.closed {
             return Err(LinkError::Closed);
         }
         let mut buffer = Buffer::take();
-        let (start, end) = match &self.plain {
-            // Only in the handshake: frames that came with its last flight wait here.
-            Some(waiting) => {
-                let len = waiting.end - waiting.start;
-                buffer[..len].copy_from_slice(&waiting.buffer[waiting.start..waiting.end]);
-                (0, len)
-            }
-            None => (0, 0),
-        };
-        let Some(filled) = tls.fill(&mut buffer[end..])? else { return Ok(false) };
-        self.closed = filled.closed;
-        let end = end + filled.bytes;
-        self.plain = (end > start).then_some(Plain { buffer, start, end });
+        let Some(filled) = tls.fill(&mut buffer)? else { return Ok(false) };
+        self.take_in(buffer, filled);
         Ok(true)
+    }
+
+    fn take_in(&mut self, buffer: Buffer, filled: Filled) {
+        self.closed = filled.closed;
+        self.plain = (filled.bytes > 0).then_some(Plain { buffer, start: 0, end: filled.bytes });
     }
 
     /// Whether the peer has said nothing since the last frame, and is still there.

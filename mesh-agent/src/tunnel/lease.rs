@@ -32,9 +32,11 @@ pub(crate) async fn open(link: &mut Link, open: Open, first: &[u8]) -> Result<()
         _ if first.is_empty() => NotOpened::NotTaken(error),
         _ => NotOpened::MaybeTaken(error),
     };
-    link.push_with_data(&Control::Open(open), first);
     // A failed write is not the last word: the peer's close_notify may be queued.
-    let written = link.flush().await;
+    let written = match link.push_with_data(&Control::Open(open), first) {
+        Ok(()) => link.flush().await,
+        Err(error) => Err(error.into()),
+    };
     match link.next().await {
         Ok(Event::Control(Control::Accept)) => written.map_err(lost),
         Ok(Event::Control(Control::Refuse(reason))) => Err(NotOpened::Refused(reason)),
@@ -57,7 +59,7 @@ pub(crate) struct Said {
 pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> Option<Box<Link>> {
     let ready = async {
         if !said.own_end {
-            link.push(&Control::Reset);
+            link.push(&Control::Reset)?;
             link.flush().await?;
         }
         loop {
@@ -78,13 +80,13 @@ pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> O
 pub(crate) async fn make_ready(mut link: Box<Link>, said: Said, wait: Duration) -> Option<Box<Link>> {
     let ready = async {
         if !said.own_end {
-            link.push(&Control::Reset);
+            link.push(&Control::Reset)?;
         }
         if !said.peer_end {
             link.flush().await?;
             read_to_end(&mut link).await?;
         }
-        link.push(&Control::Ready);
+        link.push(&Control::Ready)?;
         link.flush().await
     };
     matches!(tokio::time::timeout(wait, ready).await, Ok(Ok(()))).then_some(link)
@@ -93,10 +95,10 @@ pub(crate) async fn make_ready(mut link: Box<Link>, said: Said, wait: Duration) 
 /// The destination's no: REFUSE stands for its end; the source answers with its own.
 pub(crate) async fn refuse(mut link: Box<Link>, reason: Reason, wait: Duration) -> Option<Box<Link>> {
     let refused = async {
-        link.push(&Control::Refuse(Some(reason)));
+        link.push(&Control::Refuse(Some(reason)))?;
         link.flush().await?;
         read_to_end(&mut link).await?;
-        link.push(&Control::Ready);
+        link.push(&Control::Ready)?;
         link.flush().await
     };
     matches!(tokio::time::timeout(wait, refused).await, Ok(Ok(()))).then_some(link)

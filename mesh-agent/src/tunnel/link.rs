@@ -1,6 +1,7 @@
 //! One tunnel.
 
 use std::{
+    io,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -11,13 +12,14 @@ use mesh_core::{
     frame::{Control, HEADER_LEN, Header, Kind, VERSION},
     identity::SpiffeId,
 };
-use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 
 use super::{
+    handshake::{self, Shaken},
     incoming::{Event, Incoming},
-    tls::{LinkError, Tls},
+    tls::{self, LinkError, Tls},
 };
 use crate::metrics::{Counted, Metrics};
 
@@ -26,6 +28,7 @@ use crate::metrics::{Counted, Metrics};
 pub(crate) struct Unverified {
     tls: Tls,
     incoming: Incoming,
+    certificates: Vec<CertificateDer<'static>>,
 }
 
 impl Unverified {
@@ -35,8 +38,9 @@ impl Unverified {
         config: Arc<ClientConfig>,
         to: IpAddr,
     ) -> Result<Self, LinkError> {
-        let session = ClientConnection::new(config, ServerName::IpAddress(to.into()))?;
-        let mut new = Self::handshake(tcp, session.into()).await?;
+        tls::prepare(&tcp)?;
+        let shaken = handshake::connect(&tcp, config, ServerName::IpAddress(to.into())).await?;
+        let mut new = Self::new(tcp, shaken)?;
         match new.incoming.next(&new.tls).await? {
             Event::Control(Control::Settings(VERSION)) => Ok(new),
             _ => Err(LinkError::Version),
@@ -45,32 +49,23 @@ impl Unverified {
 
     /// The destination's side: handshake, then our SETTINGS.
     pub(crate) async fn accept(tcp: TcpStream, config: Arc<ServerConfig>) -> Result<Self, LinkError> {
-        let session = ServerConnection::new(config)?;
-        let new = Self::handshake(tcp, session.into()).await?;
-        push(&new.tls, &Control::Settings(VERSION));
+        tls::prepare(&tcp)?;
+        let shaken = handshake::accept(&tcp, config).await?;
+        let new = Self::new(tcp, shaken)?;
+        push(&new.tls, &Control::Settings(VERSION))?;
         new.tls.flush().await?;
         Ok(new)
     }
 
-    async fn handshake(tcp: TcpStream, session: Connection) -> Result<Self, LinkError> {
-        let mut new = Self { tls: Tls::new(tcp, session)?, incoming: Incoming::default() };
-        loop {
-            new.tls.flush().await?;
-            if !new.tls.is_handshaking() {
-                break;
-            }
-            new.incoming.read(&new.tls).await?;
-        }
-        if !new.tls.agreed() {
-            return Err(LinkError::Version);
-        }
-        new.tls.reset_on_drop()?;
-        Ok(new)
+    fn new(tcp: TcpStream, shaken: Shaken) -> Result<Self, LinkError> {
+        let tls = Tls::new(tcp, shaken.records, shaken.rest)?;
+        let incoming = Incoming::after_handshake(&tls)?;
+        Ok(Self { tls, incoming, certificates: shaken.certificates })
     }
 
     /// The peer's certificates, leaf first.
-    pub(crate) fn certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
-        self.tls.peer_certificates()
+    pub(crate) fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
     }
 
     /// The tunnel of these two, by their certificates.
@@ -82,7 +77,7 @@ impl Unverified {
         until: SystemTime,
         metrics: &Metrics,
     ) -> Box<Link> {
-        let Self { tls, incoming } = self;
+        let Self { tls, incoming, .. } = self;
         let counted = Counted::new(metrics.tunnels("busy"));
         Box::new(Link { tls, incoming, own, peer, born: Instant::now(), until, counted })
     }
@@ -152,23 +147,23 @@ impl Link {
         self.incoming.discard();
     }
 
-    /// Encrypts a frame; sent by the next flush.
-    pub(crate) fn push(&self, control: &Control) {
-        push(&self.tls, control);
+    /// Seals a frame; sent by the next flush.
+    pub(crate) fn push(&self, control: &Control) -> io::Result<()> {
+        push(&self.tls, control)
     }
 
-    /// Encrypts a frame followed by a DATA frame, in one record if they fit.
-    pub(crate) fn push_with_data(&self, control: &Control, data: &[u8]) {
+    /// Seals a frame followed by a DATA frame, in one record if they fit.
+    pub(crate) fn push_with_data(&self, control: &Control, data: &[u8]) -> io::Result<()> {
         let mut frames = BytesMut::with_capacity(2 * HEADER_LEN + 32 + data.len());
         control.encode(&mut frames);
         if !data.is_empty() {
             frames.extend_from_slice(&Header { kind: Kind::Data, len: data.len() }.encode());
             frames.extend_from_slice(data);
         }
-        self.tls.push(&frames);
+        self.tls.push(&frames)
     }
 
-    /// Sends all that is encrypted. Cancel-safe.
+    /// Sends all that is sealed. Cancel-safe.
     pub(crate) async fn flush(&self) -> Result<(), LinkError> {
         Ok(self.tls.flush().await?)
     }
@@ -184,9 +179,9 @@ impl Link {
     }
 }
 
-/// Encrypts a frame; sent by the next flush.
-pub(super) fn push(tls: &Tls, control: &Control) {
+/// Seals a frame; sent by the next flush.
+fn push(tls: &Tls, control: &Control) -> io::Result<()> {
     let mut frame = BytesMut::with_capacity(64);
     control.encode(&mut frame);
-    tls.push(&frame);
+    tls.push(&frame)
 }

@@ -3,7 +3,9 @@
 //! | file | what |
 //! |---|---|
 //! | `buffers` | memory that connections borrow while bytes pass, and give back when idle |
-//! | `tls` | rustls over one TCP socket, both directions at once |
+//! | `handshake` | the TLS handshake, by rustls |
+//! | `records` | TLS records after it, sealed and opened in place |
+//! | `tls` | records over one TCP socket, both directions at once |
 //! | `incoming` | decrypted bytes cut into frames |
 //! | `link` | one tunnel: TLS, frames, the peer's identity |
 //! | `lease` | OPEN, ACCEPT and REFUSE; the end of a lease until READY |
@@ -13,10 +15,12 @@
 //! everything of the last one was delivered, so the next one does not queue behind it either.
 
 pub(crate) mod buffers;
+mod handshake;
 mod incoming;
 pub(crate) mod lease;
 mod link;
 pub(crate) mod pool;
+mod records;
 mod tls;
 
 pub(crate) use incoming::{Event, Incoming};

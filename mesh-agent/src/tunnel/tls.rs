@@ -1,29 +1,28 @@
-//! rustls over one TCP socket, for two directions that run in one task.
+//! TLS over one TCP socket, for two directions that run in one task.
 //!
-//! Stands apart from tokio-rustls because that reads the socket 4 KiB at a time and holds its buffers while idle.
-//! Here one read takes up to 64 KiB into a borrowed buffer and is fed to rustls in slices. The session is behind a
-//! lock that is never held across an await; it is never contended, as both directions are polled by one task.
+//! One read takes up to 64 KiB into the buffer that the frames are cut from, and is opened there. Both directions'
+//! state is behind a lock that is never held across an await; it is never contended, as one task polls both.
 //!
-//! Invariants: what is encrypted is flushed before more is taken from the application, so rustls holds at most one
-//! read's ciphertext; the end of the stream without close_notify is an error (truncation); after the
-//! handshake a `Tls` that is dropped without [`Tls::close`] resets the TCP connection, which the peer sees even while it is blocked.
+//! Invariants: what is sealed is flushed before more is taken from the application, so one buffer holds all that
+//! waits to be sent, and an idle tunnel holds none; the end of the stream without close_notify is an error
+//! (truncation); a `Tls` that is dropped without [`Tls::close`] resets the TCP connection, which the peer sees even
+//! while it is blocked.
 
 use std::{
-    io::{self, BufRead, Read, Write},
+    io::{self, Read},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use mesh_core::{
-    frame::{ALPN, FrameError},
-    refusal::Reason,
-};
-use rustls::{Connection, HandshakeKind};
-use rustls_pki_types::CertificateDer;
+use mesh_core::{frame::FrameError, refusal::Reason};
+use rustls::AlertDescription;
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
-use super::buffers::{Buffer, READ};
+use super::{
+    buffers::{Buffer, READ, SIZE},
+    records::{self, MAX_PLAIN, Opened, RECORD_HEADER, Records},
+};
 use crate::refusal::{Failure, Refusal, Stop};
 
 /// TCP keepalive of tunnels: a peer's node that is gone is noticed after two minutes, also by an idle connection.
@@ -82,7 +81,7 @@ impl From<LinkError> for Stop {
 #[derive(Debug)]
 pub(crate) struct Tls {
     tcp: TcpStream,
-    session: Mutex<Connection>,
+    session: Mutex<Session>,
 }
 
 /// What one read brought.
@@ -94,43 +93,44 @@ pub(crate) struct Filled {
     pub(crate) closed: bool,
 }
 
+#[derive(Debug)]
+struct Session {
+    records: Records,
+    outgoing: Outgoing,
+    /// The start of a record whose rest has not come yet.
+    partial: Vec<u8>,
+}
+
+/// Sealed and not sent yet.
+#[derive(Debug, Default)]
+struct Outgoing {
+    buffer: Option<Buffer>,
+    start: usize,
+    end: usize,
+}
+
+/// Makes a socket fit for a tunnel. A handshake that fails has an alert to deliver: no reset yet.
+pub(super) fn prepare(tcp: &TcpStream) -> io::Result<()> {
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE_TIME)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_RETRIES);
+    let socket = SockRef::from(tcp);
+    socket.set_linger(None)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive)
+}
+
 impl Tls {
-    pub(crate) fn new(tcp: TcpStream, mut session: Connection) -> io::Result<Self> {
-        session.set_buffer_limit(None);
-        let keepalive = socket2::TcpKeepalive::new()
-            .with_time(KEEPALIVE_TIME)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES);
-        let socket = SockRef::from(&tcp);
-        socket.set_tcp_keepalive(&keepalive)?;
-        socket.set_tcp_nodelay(true)?;
+    /// After the handshake. From now on a drop resets the connection.
+    pub(super) fn new(tcp: TcpStream, records: Records, rest: Vec<u8>) -> io::Result<Self> {
+        SockRef::from(&tcp).set_linger(Some(Duration::ZERO))?;
+        let session = Session { records, outgoing: Outgoing::default(), partial: rest };
         Ok(Self { tcp, session: Mutex::new(session) })
     }
 
-    fn session(&self) -> MutexGuard<'_, Connection> {
+    fn session(&self) -> MutexGuard<'_, Session> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// From now on a drop resets the connection. Not before: a handshake that fails has an alert to deliver.
-    pub(crate) fn reset_on_drop(&self) -> io::Result<()> {
-        SockRef::from(&self.tcp).set_linger(Some(Duration::ZERO))
-    }
-
-    /// Whether the handshake goes on.
-    pub(crate) fn is_handshaking(&self) -> bool {
-        self.session().is_handshaking()
-    }
-
-    /// Whether the peer agreed to speak our protocol, in a full handshake: tickets are off, and a resumed session
-    /// would not show the peer's certificate of now.
-    pub(crate) fn agreed(&self) -> bool {
-        let session = self.session();
-        session.alpn_protocol() == Some(ALPN) && session.handshake_kind() != Some(HandshakeKind::Resumed)
-    }
-
-    /// The peer's certificates, leaf first.
-    pub(crate) fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
-        self.session().peer_certificates().map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect())
     }
 
     /// Waits until there is something to read. Cancel-safe.
@@ -144,38 +144,46 @@ impl Tls {
         let _ = self.tcp.ready(Interest::ERROR).await;
     }
 
-    /// Reads once and decrypts into `plain`, which must have [`super::buffers::SIZE`] bytes. `None`: nothing there.
-    pub(crate) fn fill(&self, plain: &mut [u8]) -> Result<Option<Filled>, LinkError> {
-        let mut cipher = Buffer::take();
-        let n = match read_some(&self.tcp, &mut cipher[..READ]) {
+    /// Reads once and opens what came, in `buffer`: the plaintext is at its start then. `None`: nothing there.
+    pub(crate) fn fill(&self, buffer: &mut Buffer) -> Result<Option<Filled>, LinkError> {
+        let mut session = self.session();
+        let begun = session.partial.len();
+        let n = match read_some(&self.tcp, &mut buffer[begun..begun + READ]) {
             Ok(0) => return Err(LinkError::Truncated),
             Ok(n) => n,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let mut session = self.session();
-        let decrypted = decrypt(&mut session, &cipher[..n], plain);
-        // Answers of rustls itself: an alert that says why, a key update. What the socket does not take now goes
-        // out with the next flush.
-        let flushed = flush_some(&mut session, &self.tcp);
-        let filled = decrypted?;
-        match flushed {
-            Ok(_) => Ok(Some(filled)),
-            // What was read counts: it may be the peer's reason for closing. The next read or write fails again.
-            Err(_) if filled.bytes > 0 || filled.closed => Ok(Some(filled)),
-            Err(error) => Err(error.into()),
+        buffer[..begun].copy_from_slice(&session.partial);
+        match session.open(&mut buffer[..begun + n]) {
+            Ok(filled) => Ok(Some(filled)),
+            Err(error) => {
+                if let Some(alert) = records::alert_for(&error) {
+                    // The peer may be gone; the error is what counts.
+                    let _ = session.seal_alert(alert).and_then(|()| session.outgoing.send(&self.tcp));
+                }
+                Err(error.into())
+            }
         }
     }
 
-    /// Encrypts; sent by the next [`Tls::flush`].
-    pub(crate) fn push(&self, plain: &[u8]) {
-        self.session()
-            .writer()
-            .write_all(plain)
-            .expect("rustls' buffer has no limit, so it takes everything");
+    /// Opens what came with the handshake's last message.
+    pub(crate) fn fill_rest(&self, buffer: &mut Buffer) -> Result<Option<Filled>, LinkError> {
+        let mut session = self.session();
+        let rest = session.partial.len();
+        if !Records::record_len(&session.partial)?.is_some_and(|len| len <= rest) {
+            return Ok(None);
+        }
+        buffer[..rest].copy_from_slice(&session.partial);
+        Ok(Some(session.open(&mut buffer[..rest])?))
     }
 
-    /// Sends all that is encrypted. Cancel-safe: what was not sent stays for the next flush.
+    /// Seals; sent by the next [`Tls::flush`]. What is pushed between two flushes must fit a buffer.
+    pub(crate) fn push(&self, plain: &[u8]) -> io::Result<()> {
+        self.session().seal(plain)
+    }
+
+    /// Sends all that is sealed. Cancel-safe: what was not sent stays for the next flush.
     pub(crate) async fn flush(&self) -> io::Result<()> {
         while !self.flush_some()? {
             self.tcp.writable().await?;
@@ -185,7 +193,7 @@ impl Tls {
 
     /// Sends what the socket takes at once; whether that was all.
     pub(crate) fn flush_some(&self) -> io::Result<bool> {
-        flush_some(&mut self.session(), &self.tcp)
+        self.session().outgoing.send(&self.tcp)
     }
 
     /// Ends with close_notify, without waiting for the peer.
@@ -216,77 +224,85 @@ impl Tls {
     }
 
     fn say_goodbye(&self) -> io::Result<()> {
-        self.session().send_close_notify();
-        self.flush_some()?;
+        let mut session = self.session();
+        session.seal_alert(AlertDescription::CloseNotify)?;
+        session.outgoing.send(&self.tcp)?;
         let socket = SockRef::from(&self.tcp);
         socket.set_linger(None)?;
         socket.shutdown(std::net::Shutdown::Write)
     }
 }
 
-fn decrypt(session: &mut Connection, mut cipher: &[u8], plain: &mut [u8]) -> Result<Filled, LinkError> {
-    let mut filled = Filled::default();
-    while !cipher.is_empty() {
-        let taken = session.read_tls(&mut cipher)?;
-        let state = session.process_new_packets()?;
-        filled.bytes += drain(session, &mut plain[filled.bytes..])?;
-        if state.peer_has_closed() {
-            filled.closed = true;
-            break;
-        }
-        if taken == 0 {
-            return Err(io::Error::other("the TLS session takes no more bytes").into());
-        }
-    }
-    Ok(filled)
-}
-
-fn drain(session: &mut Connection, plain: &mut [u8]) -> Result<usize, LinkError> {
-    let mut reader = session.reader();
-    let mut filled = 0;
-    loop {
-        let n = match reader.fill_buf() {
-            Ok([]) => return Ok(filled),
-            Ok(chunk) => {
-                let room = plain.get_mut(filled..filled + chunk.len()).ok_or_else(|| {
-                    io::Error::other("a read of ciphertext became more plaintext than it can hold")
-                })?;
-                room.copy_from_slice(chunk);
-                chunk.len()
+impl Session {
+    /// Opens the whole records in `bytes`, which begin with one, and moves their plaintext together at the start. What
+    /// is left is kept for the next read.
+    fn open(&mut self, bytes: &mut [u8]) -> Result<Filled, rustls::Error> {
+        let mut filled = Filled::default();
+        let mut at = 0;
+        while let Some(len) = Records::record_len(&bytes[at..])?.filter(|len| *len <= bytes.len() - at) {
+            match self.records.open(&mut bytes[at..at + len])? {
+                Opened::Data(n) => {
+                    bytes.copy_within(at + RECORD_HEADER..at + RECORD_HEADER + n, filled.bytes);
+                    filled.bytes += n;
+                }
+                Opened::Nothing => {}
+                Opened::Closed => {
+                    filled.closed = true;
+                    at = bytes.len();
+                    break;
+                }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(filled),
-            Err(error) => return Err(error.into()),
-        };
-        reader.consume(n);
-        filled += n;
-    }
-}
-
-fn flush_some(session: &mut Connection, tcp: &TcpStream) -> io::Result<bool> {
-    while session.wants_write() {
-        match session.write_tls(&mut TryWrite(tcp)) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-            Err(error) => return Err(error),
+            at += len;
         }
+        // Not kept for an idle tunnel.
+        self.partial = bytes[at..].to_vec();
+        Ok(filled)
     }
-    Ok(true)
+
+    fn seal(&mut self, plain: &[u8]) -> io::Result<()> {
+        let out = self.outgoing.room(Records::room(plain.len()))?;
+        let mut n = 0;
+        for piece in plain.chunks(MAX_PLAIN) {
+            n += self.records.seal(piece, &mut out[n..]).map_err(io::Error::other)?;
+        }
+        self.outgoing.end += n;
+        Ok(())
+    }
+
+    fn seal_alert(&mut self, alert: AlertDescription) -> io::Result<()> {
+        let out = self.outgoing.room(Records::room(2))?;
+        let n = self.records.seal_alert(alert, out).map_err(io::Error::other)?;
+        self.outgoing.end += n;
+        Ok(())
+    }
 }
 
-struct TryWrite<'a>(&'a TcpStream);
-
-impl Write for TryWrite<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.try_write(bytes)
+impl Outgoing {
+    /// Room for so many bytes behind what waits already.
+    fn room(&mut self, len: usize) -> io::Result<&mut [u8]> {
+        let buffer = self.buffer.get_or_insert_with(Buffer::take);
+        if self.end + len > SIZE {
+            buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        buffer
+            .get_mut(self.end..self.end + len)
+            .ok_or_else(|| io::Error::other("more waits to be sent than is allowed"))
     }
 
-    fn write_vectored(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(slices)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    /// Sends what the socket takes at once; whether that was all. The buffer is given back then.
+    fn send(&mut self, tcp: &TcpStream) -> io::Result<bool> {
+        let Some(buffer) = &self.buffer else { return Ok(true) };
+        while self.start < self.end {
+            match tcp.try_write(&buffer[self.start..self.end]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => self.start += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        *self = Self::default();
+        Ok(true)
     }
 }
 

@@ -62,8 +62,11 @@ impl Figures {
         let processors = std::thread::available_parallelism()?.to_string();
         let model = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = model.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
-        let machine =
-            [("kernel", kernel), ("processors", processors), ("model", model.unwrap_or("unknown").to_owned())];
+        let machine = [
+            ("kernel", kernel),
+            ("processors", processors),
+            ("model", model.unwrap_or("unknown").to_owned()),
+        ];
         Ok(Self {
             machine: machine.into(),
             rounds,
@@ -111,15 +114,23 @@ impl Row {
         let mut values = self.samples.get(&system.to_string())?.clone();
         values.sort_by(f64::total_cmp);
         let middle = values.len() / 2;
-        Some(if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) })
+        Some(if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            f64::midpoint(values[middle - 1], values[middle])
+        })
     }
 
     /// The median of the ratios to no mesh, each within its round.
     pub(super) fn ratio(&self, system: Kind) -> Option<f64> {
         let base = self.samples.get(&Kind::NoMesh.to_string())?;
         let values = self.samples.get(&system.to_string())?;
-        let mut ratios: Vec<f64> =
-            values.iter().zip(base).filter(|(_, base)| **base > 0.0).map(|(value, base)| value / base).collect();
+        let mut ratios: Vec<f64> = values
+            .iter()
+            .zip(base)
+            .filter(|(_, base)| **base > 0.0)
+            .map(|(value, base)| value / base)
+            .collect();
         ratios.sort_by(f64::total_cmp);
         ratios.get(ratios.len() / 2).copied()
     }
@@ -127,7 +138,8 @@ impl Row {
     /// Half the distance between the extremes, as a share of the median.
     pub(super) fn spread(&self, system: Kind) -> Option<f64> {
         let values = self.samples.get(&system.to_string())?;
-        let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
+        let (low, high) =
+            values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
         let median = self.median(system)?;
         (values.len() > 1 && median != 0.0).then(|| (high - low) / 2.0 / median)
     }

@@ -17,7 +17,8 @@ use super::systems::{HTTP, IPERF, SINK};
 /// How long a program may take until it listens.
 pub(super) const STARTED: Duration = Duration::from_secs(10);
 /// What the HTTP server answers: about a hundred bytes.
-const ANSWER: &str = "hello from the server pod, in a body of about one hundred bytes, as small answers of services are ....";
+const ANSWER: &str =
+    "hello from the server pod, in a body of about one hundred bytes, as small answers of services are ....";
 /// A file for downloads that stall: more than all buffers on the way.
 const LARGE: u64 = 64 << 20;
 
@@ -87,9 +88,11 @@ pub(super) fn bulk(client: &Workload, server: &Workload, streams: u32, duration:
     let mut iperf = client.command("iperf3");
     iperf.args(["-J", "-c", &server.address.v4.to_string(), "-p", &IPERF.to_string()]);
     iperf.args(["-t", &duration.as_secs().to_string(), "-P", &streams.to_string()]);
-    let said: serde_json::Value = serde_json::from_str(&output(&mut iperf)?).context("reading iperf3's report")?;
+    let said: serde_json::Value =
+        serde_json::from_str(&output(&mut iperf)?).context("reading iperf3's report")?;
     let sum = &said["end"]["sum_received"];
-    let number = |name: &str| sum[name].as_f64().with_context(|| format!("iperf3 says no {name}: {}", said["error"]));
+    let number =
+        |name: &str| sum[name].as_f64().with_context(|| format!("iperf3 says no {name}: {}", said["error"]));
     Ok(Bulk { gigabits_per_second: number("bits_per_second")? / 1e9, gigabytes: number("bytes")? / 1e9 })
 }
 

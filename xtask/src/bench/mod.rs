@@ -101,8 +101,10 @@ fn compare(arguments: &Arguments) -> Result<()> {
     let directory = arguments.output.clone().unwrap_or_else(|| target().join("bench"));
     let mut kinds = vec![Kind::NoMesh];
     kinds.extend(arguments.systems.iter().filter(|kind| **kind != Kind::NoMesh));
-    let systems: Vec<System> =
-        kinds.iter().map(|kind| step(&format!("Start {kind}"), || System::start(*kind))).collect::<Result<_>>()?;
+    let systems: Vec<System> = kinds
+        .iter()
+        .map(|kind| step(&format!("Start {kind}"), || System::start(*kind)))
+        .collect::<Result<_>>()?;
     let duration = Duration::from_secs(arguments.seconds);
     let mut figures = Figures::new(&systems, arguments.rounds, arguments.seconds)?;
     for system in &systems {

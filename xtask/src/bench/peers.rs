@@ -7,7 +7,10 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
 use mesh_tests::{Workload, process::Program};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    SanType,
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -25,7 +28,11 @@ const USER: &str = "1337";
 const PORTS: [(u16, u16, u16); 2] = [(HTTP, 15080, 16080), (IPERF, 15201, 16201)];
 
 /// Envoy's TCP proxy.
-pub(super) fn envoy(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+pub(super) fn envoy(
+    client: &Workload,
+    server: &Workload,
+    directory: &Path,
+) -> Result<(Vec<Program>, String)> {
     let program = setup::envoy();
     let pair = Pair::new(client, server, directory)?;
     let mut running = vec![];
@@ -42,7 +49,11 @@ pub(super) fn envoy(client: &Workload, server: &Workload, directory: &Path) -> R
 }
 
 /// HAProxy in TCP mode.
-pub(super) fn haproxy(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+pub(super) fn haproxy(
+    client: &Workload,
+    server: &Workload,
+    directory: &Path,
+) -> Result<(Vec<Program>, String)> {
     let pair = Pair::new(client, server, directory)?;
     let mut running = vec![];
     for side in [Side::Client, Side::Server] {
@@ -56,7 +67,11 @@ pub(super) fn haproxy(client: &Workload, server: &Workload, directory: &Path) ->
 }
 
 /// nginx's stream module.
-pub(super) fn nginx(client: &Workload, server: &Workload, directory: &Path) -> Result<(Vec<Program>, String)> {
+pub(super) fn nginx(
+    client: &Workload,
+    server: &Workload,
+    directory: &Path,
+) -> Result<(Vec<Program>, String)> {
     let pair = Pair::new(client, server, directory)?;
     let mut running = vec![];
     for side in [Side::Client, Side::Server] {
@@ -120,7 +135,8 @@ impl<'a> Pair<'a> {
                 SanType::URI(format!("spiffe://cluster.local/ns/bench/sa/{name}").try_into()?),
                 SanType::DnsName(name.try_into()?),
             ];
-            leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+            leaf.extended_key_usages =
+                vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
             let key = KeyPair::generate()?;
             let signed = leaf.signed_by(&key, &ca)?.pem();
             fs::write(self.file(&format!("{name}.crt")), &signed)?;
@@ -160,7 +176,8 @@ impl<'a> Pair<'a> {
         self.client.shell(&format!("{rule} -m owner --uid-owner {USER} -j RETURN"))?;
         for (application, outbound, _) in PORTS {
             let to = self.server.address.v4;
-            self.client.shell(&format!("{rule} -d {to} --dport {application} -j REDIRECT --to-ports {outbound}"))?;
+            self.client
+                .shell(&format!("{rule} -d {to} --dport {application} -j REDIRECT --to-ports {outbound}"))?;
         }
         Ok(())
     }

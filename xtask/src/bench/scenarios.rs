@@ -56,11 +56,17 @@ impl std::fmt::Display for Scenario {
     }
 }
 
-const fn figure(name: &'static str, unit: &'static str, better: super::figures::Better, goal: Option<Goal>) -> Figure {
+const fn figure(
+    name: &'static str,
+    unit: &'static str,
+    better: super::figures::Better,
+    goal: Option<Goal>,
+) -> Figure {
     Figure { name, unit, better, goal }
 }
 
-const IDLE_PROCESS: Figure = figure("resident memory of a fresh process, idle", "MB", Less, Some(Goal::AtMost(15.0)));
+const IDLE_PROCESS: Figure =
+    figure("resident memory of a fresh process, idle", "MB", Less, Some(Goal::AtMost(15.0)));
 const IDLE_CONNECTION: Figure =
     figure("memory per idle connection, both processes", "KB", Less, Some(Goal::AtMost(16.0)));
 
@@ -144,7 +150,10 @@ impl Scenario {
                 figures,
                 &[
                     (figure("new connections", "1/s", More, Some(Goal::OfNoMesh(0.28))), Said::Rate),
-                    (figure("CPU per 1M connections", "s", Less, Some(Goal::AtMost(110.0))), Said::CpuPerMillion),
+                    (
+                        figure("CPU per 1M connections", "s", Less, Some(Goal::AtMost(110.0))),
+                        Said::CpuPerMillion,
+                    ),
                 ],
             ),
             Self::Stalled => stalled(system, duration, figures),

@@ -57,7 +57,8 @@ pub(super) fn soak(arguments: &Arguments) -> Result<()> {
             .workload("soak/stock", "d")
             .build()
     })?;
-    let pairs = [("left", "store"), ("right", "stock")].map(|(from, to)| (world.workload(from), world.workload(to)));
+    let pairs =
+        [("left", "store"), ("right", "stock")].map(|(from, to)| (world.workload(from), world.workload(to)));
     let directory = world.directory().to_owned();
     let mut applications = vec![];
     for (_, server) in &pairs {
@@ -75,7 +76,8 @@ pub(super) fn soak(arguments: &Arguments) -> Result<()> {
     println!("{}", Look::HEAD);
     let opened = Look::at(&world, 0);
     println!("{opened}");
-    let looks = step(&format!("Churn for {} minutes", arguments.minutes), || churn(&world, &pairs, arguments))?;
+    let looks =
+        step(&format!("Churn for {} minutes", arguments.minutes), || churn(&world, &pairs, arguments))?;
     for (n, mut connection) in idle.into_iter().enumerate() {
         request(&mut connection).with_context(|| format!("idle connection {n} does not answer any more"))?;
     }
@@ -139,7 +141,8 @@ impl Look {
     const HEAD: &str = "connections made | agents' memory, MB | agents' descriptors";
 
     fn at(world: &World, connections: u64) -> Self {
-        let agents: Vec<u32> = world.nodes().iter().filter_map(|node| world.agent(&node.name).pid()).collect();
+        let agents: Vec<u32> =
+            world.nodes().iter().filter_map(|node| world.agent(&node.name).pid()).collect();
         Self {
             connections,
             resident_kib: agents.iter().map(|pid| cost::resident_kib(*pid)).sum(),

@@ -59,7 +59,8 @@ pub(super) struct System {
 impl System {
     /// Starts its world, the applications, and what is between them; returns once a request gets through.
     pub(super) fn start(kind: Kind) -> Result<Self> {
-        let world = World::builder().node("a").node("b").workload("bench/client", "a").workload("bench/server", "b");
+        let world =
+            World::builder().node("a").node("b").workload("bench/client", "a").workload("bench/server", "b");
         let world = if kind == Kind::Nodemesh { world } else { world.without_mesh() }.build()?;
         let (client, server) = (world.workload("client"), world.workload("server"));
         for workload in [&client, &server] {
@@ -80,15 +81,19 @@ impl System {
         let system =
             Self { kind, client, server, version, sidecars, _applications: applications, _sink: sink, world };
         for port in [HTTP, IPERF] {
-            wait::try_until(load::STARTED, || system.client.connect(system.server.v4(port)).map_err(|e| e.to_string()))
-                .map_err(anyhow::Error::msg)
-                .with_context(|| format!("{kind}: port {port} does not answer"))?;
+            wait::try_until(load::STARTED, || {
+                system.client.connect(system.server.v4(port)).map_err(|e| e.to_string())
+            })
+            .map_err(anyhow::Error::msg)
+            .with_context(|| format!("{kind}: port {port} does not answer"))?;
         }
         // A sidecar that listens may still be about to read its certificates.
-        wait::try_until(load::STARTED, || system.one_request().map_err(|e| format!("{e:#}"))).map_err(|last| {
-            let logs = ["client", "server"].map(|side| directory.join(format!("sidecar-{side}.log")));
-            anyhow::anyhow!("{last}\n{}", logs.map(|log| mesh_tests::process::tail(&log)).join("\n"))
-        })?;
+        wait::try_until(load::STARTED, || system.one_request().map_err(|e| format!("{e:#}"))).map_err(
+            |last| {
+                let logs = ["client", "server"].map(|side| directory.join(format!("sidecar-{side}.log")));
+                anyhow::anyhow!("{last}\n{}", logs.map(|log| mesh_tests::process::tail(&log)).join("\n"))
+            },
+        )?;
         Ok(system)
     }
 
