@@ -172,9 +172,11 @@ async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Bro
         let mut ended = n == 0;
         if closed && !ended && HEADER_LEN + n < READ {
             // The end is known to be behind these bytes: FIN goes with them.
-            match app.read(&mut buffer[HEADER_LEN + n..READ])? {
-                Some(0) => ended = true,
-                more => n += more.unwrap_or(0),
+            match app.read(&mut buffer[HEADER_LEN + n..READ]) {
+                Ok(Some(0)) => ended = true,
+                Ok(more) => n += more.unwrap_or(0),
+                // These bytes came before the reset, which the next read tells again.
+                Err(Reset) => {}
             }
         }
         let mut len = 0;
