@@ -285,6 +285,8 @@ async fn strict_refuses_plaintext_and_permissive_passes_it() {
     let (web, app) = world.web().await;
     echo(app);
     assert_eq!(ask_from(STRANGER, web, b"hello").await.unwrap(), b"hello");
+    // It has ended at the agent too: a live one would end with the change.
+    world.destination.log_of(1).await;
 
     plan.workload("web").mode = Mode::Strict;
     world.publish(&plan, "2");
