@@ -52,16 +52,24 @@ pub(crate) fn run(chosen: Option<&str>, runs: u64) -> Result<()> {
     Ok(())
 }
 
-/// The short run of the tests: the corpus of the repository, and what comes of it with always the same chances.
+/// The short run of the tests: the corpus of the repository, and what comes of it with always the same chances. What is
+/// found goes to a directory that each run empties: libFuzzer writes into the first corpus that it is given, and the
+/// repository's would grow, so that no run were the same as the one before.
 pub(crate) fn in_tests() -> Result<()> {
     step("Check the format of the fuzz targets", || {
         succeed(cargo().args(["fmt", "--check", "--manifest-path", "tests/fuzz/Cargo.toml"]))
     })?;
     let programs = build()?;
     step(&format!("Fuzz: {RUNS_IN_TESTS} runs of each target"), || {
-        TARGETS
-            .iter()
-            .try_for_each(|name| fuzz(&programs, name, &[&format!("-runs={RUNS_IN_TESTS}"), "-seed=1"]))
+        TARGETS.iter().try_for_each(|name| {
+            let found = target().join("fuzz/tests").join(name);
+            if found.exists() {
+                fs::remove_dir_all(&found).with_context(|| format!("emptying {}", found.display()))?;
+            }
+            fs::create_dir_all(&found).with_context(|| format!("making {}", found.display()))?;
+            let runs = format!("-runs={RUNS_IN_TESTS}");
+            fuzz(&programs, name, &[&runs, "-seed=1", &found.to_string_lossy()])
+        })
     })
 }
 
