@@ -24,6 +24,9 @@ const NOTICED_BY_CONTROLLER: Duration = Duration::from_secs(30);
 /// Until views are the newest again: the agent's longest pause and longest connect, 5 s each, and the machine's load.
 const CONVERGED: Duration = Duration::from_secs(20);
 
+/// What is said on new connections: so long that ciphertext does not have it by chance.
+const NEW: &[u8] = b"said on a new connection";
+
 /// A connection that stands; whoever asks pings through it.
 struct Held(TcpStream);
 
@@ -47,8 +50,8 @@ impl Held {
 fn all_exchange(pairs: &[(&Workload, &Workload)]) {
     for (from, to) in pairs {
         for address in to.both(8080) {
-            let answer = from.exchange(address, b"new");
-            assert_eq!(answer.unwrap_or_else(|e| panic!("{} to {address}: {e}", from.name)), b"new");
+            let answer = from.exchange(address, NEW);
+            assert_eq!(answer.unwrap_or_else(|e| panic!("{} to {address}: {e}", from.name)), NEW);
         }
     }
 }
@@ -115,7 +118,7 @@ fn while_the_controller_is_dead_everything_known_goes_on_and_an_agent_restarts_f
     world.agent("a").await_enrolled(2, TIMEOUT).unwrap();
     assert_eq!(version(), before, "the last good view is in force");
     all_exchange(&pairs);
-    let readable = wire.plaintext(b"new").unwrap();
+    let readable = wire.plaintext(NEW).unwrap();
     assert!(readable.is_empty(), "what was captured stays so: {readable:?}");
 
     // What the agents keep: keys on tmpfs only, in no file of theirs on a disk.
@@ -270,7 +273,7 @@ fn a_controller_restored_from_an_older_state_says_so_and_sends_nobody_back() {
         holds(status.matches("\"in_sync\": true").count() == 2, || status.clone())
     });
     assert!(traffic.end() > 10, "certificates issued meanwhile are good");
-    assert!(wire.plaintext(b"new").unwrap().is_empty(), "no captured workload was taken for one that is not");
+    assert!(wire.plaintext(NEW).unwrap().is_empty(), "no captured workload was taken for one that is not");
 
     // The token that was used after the backup was made is in the backup: it must not work again.
     world.agent("a").kill().unwrap();
