@@ -3,12 +3,18 @@
 //! Serves what others publish and decides nothing. Listens on loopback by default: none of it is a secret, none of it
 //! is for strangers either.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::State,
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -17,6 +23,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use mesh_core::{identity::SpiffeId, model::Name, view::Snapshot};
+use mesh_settings::{InForce, log::LogFilter};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -43,7 +50,25 @@ pub trait Observed: Send + Sync + 'static {
 
     /// The agent's state.
     fn state(&self) -> NodeState;
+
+    /// Its settings, as they were given.
+    fn settings(&self) -> &[InForce];
+
+    /// What its log says.
+    fn log(&self) -> &LogFilter;
 }
+
+/// A line of `/api/v1/config`.
+#[derive(Debug, Serialize)]
+struct Setting<'a> {
+    name: &'a str,
+    value: &'a str,
+    source: &'a str,
+}
+
+/// Who asks; a connection's peer.
+#[derive(Debug, Clone, Copy)]
+struct Peer(SocketAddr);
 
 /// `/api/v1/state`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -142,6 +167,8 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/api/v1/state", get(state))
+        .route("/api/v1/config", get(config))
+        .route("/api/v1/log-level", get(log_level).put(set_log_level))
         .with_state(Shared { registry, agent });
     let mut http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
@@ -153,14 +180,14 @@ pub async fn serve(
             Some(_) = connections.join_next() => continue,
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "the admin listener cannot accept");
                 continue;
             }
         };
-        let service = TowerToHyperService::new(app.clone());
+        let service = TowerToHyperService::new(app.clone().layer(Extension(Peer(peer))));
         let (http, shutdown) = (http.clone(), shutdown.clone());
         connections.spawn(async move {
             let connection = http.serve_connection(TokioIo::new(stream), service);
@@ -196,9 +223,50 @@ async fn state(State(shared): State<Shared>) -> Json<NodeState> {
     Json(shared.agent.state())
 }
 
+async fn config(State(shared): State<Shared>) -> Response {
+    let settings = shared.agent.settings().iter();
+    let rows: Vec<_> =
+        settings.map(|it| Setting { name: &it.name, value: &it.value, source: &it.source }).collect();
+    Json(rows).into_response()
+}
+
+async fn log_level(State(shared): State<Shared>) -> Response {
+    Json(serde_json::json!({"filter": shared.agent.log().current()})).into_response()
+}
+
+/// Only from this machine, and not through a name that a web page may have made lead here.
+async fn set_log_level(
+    State(shared): State<Shared>,
+    Extension(Peer(peer)): Extension<Peer>,
+    headers: HeaderMap,
+    filter: String,
+) -> Response {
+    let failed = |status: StatusCode, error: String| {
+        (status, Json(serde_json::json!({"error": error}))).into_response()
+    };
+    if !peer.ip().is_loopback() || !named_by_address(&headers) {
+        let error = "the log level is changed from the agent's own machine, by its loopback address";
+        return failed(StatusCode::FORBIDDEN, error.into());
+    }
+    match shared.agent.log().set(&filter) {
+        Ok(()) => {
+            tracing::info!(filter, "the log level was changed");
+            Json(serde_json::json!({"filter": filter})).into_response()
+        }
+        Err(error) => failed(StatusCode::BAD_REQUEST, error.to_string()),
+    }
+}
+
+/// Whether the request's Host is an address or `localhost`.
+fn named_by_address(headers: &HeaderMap) -> bool {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let bare = host.rsplit_once(':').map_or(host, |(name, _)| name).trim_matches(['[', ']']);
+    bare == "localhost" || bare.parse::<IpAddr>().is_ok()
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, sync::Mutex};
+    use std::sync::Mutex;
 
     use prometheus_client::metrics::counter::Counter;
     use tokio::{
@@ -208,11 +276,19 @@ mod tests {
 
     use super::*;
 
-    struct Agent(Mutex<Result<(), String>>);
+    struct Agent(Mutex<Result<(), String>>, LogFilter);
 
     impl Observed for Agent {
         fn ready(&self) -> Result<(), String> {
             self.0.lock().unwrap().clone()
+        }
+
+        fn settings(&self) -> &[InForce] {
+            &[]
+        }
+
+        fn log(&self) -> &LogFilter {
+            &self.1
         }
 
         fn state(&self) -> NodeState {
@@ -222,8 +298,21 @@ mod tests {
     }
 
     async fn ask(address: SocketAddr, path: &str) -> String {
+        send(address, &format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n")).await
+    }
+
+    async fn put_log_level(address: SocketAddr, host: &str, filter: &str) -> String {
+        let length = filter.len();
+        let head = "connection: close\r\ncontent-type: text/plain";
+        send(
+            address,
+            &format!("PUT /api/v1/log-level HTTP/1.1\r\nhost: {host}\r\n{head}\r\ncontent-length: {length}\r\n\r\n{filter}"),
+        )
+        .await
+    }
+
+    async fn send(address: SocketAddr, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -236,7 +325,7 @@ mod tests {
         let repairs: Counter = Counter::default();
         registry.register("nodemesh_repairs", "What was put back", repairs.clone());
         repairs.inc();
-        let agent = Arc::new(Agent(Mutex::new(Err("no view yet".into()))));
+        let agent = Arc::new(Agent(Mutex::new(Err("no view yet".into())), LogFilter::detached("info")));
         let listener = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
@@ -255,6 +344,13 @@ mod tests {
         assert_eq!(state["node"], "n1");
         assert_eq!(state["controller_connected"], false);
         assert_eq!(state["controller_error"], "no route");
+
+        let answer = put_log_level(address, "127.0.0.1:15021", "debug").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(put_log_level(address, "attacker.example", "trace").await.starts_with("HTTP/1.1 403"));
+        let answer = put_log_level(address, "localhost", "inof").await;
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("is not a level"), "{answer}");
+        assert!(ask(address, "/api/v1/log-level").await.ends_with("{\"filter\":\"debug\"}"));
 
         // Somebody who connects and says nothing does not hold up the end.
         let _silent = TcpStream::connect(address).await.unwrap();

@@ -9,6 +9,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use mesh_core::view::Snapshot;
+use mesh_settings::{InForce, log::LogFilter};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     runtime::{Builder, Runtime},
@@ -25,11 +26,13 @@ use crate::{
     control::Control,
     drain::Drain,
     enrol::Enroller,
+    headroom,
     health::Condition,
     identity::{Certificates, store::Identities},
     metrics::Metrics,
     net::{cgroup, netns::Namespace},
     ownership::{self, Ownership},
+    privileges,
     record::AccessLog,
     rpc::Connection,
     run_dir::RunDir,
@@ -38,19 +41,26 @@ use crate::{
 };
 
 /// Runs an agent until SIGTERM or SIGINT, and its connections on until they end or the deadline cuts them.
-pub fn run(config: &Config) -> anyhow::Result<()> {
+pub fn run(config: &Config, log_filter: LogFilter) -> anyhow::Result<()> {
     // Before there is any socket or thread.
     let agent_cgroup = cgroup::enter(&config.cgroup)?;
     Namespace::of_agent().context("cannot open the node's own network namespace")?;
     raise_descriptor_limit();
+    // Before there is any other thread: capabilities are a thread's own, and threads inherit them.
+    privileges::keep_needed()?;
     let data = Builder::new_multi_thread().thread_name("data").enable_all().build()?;
     let control = Builder::new_current_thread().thread_name("control").enable_all().build()?;
-    control.block_on(serve(config, &data, agent_cgroup))?;
+    control.block_on(serve(config, log_filter, &data, agent_cgroup))?;
     data.shutdown_background();
     Ok(())
 }
 
-async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Result<()> {
+async fn serve(
+    config: &Config,
+    log_filter: LogFilter,
+    data: &Runtime,
+    agent_cgroup: u64,
+) -> anyhow::Result<()> {
     let mut told = Told::listen()?;
     let mut ownership = Ownership::new(RunDir::open(&config.run_dir)?);
     let alone = match ownership.try_take()? {
@@ -101,10 +111,11 @@ async fn serve(config: &Config, data: &Runtime, agent_cgroup: u64) -> anyhow::Re
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),
     };
-    let observed = Arc::new(State::of(&config.node, &control));
+    let observed = Arc::new(State::of(config, &control, log_filter));
     let listener = admin::listen(config.admin_listen).await?;
     let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
     let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
+    tokio::spawn(headroom::watch(metrics.clone(), stop.clone()));
     tokio::spawn(follow(observed.clone(), metrics, stop.clone()));
     tracing::info!(node = config.node, admin = %SocketAddr::to_string(&config.admin_listen), "agent started");
 
@@ -251,6 +262,8 @@ fn raise_descriptor_limit() {
 #[derive(Debug)]
 struct State {
     node: String,
+    settings: Vec<InForce>,
+    log: LogFilter,
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     connection: watch::Receiver<Connection>,
     certificates: watch::Receiver<Certificates>,
@@ -259,9 +272,11 @@ struct State {
 }
 
 impl State {
-    fn of(node: &str, control: &Control) -> Self {
+    fn of(config: &Config, control: &Control, log: LogFilter) -> Self {
         Self {
-            node: node.to_owned(),
+            node: config.node.clone(),
+            settings: config.in_force.clone(),
+            log,
             snapshots: control.snapshots.clone(),
             connection: control.connection.clone(),
             certificates: control.certificates.clone(),
@@ -285,6 +300,14 @@ impl Observed for State {
             Some(workload) => Err(format!("{} is not enrolled yet", workload.name)),
             None => Ok(()),
         }
+    }
+
+    fn settings(&self) -> &[InForce] {
+        &self.settings
+    }
+
+    fn log(&self) -> &LogFilter {
+        &self.log
     }
 
     fn state(&self) -> NodeState {

@@ -1,40 +1,26 @@
-//! The agent's settings: one struct, read from the command line in one place.
+//! The agent's settings: one struct, read in one place: flags, environment, file.
 //!
 //! Data only: what a value means is with the module that it steers. `--print-config` shows what is in force.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
-use serde::{Serialize, Serializer};
+use clap::{Args, Command, FromArgMatches};
+use mesh_settings::{InForce, Settings};
 
-/// The agent of one node of the mesh.
-#[derive(Debug, Parser)]
-#[command(
-    name = "mesh-agent",
-    version,
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true
-)]
-struct CommandLine {
-    #[command(flatten)]
-    run: Option<Config>,
-    #[command(subcommand)]
-    command: Option<Command>,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Removes everything that the agent put into the kernel: programs, rules, routes, pins.
-    Uninstall(Uninstall),
-    /// Tells what this kernel has of what capture needs, and what follows where it lacks something.
-    Doctor(Doctor),
-}
+/// What the variables of the agent's settings begin with.
+pub const PREFIX: &str = "NODEMESH_AGENT_";
+/// The subcommand that takes the agent off the machine.
+const UNINSTALL: &str = "uninstall";
+/// The subcommand that looks at the kernel.
+const DOCTOR: &str = "doctor";
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Invocation {
     /// Run the agent.
-    Run(Config),
+    Run(Box<Config>),
+    /// Print the settings in force.
+    PrintConfig(Vec<InForce>),
     /// Take it off the machine.
     Uninstall(Uninstall),
     /// Look at the kernel.
@@ -48,20 +34,47 @@ impl Invocation {
     }
 
     /// Reads a command line, the program's name first.
-    pub fn parse<T: Into<std::ffi::OsString> + Clone>(
-        words: impl IntoIterator<Item = T>,
-    ) -> Result<Self, clap::Error> {
-        let line = CommandLine::try_parse_from(words)?;
-        match (line.command, line.run) {
-            (Some(Command::Uninstall(uninstall)), _) => Ok(Self::Uninstall(uninstall)),
-            (Some(Command::Doctor(doctor)), _) => Ok(Self::Doctor(doctor)),
-            (None, Some(run)) => Ok(Self::Run(run)),
-            (None, None) => Err(clap::Error::raw(
-                clap::error::ErrorKind::MissingRequiredArgument,
-                "--node and --controller are required; see --help\n",
-            )),
+    pub fn parse<T: Into<OsString>>(words: impl IntoIterator<Item = T>) -> Result<Self, clap::Error> {
+        let words: Vec<OsString> = words.into_iter().skip(1).map(Into::into).collect();
+        if words.first().is_some_and(|word| word == UNINSTALL) {
+            let matches = uninstall().no_binary_name(true).try_get_matches_from(&words[1..])?;
+            return Uninstall::from_arg_matches(&matches).map(Self::Uninstall);
         }
+        if words.first().is_some_and(|word| word == DOCTOR) {
+            let matches = doctor().no_binary_name(true).try_get_matches_from(&words[1..])?;
+            return Doctor::from_arg_matches(&matches).map(Self::Doctor);
+        }
+        let (matches, in_force) = settings().parse(&words)?;
+        if Settings::print_only(&matches) {
+            return Ok(Self::PrintConfig(in_force));
+        }
+        let config = Config::from_arg_matches(&matches)?;
+        Ok(Self::Run(Box::new(Config { in_force, ..config })))
     }
+}
+
+/// Everything that the agent can be told; what the reference is generated from.
+pub fn settings() -> Settings {
+    let run = Command::new("mesh-agent")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The agent of one node of the mesh.")
+        .args_conflicts_with_subcommands(true)
+        .subcommand_negates_reqs(true)
+        .subcommand(uninstall())
+        .subcommand(doctor());
+    Settings::new(Config::augment_args(run), PREFIX)
+}
+
+fn uninstall() -> Command {
+    let about = "Removes everything that the agent put onto the machine: programs, maps, rules, routes, settings, files. \
+                 The agent must not run.";
+    Uninstall::augment_args(Command::new(UNINSTALL).about(about))
+}
+
+fn doctor() -> Command {
+    let about =
+        "Tells what this kernel has of what capture needs, and what follows where it lacks something.";
+    Doctor::augment_args(Command::new(DOCTOR).about(about))
 }
 
 /// What the agent needs to leave the machine as it found it.
@@ -70,9 +83,13 @@ pub struct Uninstall {
     /// Where programs and maps are pinned.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
     pub bpffs: PathBuf,
-    /// The run directory of the agent, removed as well when given.
+    /// The run directory of the agent, removed as well when given: without it, what the agent changed in namespaces'
+    /// settings stays.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+    /// The agent's own control group.
+    #[arg(long, value_name = "NAME", default_value = "nodemesh-agent")]
+    pub cgroup: String,
 }
 
 /// What is needed to look at the kernel.
@@ -84,7 +101,7 @@ pub struct Doctor {
 }
 
 /// The settings of a running agent.
-#[derive(Debug, Clone, Args, Serialize)]
+#[derive(Debug, Clone, Args)]
 pub struct Config {
     /// This node's name, as workloads and the join token name it.
     #[arg(long, value_name = "NAME")]
@@ -113,20 +130,14 @@ pub struct Config {
     /// How long an agent that was told to stop serves on for want of a successor, and how long connections may take to
     /// finish once there is one. A supervisor has to grant both, one after the other.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
-    #[serde(serialize_with = "as_text")]
     pub drain_deadline: Duration,
-    /// Prints the settings in force as JSON and exits.
-    #[arg(long)]
-    #[serde(skip)]
-    pub print_config: bool,
-}
-
-impl Config {
-    /// The settings in force, as JSON.
-    pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self)
-            .expect("settings are texts, numbers and paths that came in as arguments")
-    }
+    /// What the log says: `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,mesh_agent::enrol=debug`.
+    /// `RUST_LOG` wins over it; `meshctl log-level` changes it while the agent runs.
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    pub log_level: String,
+    /// All of the above as they were given, each with where it comes from.
+    #[arg(skip)]
+    pub in_force: Vec<InForce>,
 }
 
 /// A host, by name or address, and a port.
@@ -178,12 +189,6 @@ impl fmt::Display for HostPort {
     }
 }
 
-impl Serialize for HostPort {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
 /// A text is not a duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a duration: write a number and ms, s, m or h, as in 500ms, 30s or 24h")]
@@ -205,14 +210,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
     number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(bad)
 }
 
-fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-    let ms = duration.as_millis();
-    let units = [("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
-    let whole = units.into_iter().find(|(_, of)| ms >= *of && ms.is_multiple_of(*of));
-    let (unit, of) = whole.unwrap_or(("ms", 1));
-    serializer.collect_str(&format_args!("{}{unit}", ms / of))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,14 +220,21 @@ mod tests {
 
     #[test]
     fn settings_print_as_they_were_given_and_defaults_are_filled_in() {
-        let line = "mesh-agent --node n1 --controller [fd00::1]:15012 --run-dir /run/x --drain-deadline 90s";
-        let Invocation::Run(config) = parse(line).unwrap() else { panic!("not a run") };
-        let json: serde_json::Value = serde_json::from_str(&config.to_json()).unwrap();
-        assert_eq!(json["node"], "n1");
-        assert_eq!(json["controller"], "[fd00::1]:15012");
-        assert_eq!(json["run_dir"], "/run/x");
-        assert_eq!(json["drain_deadline"], "90s");
-        assert_eq!(json["admin_listen"], "127.0.0.1:15021");
+        let line = "mesh-agent --node n1 --controller [fd00::1]:15012 --drain-deadline 90s --print-config";
+        let Invocation::PrintConfig(settings) = parse(line).unwrap() else { panic!("not a print") };
+        let value = |name: &str| settings.iter().find(|it| it.name == name).unwrap().value.as_str();
+        assert_eq!(
+            [value("node"), value("controller"), value("drain-deadline"), value("admin-listen")],
+            ["n1", "[fd00::1]:15012", "90s", "127.0.0.1:15021"]
+        );
+    }
+
+    #[test]
+    fn the_reference_of_the_agents_settings_is_generated() {
+        let introduction = include_str!("../reference.md");
+        let page = mesh_settings::reference::page(settings().command(), introduction);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/mesh-agent.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
     }
 
     #[test]

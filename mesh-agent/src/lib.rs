@@ -11,9 +11,9 @@
 //! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
-//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`] | what the steps stand on |
+//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`] | what the steps stand on; how near limits are |
 //! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
-//! | 9 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side |
+//! | 9 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do |
 
 pub mod admin;
 pub mod agent;
@@ -26,6 +26,7 @@ pub mod connection;
 pub mod control;
 pub mod drain;
 pub mod enrol;
+pub mod headroom;
 pub mod health;
 pub mod identity;
 pub mod limits;
@@ -34,6 +35,7 @@ pub mod local;
 pub mod metrics;
 pub mod net;
 pub mod ownership;
+pub mod privileges;
 pub mod quota;
 pub mod record;
 pub mod refusal;

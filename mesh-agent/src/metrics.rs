@@ -140,6 +140,8 @@ pub struct Metrics {
     damaged: Family<FileLabels, Counter>,
     views_restored: Counter,
     clock_skew: Gauge<f64, AtomicU64>,
+    open_files: Gauge,
+    open_files_limit: Gauge,
 }
 
 impl Metrics {
@@ -171,6 +173,8 @@ impl Metrics {
             damaged: Family::default(),
             views_restored: Counter::default(),
             clock_skew: Gauge::default(),
+            open_files: Gauge::default(),
+            open_files_limit: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("nodemesh");
         let m = &metrics;
@@ -243,6 +247,8 @@ impl Metrics {
             m.clock_skew.clone(),
         );
         metrics.condition(&Condition::default());
+        registry.register("open_files", "File descriptors that the agent has open", m.open_files.clone());
+        registry.register("open_files_limit", "How many it may have", m.open_files_limit.clone());
         (Arc::new(metrics), registry)
     }
 
@@ -361,6 +367,12 @@ impl Metrics {
         self.limit_hits.get_or_create(&LimitLabels { limit }).get()
     }
 
+    /// Descriptors that are open, and how many may be.
+    pub fn open_files(&self, open: u64, limit: u64) {
+        self.open_files.set(i64::try_from(open).unwrap_or(i64::MAX));
+        self.open_files_limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
+    }
+
     /// Access log lines that were dropped.
     pub fn log_dropped(&self) -> &Counter {
         &self.log_dropped
@@ -427,7 +439,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_the_contract() {
+    fn names_are_the_contract_and_the_reference_of_them_is_generated() {
         let (metrics, registry) = Metrics::new();
         let labels = ConnectionLabels {
             direction: Direction::Outbound,
@@ -468,5 +480,19 @@ mod tests {
         }
         drop(busy);
         assert_eq!(metrics.tunnels("busy").get(), 0);
+        the_reference_is_generated(&metrics, &registry);
+    }
+
+    /// From metrics that the test above has counted: the library prints none that was never counted.
+    fn the_reference_is_generated(metrics: &Metrics, registry: &Registry) {
+        metrics.active(Direction::Outbound);
+        metrics.limit_hit("idle_tunnels");
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
+        let registered = format!("{registry:?}").matches("Descriptor {").count();
+        assert_eq!(text.matches("# HELP").count(), registered, "count every metric once, in the test");
+        let page = mesh_settings::reference::metrics("Metrics of mesh-agent", &text);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/metrics-agent.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
     }
 }

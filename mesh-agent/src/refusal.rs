@@ -77,3 +77,23 @@ impl From<Reason> for Stop {
         Self::Refused(reason.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_of_refusals_is_generated() {
+        let mut page = String::from(
+            "# Reasons of refusals\n\nGenerated from the program by `cargo xtask generate`.\n\nThe label is the `reason` of \
+             metrics and access log; the step is where in [a connection's life](../LIFE_OF_A_CONNECTION.md) it is said.\n\n\
+             | label | step | what happened | what to do |\n|---|---|---|---|\n",
+        );
+        for reason in Reason::ALL {
+            let (label, step) = (reason.label(), format!("{:?}", reason.step()).to_lowercase());
+            page += &format!("| `{label}` | {step} | {} | {} |\n", reason.says(), reason.cure());
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/refusals.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
+    }
+}

@@ -49,7 +49,7 @@ impl Node {
         let controller = fake.address.to_string();
         let words = ["mesh-agent", "--node", "n1", "--controller", &controller, "--run-dir", &run_dir];
         match Invocation::parse(words).unwrap() {
-            Invocation::Run(config) => config,
+            Invocation::Run(config) => *config,
             other => panic!("{other:?}"),
         }
     }

@@ -1,14 +1,95 @@
-//! The settings of a controller, each with its default and its reason; read from the command line, once.
+//! The settings of a controller, each with its default and its reason; read once, from flags, environment and file.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
+use clap::{Args, Command, FromArgMatches, Subcommand};
 use mesh_core::{identity::TrustDomain, model::Mode};
+use mesh_settings::{InForce, Settings};
 
 /// Shortest life of a certificate: below, renewal could not keep up with clocks that differ.
 const MIN_TTL: Duration = Duration::from_secs(10);
 
+/// What the variables of the controller's settings begin with.
+pub const PREFIX: &str = "NODEMESH_CONTROLLER_";
+/// The subcommand that has settings.
+const RUN: &str = "run";
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run the controller.
+    Run(Box<Config>),
+    /// Print the settings in force.
+    PrintConfig(Vec<InForce>),
+    /// Do something with its state.
+    State(StateCommand),
+}
+
+/// What is done with the state, also while a controller runs.
+#[derive(Debug, Subcommand)]
+pub enum StateCommand {
+    /// Print a join token: it makes one machine the node of this name, once.
+    Token {
+        /// The state directory of the controller.
+        #[arg(long, value_name = "DIR")]
+        state_dir: PathBuf,
+        /// The node that may join with it.
+        #[arg(long, value_name = "NAME")]
+        node: String,
+        /// How long it may be used.
+        #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+        ttl: Duration,
+    },
+    /// Make a new root; the old one stays trusted. A running controller takes it over. Join tokens that were made
+    /// before are no longer good.
+    RotateRoot {
+        /// The state directory of the controller.
+        #[arg(long, value_name = "DIR")]
+        state_dir: PathBuf,
+    },
+}
+
+impl Invocation {
+    /// Reads the command line of this process; says what is wrong with it, or `--help`, and exits.
+    pub fn of_process() -> Self {
+        Self::parse(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Reads a command line, the program's name first.
+    pub fn parse<T: Into<OsString>>(words: impl IntoIterator<Item = T>) -> Result<Self, clap::Error> {
+        let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
+        if words.get(1).is_some_and(|word| word == RUN) {
+            let (matches, in_force) = settings().parse(&words[2..])?;
+            if Settings::print_only(&matches) {
+                return Ok(Self::PrintConfig(in_force));
+            }
+            let config = Config::from_arg_matches(&matches)?;
+            return Ok(Self::Run(Box::new(Config { in_force, ..config })));
+        }
+        StateCommand::from_arg_matches(&command().try_get_matches_from(words)?).map(Self::State)
+    }
+}
+
+/// The whole command line; what the reference is generated from.
+pub fn command() -> Command {
+    let base = Command::new("mesh-controller")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The controller of a Nodemesh mesh.")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(settings().command().clone());
+    StateCommand::augment_subcommands(base)
+}
+
+fn settings() -> Settings {
+    let run = Command::new(RUN)
+        .bin_name("mesh-controller run")
+        .about("Serve agents with their views and certificates.");
+    Settings::new(Config::augment_args(run), PREFIX)
+}
+
 /// What a controller is started with.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Config {
     /// Directory of the manifests (*.yaml, *.yml), followed as it changes.
     #[arg(long, value_name = "DIR")]
@@ -32,6 +113,13 @@ pub struct Config {
     /// How long certificates of nodes and workloads live; agents renew them from half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_ttl)]
     pub certificate_ttl: Duration,
+    /// What the log says: `error`, `warn`, `info`, `debug` or `trace`, or a filter such as
+    /// `info,mesh_controller::api=debug`. `RUST_LOG` wins over it; `meshctl log-level` changes it at run time.
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    pub log_level: String,
+    /// All of the above as they were given, each with where it comes from.
+    #[arg(skip)]
+    pub in_force: Vec<InForce>,
 }
 
 /// Why a text is not a duration.
@@ -71,6 +159,34 @@ pub fn duration(text: &str) -> Result<Duration, DurationError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn settings_come_from_flag_file_and_default_and_print_with_their_source() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "source: /etc/mesh\nlisten: 127.0.0.1:1\ncertificate-ttl: 2h\n").unwrap();
+        let path = file.path().display().to_string();
+        let words =
+            ["mesh-controller", "run", "--state-dir", "/s", "--listen", "127.0.0.1:2", "--config", &path];
+        let Invocation::Run(config) = Invocation::parse(words).unwrap() else { panic!("not a run") };
+        assert_eq!((config.source, config.listen.port()), ("/etc/mesh".into(), 2));
+        assert_eq!(config.certificate_ttl, Duration::from_secs(7200));
+        let words = words.into_iter().chain(["--print-config"]);
+        let Invocation::PrintConfig(settings) = Invocation::parse(words).unwrap() else {
+            panic!("not a print")
+        };
+        let of = |name: &str| settings.iter().find(|it| it.name == name).unwrap().source.clone();
+        assert_eq!(
+            [of("source"), of("listen"), of("trust-domain")],
+            [format!("{path}:1"), "flag".into(), "default".into()]
+        );
+    }
+
+    #[test]
+    fn the_reference_of_the_controllers_settings_is_generated() {
+        let page = mesh_settings::reference::page(&command(), include_str!("../reference.md"));
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/mesh-controller.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
+    }
 
     #[test]
     fn durations_are_a_number_and_a_unit() {

@@ -18,6 +18,7 @@ use mesh_core::{
     model::{Mode, Name},
     view::Mesh,
 };
+use mesh_settings::{InForce, log::LogFilter};
 use rustls::ServerConfig;
 use tokio::{
     net::TcpListener,
@@ -95,12 +96,12 @@ pub struct Controller {
 
 impl Controller {
     /// Starts everything. When it returns, agents are served with what the directory says.
-    pub async fn start(config: Config) -> Result<Self, StartError> {
-        Self::start_by(config, Clock::default()).await
+    pub async fn start(config: Config, log: LogFilter) -> Result<Self, StartError> {
+        Self::start_by(config, log, Clock::default()).await
     }
 
     /// The same by another clock.
-    pub async fn start_by(config: Config, clock: Clock) -> Result<Self, StartError> {
+    pub async fn start_by(config: Config, log: LogFilter, clock: Clock) -> Result<Self, StartError> {
         let source = {
             store::private_dir(&config.state_dir)?;
             Source::open(&config.source, config.state_dir.join("kept.json"))?
@@ -111,7 +112,7 @@ impl Controller {
         let parts = Parts::assemble(Settings::from(&config), source.subscribe(), clock)?;
         let running =
             Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
-        let (answers, cancel) = (parts.answers(), parts.cancel.clone());
+        let (answers, cancel) = (parts.answers(config.in_force, log), parts.cancel.clone());
         running.spawn("source", source.follow(cancel.clone()));
         running.spawn("admin", async move { said("admin", admin::serve(admin, answers, cancel).await) });
         for (part, run) in parts.run(agents) {
@@ -238,7 +239,7 @@ impl Parts {
             default_mode,
             metrics: metrics.clone(),
         };
-        let hub = Hub::new(core.world(), generation.clone());
+        let hub = Hub::new(core.world(None), generation.clone());
         let api = Arc::new(Api {
             hub: hub.clone(),
             authority: authority.clone(),
@@ -267,12 +268,14 @@ impl Parts {
     }
 
     /// What the admin server answers from.
-    fn answers(&self) -> Arc<admin::Admin> {
+    fn answers(&self, settings: Vec<InForce>, log: LogFilter) -> Arc<admin::Admin> {
         Arc::new(admin::Admin {
             hub: self.hub.clone(),
             authority: self.authority.clone(),
             metrics: self.metrics.clone(),
             trust_domain: self.api.trust_domain.clone(),
+            settings,
+            log,
         })
     }
 
@@ -346,11 +349,11 @@ impl Core {
                 },
             };
             match report {
-                None => hub.publish(self.world()),
+                None => hub.publish(self.world(Some(&hub))),
                 Some(report) => {
                     let (changed, heard) = self.take(report, &hub);
                     if changed {
-                        hub.publish(self.world());
+                        hub.publish(self.world(Some(&hub)));
                     }
                     for (node, workloads) in heard {
                         hub.heard(&node, &workloads);
@@ -377,12 +380,17 @@ impl Core {
         (changed, heard)
     }
 
-    fn world(&self) -> World {
+    /// The next state of the world, which shares with the hub's what has not changed.
+    fn world(&self, hub: Option<&Arc<Hub>>) -> World {
         let ledger = self.ledger.borrow().clone();
         let model = Arc::new(ledger.model());
         let roots = self.roots.borrow().to_vec();
         let mesh = Arc::new(Mesh { trust_domain: self.trust_domain.clone(), roots });
-        let common = Arc::new(Common::new(&model, mesh, &self.reports.captured(&model), self.default_mode));
+        let captured = self.reports.captured(&model);
+        let common = Arc::new(match hub {
+            None => Common::new(&model, mesh, &captured, self.default_mode),
+            Some(hub) => Common::after(&hub.world().common, &model, mesh, &captured, self.default_mode),
+        });
         let documents = |state| self.metrics.documents.get_or_create(&DocumentLabels { state });
         documents(DocumentState::accepted).set(ledger.documents_accepted() as u64);
         documents(DocumentState::refused).set(ledger.documents_refused() as u64);

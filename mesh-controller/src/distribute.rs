@@ -63,7 +63,8 @@ pub struct Hub {
 /// One node's view and who has heard of it.
 #[derive(Debug)]
 struct Track {
-    view: NodeView,
+    /// What only this node's view has; the rest is the world's.
+    own: NodeView,
     number: u64,
     /// What led to the last versions, the newest last.
     steps: VecDeque<Delta>,
@@ -158,9 +159,10 @@ impl Hub {
         let common = world.common.clone();
         let mut nodes = self.nodes();
         // Within the lock: a node that connects sees this world, or is among those that hear of it.
-        self.world.send_replace(Arc::new(world));
+        let before = self.world.send_replace(Arc::new(world));
+        let shared = before.common.shared_diff(&common);
         for (node, track) in nodes.iter_mut() {
-            track.advance(common.view(node));
+            track.advance(shared.clone(), common.own(node));
         }
     }
 
@@ -169,8 +171,7 @@ impl Hub {
     /// `resume` is the version that the agent has, as it says.
     pub fn connect(self: &Arc<Self>, node: &str, resume: &str, agent_version: &str) -> Subscription {
         let mut nodes = self.nodes();
-        let track =
-            nodes.entry(node.to_owned()).or_insert_with(|| Track::new(self.world().common.view(node)));
+        let track = nodes.entry(node.to_owned()).or_insert_with(|| Track::new(self.world().common.own(node)));
         let cancel = CancellationToken::new();
         if let Some(older) = track.agent.cancel.replace(cancel.clone()) {
             older.cancel();
@@ -231,16 +232,19 @@ impl Hub {
 }
 
 impl Track {
-    fn new(view: NodeView) -> Self {
-        Self { view, number: 1, steps: VecDeque::new(), newest: watch::channel(1).0, agent: Agent::default() }
+    fn new(own: NodeView) -> Self {
+        Self { own, number: 1, steps: VecDeque::new(), newest: watch::channel(1).0, agent: Agent::default() }
     }
 
-    fn advance(&mut self, next: NodeView) {
-        let step = self.view.diff(&next);
+    fn advance(&mut self, shared: Delta, next: NodeView) {
+        let own = self.own.diff(&next);
+        let mut step = shared;
+        step.upserts.extend(own.upserts);
+        step.removes.extend(own.removes);
         if step.is_empty() {
             return;
         }
-        self.view = next;
+        self.own = next;
         self.number += 1;
         self.steps.push_back(step);
         if self.steps.len() > KEPT {
@@ -266,10 +270,6 @@ impl Track {
             }
         }
         Some(delta)
-    }
-
-    fn complete(&self) -> Delta {
-        NodeView::default().diff(&self.view)
     }
 }
 
@@ -322,9 +322,11 @@ impl Subscription {
         }
         let known = self.has.and_then(|number| track.since(number));
         let complete = known.is_none();
-        let delta = known.unwrap_or_else(|| track.complete());
         let number = track.number;
+        // Within the lock, as the world that this number stands for.
+        let world = self.acks.hub.world();
         drop(nodes);
+        let delta = known.unwrap_or_else(|| NodeView::default().diff(&world.common.view(&self.acks.node)));
         self.has = Some(number);
         self.first = false;
         Some(wire::update(self.acks.hub.version(number), complete, &delta))
@@ -389,7 +391,7 @@ mod tests {
         let objects: Vec<Object> = workloads
             .iter()
             .map(|(name, last)| {
-                Object::Workload(Workload {
+                Object::Workload(Arc::new(Workload {
                     name: format!("s/{name}").parse().unwrap(),
                     labels: BTreeMap::new(),
                     enroll: Some(true),
@@ -398,7 +400,7 @@ mod tests {
                     addresses: vec![[10, 0, 0, *last].into()],
                     service_account: "default".into(),
                     ready: true,
-                })
+                }))
             })
             .collect();
         let model: Model = objects.iter().collect();

@@ -1,63 +1,29 @@
 //! The `mesh-controller` command: run it, make a join token, rotate the root.
 
 use std::{
-    path::PathBuf,
     process::ExitCode,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
 use mesh_controller::{
     ca::Authority,
-    config::{Config, duration},
+    config::{Config, Invocation, StateCommand},
     controller::Controller,
-    store,
+    privileges, store,
     token::Tokens,
 };
+use mesh_settings::log::{self, LogFilter};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
-
-/// The controller of a Nodemesh mesh.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Serve agents with their views and certificates.
-    Run(Config),
-    /// Print a join token: it makes one machine the node of this name, once.
-    Token {
-        /// The state directory of the controller.
-        #[arg(long, value_name = "DIR")]
-        state_dir: PathBuf,
-        /// The node that may join with it.
-        #[arg(long, value_name = "NAME")]
-        node: String,
-        /// How long it may be used.
-        #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
-        ttl: Duration,
-    },
-    /// Make a new root; the old one stays trusted. A running controller takes it over. Join tokens that were made
-    /// before are no longer good.
-    RotateRoot {
-        /// The state directory of the controller.
-        #[arg(long, value_name = "DIR")]
-        state_dir: PathBuf,
-    },
-}
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let done = match Cli::parse().command {
-        Command::Run(config) => run(config),
-        Command::Token { state_dir, node, ttl } => token(&state_dir, &node, ttl),
-        Command::RotateRoot { state_dir } => rotate_root(&state_dir),
+    let done = match Invocation::of_process() {
+        Invocation::PrintConfig(settings) => {
+            print!("{}", mesh_settings::layers::print(&settings));
+            Ok(())
+        }
+        Invocation::Run(config) => start(*config),
+        Invocation::State(command) => log::start("info").map_err(Into::into).and_then(|_| state(command)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -68,11 +34,25 @@ fn main() -> ExitCode {
     }
 }
 
+/// Before there is any thread: capabilities are a thread's own.
+fn start(config: Config) -> anyhow::Result<()> {
+    let filter = log::start(&config.log_level)?;
+    privileges::drop_all()?;
+    run(config, filter)
+}
+
+fn state(command: StateCommand) -> anyhow::Result<()> {
+    match command {
+        StateCommand::Token { state_dir, node, ttl } => token(&state_dir, &node, ttl),
+        StateCommand::RotateRoot { state_dir } => rotate_root(&state_dir),
+    }
+}
+
 #[tokio::main]
-async fn run(config: Config) -> anyhow::Result<()> {
+async fn run(config: Config, filter: LogFilter) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-    let controller = Controller::start(config).await?;
+    let controller = Controller::start(config, filter).await?;
     // Cancel-safe: none of them holds anything.
     let failed = tokio::select! {
         _ = terminate.recv() => false,

@@ -164,13 +164,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_labels_are_those_of_the_contract() {
+    fn names_and_labels_are_those_of_the_contract_and_the_reference_of_them_is_generated() {
         let metrics = Metrics::default();
         metrics.documents.get_or_create(&DocumentLabels { state: DocumentState::refused }).set(2);
         metrics.joins.get_or_create(&JoinLabels { result: JoinResult::ok }).inc();
         let labels = CertificateLabels { kind: CertificateKind::workload };
         metrics.certificates_issued.get_or_create(&labels).inc();
         metrics.views_sent.inc();
+        metrics.limit_hit(Limit::connections);
         let text = metrics.text();
         for line in [
             "nodemesh_documents{state=\"refused\"} 2",
@@ -181,5 +182,10 @@ mod tests {
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
         }
+        let registered = format!("{:?}", metrics.registry).matches("Descriptor {").count();
+        assert_eq!(text.matches("# HELP").count(), registered, "count every metric once, above");
+        let page = mesh_settings::reference::metrics("Metrics of mesh-controller", &text);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/metrics-controller.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
     }
 }

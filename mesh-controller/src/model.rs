@@ -149,6 +149,13 @@ pub struct Service {
     pub ports: Vec<Port>,
 }
 
+impl Service {
+    /// Whether a workload of its namespace with these labels serves it.
+    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        !self.selector.is_empty() && self.selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    }
+}
+
 /// One port of a [`Service`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Port {
@@ -165,8 +172,8 @@ pub struct Port {
 pub enum Object {
     /// A namespace.
     Namespace(Namespace),
-    /// A workload.
-    Workload(Workload),
+    /// A workload; shared with every model that has it, as there are many.
+    Workload(Arc<Workload>),
     /// A service.
     Service(Service),
     /// A policy.
@@ -196,7 +203,7 @@ pub struct Model {
     /// By name.
     pub namespaces: BTreeMap<String, Namespace>,
     /// By name.
-    pub workloads: BTreeMap<Name, Workload>,
+    pub workloads: BTreeMap<Name, Arc<Workload>>,
     /// By name.
     pub services: BTreeMap<Name, Service>,
     /// By name; shared as they are by every view that has them.

@@ -5,13 +5,14 @@
 //! one of its workloads.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
     sync::Arc,
 };
 
 use mesh_core::{
     model::{Endpoint, Mode, Name, Policy, Service, ServicePort, Workload},
-    view::{Mesh, NodeView, Resource},
+    view::{Delta, Key, Mesh, NodeView, Resource},
 };
 
 use crate::model::{self, Model};
@@ -20,11 +21,15 @@ use crate::model::{self, Model};
 #[derive(Debug, Clone)]
 pub struct Common {
     mesh: Arc<Mesh>,
+    /// What `workloads` was made of, in the same order.
+    wanted: Vec<Arc<model::Workload>>,
     workloads: Vec<Arc<Workload>>,
     services: Vec<Arc<Service>>,
     policies: Vec<Arc<Policy>>,
-    /// The workloads of each node, what its policies are chosen by.
-    by_node: BTreeMap<String, Vec<Arc<Workload>>>,
+    /// The workloads of each node, by namespace: what its policies are chosen by.
+    by_node: BTreeMap<String, BTreeMap<String, Vec<Arc<Workload>>>>,
+    /// Where in `policies`, which is sorted by name, each namespace's are.
+    by_namespace: BTreeMap<String, Range<usize>>,
 }
 
 impl Common {
@@ -32,25 +37,51 @@ impl Common {
     /// a workload that is not meant to be enrolled does not count. `default_mode` is that of workloads of which
     /// nobody says it.
     pub fn new(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, default_mode: Mode) -> Self {
-        let project = |wanted| Arc::new(workload(model, wanted, captured, default_mode));
-        let workloads: Vec<Arc<Workload>> = model.workloads.values().map(project).collect();
-        let mut by_node: BTreeMap<String, Vec<Arc<Workload>>> = BTreeMap::new();
+        Self::after(&Self::nothing(mesh.clone()), model, mesh, captured, default_mode)
+    }
+
+    fn nothing(mesh: Arc<Mesh>) -> Self {
+        let (wanted, workloads, services, policies) = Default::default();
+        let (by_node, by_namespace) = Default::default();
+        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace }
+    }
+
+    /// Builds the next one. Workloads that are as they were are shared with this one: one change among ten thousand
+    /// documents then costs one comparison of pointers for each of the others.
+    pub fn after(
+        before: &Self,
+        model: &Model,
+        mesh: Arc<Mesh>,
+        captured: &BTreeSet<Name>,
+        default_mode: Mode,
+    ) -> Self {
+        let mut old = before.wanted.iter().zip(&before.workloads).peekable();
+        let mut next = |wanted: &Arc<model::Workload>| {
+            while old.next_if(|(it, _)| it.name < wanted.name).is_some() {}
+            let (enrolled, (mode, _)) = (model.enrolled(wanted), model.mode(wanted, default_mode));
+            let captured = enrolled && captured.contains(&wanted.name);
+            match old.next_if(|(it, _)| Arc::ptr_eq(it, wanted)) {
+                Some((_, it)) if (it.enrolled, it.captured, it.mode) == (enrolled, captured, mode) => {
+                    it.clone()
+                }
+                _ => Arc::new(workload(wanted, enrolled, captured, mode)),
+            }
+        };
+        let workloads: Vec<Arc<Workload>> = model.workloads.values().map(&mut next).collect();
+        let mut by_node: BTreeMap<String, BTreeMap<String, Vec<Arc<Workload>>>> = BTreeMap::new();
         for workload in &workloads {
-            by_node.entry(workload.node.clone()).or_default().push(workload.clone());
+            let of_node = by_node.entry(workload.node.clone()).or_default();
+            of_node.entry(workload.name.namespace.clone()).or_default().push(workload.clone());
         }
-        let mut ready: BTreeMap<&str, Vec<&model::Workload>> = BTreeMap::new();
-        for workload in model.workloads.values().filter(|workload| workload.ready) {
-            ready.entry(&workload.name.namespace).or_default().push(workload);
+        let policies: Vec<Arc<Policy>> = model.policies.values().cloned().collect();
+        let mut by_namespace: BTreeMap<String, Range<usize>> = BTreeMap::new();
+        for (place, policy) in policies.iter().enumerate() {
+            by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
-        let services = model
-            .services
-            .values()
-            .map(|wanted| {
-                let candidates = ready.get(wanted.name.namespace.as_str()).map_or(&[][..], Vec::as_slice);
-                Arc::new(service(wanted, candidates))
-            })
-            .collect();
-        Self { mesh, workloads, services, policies: model.policies.values().cloned().collect(), by_node }
+        let ready = Ready::new(model);
+        let services = model.services.values().map(|it| Arc::new(service(it, &ready))).collect();
+        let wanted = model.workloads.values().cloned().collect();
+        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace }
     }
 
     /// What the whole mesh shares.
@@ -73,25 +104,80 @@ impl Common {
         &self.policies
     }
 
-    /// The view of one node.
+    /// The view of one node: [`Common::shared`] and [`Common::own`].
     pub fn view(&self, node: &str) -> NodeView {
-        let local = self.by_node.get(node).map_or(&[][..], Vec::as_slice);
-        let selected = |policy: &&Arc<Policy>| local.iter().any(|workload| policy.selects(workload));
+        self.shared().chain(self.own(node).resources().cloned()).collect()
+    }
+
+    /// What every node's view has.
+    fn shared(&self) -> impl Iterator<Item = Resource> {
         let mesh = std::iter::once(Resource::Mesh(self.mesh.clone()));
         mesh.chain(self.workloads.iter().cloned().map(Resource::Workload))
             .chain(self.services.iter().cloned().map(Resource::Service))
-            .chain(self.policies.iter().filter(selected).cloned().map(Resource::Policy))
-            .collect()
+    }
+
+    /// What only this node's view has: the policies that select one of its workloads.
+    pub fn own(&self, node: &str) -> NodeView {
+        let local = self.by_node.get(node).into_iter().flatten();
+        let policies = local.flat_map(|(namespace, workloads)| {
+            let range = self.by_namespace.get(namespace).cloned().unwrap_or_default();
+            let selects = |it: &&Arc<Policy>| workloads.iter().any(|workload| it.selects(workload));
+            self.policies[range].iter().filter(selects)
+        });
+        policies.cloned().map(Resource::Policy).collect()
+    }
+
+    /// What turns the shared part of `self` into that of `next`: computed once, however many nodes hear of it.
+    pub fn shared_diff(&self, next: &Self) -> Delta {
+        let mut delta = Delta::default();
+        if self.mesh != next.mesh {
+            delta.upserts.push(Resource::Mesh(next.mesh.clone()));
+        }
+        sorted_diff(
+            &self.workloads,
+            &next.workloads,
+            |it| &it.name,
+            Resource::Workload,
+            Key::Workload,
+            &mut delta,
+        );
+        sorted_diff(
+            &self.services,
+            &next.services,
+            |it| &it.name,
+            Resource::Service,
+            Key::Service,
+            &mut delta,
+        );
+        delta
     }
 
     /// A view with every policy, in which any connection can be decided: what `why` looks at.
     pub fn view_of_all(&self) -> NodeView {
-        let mesh = std::iter::once(Resource::Mesh(self.mesh.clone()));
-        mesh.chain(self.workloads.iter().cloned().map(Resource::Workload))
-            .chain(self.services.iter().cloned().map(Resource::Service))
-            .chain(self.policies.iter().cloned().map(Resource::Policy))
-            .collect()
+        self.shared().chain(self.policies.iter().cloned().map(Resource::Policy)).collect()
     }
+}
+
+/// The difference of two lists that are sorted by name, in one pass over both.
+fn sorted_diff<T: Eq>(
+    old: &[Arc<T>],
+    new: &[Arc<T>],
+    name: impl Fn(&T) -> &Name,
+    resource: impl Fn(Arc<T>) -> Resource,
+    key: impl Fn(Name) -> Key,
+    delta: &mut Delta,
+) {
+    let mut old = old.iter().peekable();
+    for next in new {
+        while let Some(gone) = old.next_if(|it| name(it) < name(next)) {
+            delta.removes.push(key(name(gone).clone()));
+        }
+        let before = old.next_if(|it| name(it) == name(next));
+        if before != Some(next) {
+            delta.upserts.push(resource(next.clone()));
+        }
+    }
+    delta.removes.extend(old.map(|gone| key(name(gone).clone())));
 }
 
 /// The view of one node, when only one is wanted.
@@ -99,13 +185,8 @@ pub fn project(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, node: 
     Common::new(model, mesh, captured, Mode::default()).view(node)
 }
 
-fn workload(
-    model: &Model,
-    wanted: &model::Workload,
-    captured: &BTreeSet<Name>,
-    default_mode: Mode,
-) -> Workload {
-    let enrolled = model.enrolled(wanted);
+/// A workload as agents see it.
+fn workload(wanted: &model::Workload, enrolled: bool, captured: bool, mode: Mode) -> Workload {
     Workload {
         name: wanted.name.clone(),
         node: wanted.node.clone(),
@@ -113,18 +194,39 @@ fn workload(
         addresses: wanted.addresses.clone(),
         labels: wanted.labels.clone(),
         enrolled,
-        captured: enrolled && captured.contains(&wanted.name),
-        mode: model.mode(wanted, default_mode).0,
+        captured,
+        mode,
+    }
+}
+
+/// The workloads that are ready, by namespace and label, so that a service looks only at those that may be its own.
+struct Ready<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<&'a model::Workload>>);
+
+impl<'a> Ready<'a> {
+    fn new(model: &'a Model) -> Self {
+        let mut by_label: HashMap<_, Vec<&model::Workload>> = HashMap::new();
+        for workload in model.workloads.values().filter(|workload| workload.ready) {
+            for (key, value) in &workload.labels {
+                let label = (workload.name.namespace.as_str(), key.as_str(), value.as_str());
+                by_label.entry(label).or_default().push(workload);
+            }
+        }
+        Self(by_label)
+    }
+
+    /// The workloads that serve a service, by name.
+    fn of(&self, service: &model::Service) -> Vec<&'a model::Workload> {
+        let namespace = service.name.namespace.as_str();
+        let labels = service.selector.iter().map(|(key, value)| (namespace, key.as_str(), value.as_str()));
+        let with = labels.map(|label| self.0.get(&label).map_or(&[][..], Vec::as_slice));
+        let rarest = with.min_by_key(|workloads| workloads.len()).unwrap_or_default();
+        rarest.iter().copied().filter(|workload| service.selects(&workload.labels)).collect()
     }
 }
 
 /// A service with its ready endpoints: one per matching workload and address.
-fn service(wanted: &model::Service, candidates: &[&model::Workload]) -> Service {
-    let matches = |workload: &model::Workload| {
-        !wanted.selector.is_empty()
-            && wanted.selector.iter().all(|(key, value)| workload.labels.get(key) == Some(value))
-    };
-    let serving: Vec<&model::Workload> = candidates.iter().copied().filter(|w| matches(w)).collect();
+fn service(wanted: &model::Service, ready: &Ready<'_>) -> Service {
+    let serving = ready.of(wanted);
     let port = |port: &model::Port| ServicePort {
         name: port.name.clone(),
         port: port.port,
@@ -146,7 +248,7 @@ mod tests {
     use mesh_core::{
         identity::TrustDomain,
         model::{Action, Selector},
-        view::{Key, Snapshot},
+        view::Snapshot,
     };
     use proptest::prelude::*;
 
@@ -162,7 +264,7 @@ mod tests {
     }
 
     fn a_workload(name: &str, node: &str, address: &str, ready: bool, enroll: Option<bool>) -> Object {
-        Object::Workload(model::Workload {
+        Object::Workload(Arc::new(model::Workload {
             name: name.parse().unwrap(),
             labels: [("app".to_owned(), "web".to_owned())].into(),
             enroll,
@@ -171,7 +273,7 @@ mod tests {
             addresses: vec![address.parse().unwrap()],
             service_account: "default".into(),
             ready,
-        })
+        }))
     }
 
     fn a_service(name: &str, selector: &[(&str, &str)]) -> Object {
@@ -231,7 +333,10 @@ mod tests {
             let Object::Workload(workload) = a_workload("shop/a", "n", "10.0.0.1", true, None) else {
                 panic!()
             };
-            let objects = [namespace, Object::Workload(model::Workload { mode: own, ..workload })];
+            let objects = [
+                namespace,
+                Object::Workload(Arc::new(model::Workload { mode: own, ..Arc::unwrap_or_clone(workload) })),
+            ];
             let model: Model = objects.iter().collect();
             let common = Common::new(&model, mesh(), &BTreeSet::new(), default);
             assert_eq!(common.workloads()[0].mode, expected, "{default:?} {of_namespace:?} {own:?}");
@@ -319,6 +424,25 @@ mod tests {
             let backward: Vec<Object> = unique.values().rev().cloned().collect();
             for node in ["n", "m"] {
                 prop_assert_eq!(view(&forward, &["a/a"], node), view(&backward, &["a/a"], node));
+            }
+        }
+
+        #[test]
+        fn the_shared_difference_and_a_nodes_own_make_the_next_view(
+            before in arbitrary_objects(), after in arbitrary_objects(),
+        ) {
+            // Some objects stay, shared, as they do in a ledger.
+            let before_objects: Vec<Object> = before.iter().step_by(2).cloned().collect();
+            let common = |before: &Common, objects: &[Object]| {
+                Common::after(before, &objects.iter().collect(), mesh(), &BTreeSet::new(), Mode::default())
+            };
+            let before = common(&Common::nothing(mesh()), &before);
+            let after = common(&before, &[&before_objects[..], &after].concat());
+            for node in ["n", "m"] {
+                let mut view = before.view(node);
+                view.apply(before.shared_diff(&after));
+                view.apply(before.own(node).diff(&after.own(node)));
+                prop_assert_eq!(view, after.view(node));
             }
         }
 

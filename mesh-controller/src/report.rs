@@ -128,6 +128,8 @@ impl Reports {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::model::{Object, Workload};
 
@@ -135,7 +137,7 @@ mod tests {
         let objects: Vec<Object> = workloads
             .iter()
             .map(|(name, node)| {
-                Object::Workload(Workload {
+                Object::Workload(Arc::new(Workload {
                     name: name.parse().unwrap(),
                     labels: BTreeMap::new(),
                     enroll: Some(true),
@@ -144,7 +146,7 @@ mod tests {
                     addresses: vec![],
                     service_account: "default".into(),
                     ready: true,
-                })
+                }))
             })
             .collect();
         objects.iter().collect()

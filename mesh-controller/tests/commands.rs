@@ -100,6 +100,27 @@ fn check_needs_no_controller_and_ends_with_1_when_something_is_refused() {
 }
 
 #[test]
+fn check_warns_of_what_is_legal_and_suspicious_and_fails_for_it_when_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let policy = "---\napiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata:\n  name: p\n  namespace: \
+                  shop\nspec:\n  action: Allow\n  selector:\n    matchLabels: {app: wob}\n";
+    let text = namespace("shop") + &workload("web", "node-a", "10.0.0.1") + policy;
+    std::fs::write(dir.path().join("a.yaml"), &text).unwrap();
+    let path = dir.path().to_str().unwrap();
+    let warned = meshctl(&["check", path]);
+    assert_eq!(warned.status.code(), Some(0), "{warned:?}");
+    let said = String::from_utf8_lossy(&warned.stdout).into_owned();
+    let line = text.lines().position(|it| it.contains("wob")).unwrap() + 1;
+    let expected =
+        format!("a.yaml:{line}: AuthorizationPolicy shop/p: spec.selector: it selects no workload");
+    assert!(said.contains(&expected) && said.contains("did you mean 'web'"), "{expected} is not in {said}");
+    let strict = meshctl(&["--output", "json", "check", "--strict", path]);
+    assert_eq!(strict.status.code(), Some(1), "{strict:?}");
+    let json: serde_json::Value = serde_json::from_slice(&strict.stdout).unwrap();
+    assert_eq!((&json["accepted"], &json["warnings"][0]["line"]), (&3.into(), &line.into()), "{json}");
+}
+
+#[test]
 fn errors_say_what_to_do() {
     let unreachable = meshctl(&["--controller", "http://127.0.0.1:1", "status"]);
     assert_eq!(unreachable.status.code(), Some(2));
@@ -107,6 +128,67 @@ fn errors_say_what_to_do() {
     assert!(text.contains("cannot reach the controller at http://127.0.0.1:1"), "{text}");
     let missing = meshctl(&["check", "/nowhere/at/all"]);
     assert_eq!(missing.status.code(), Some(2), "{missing:?}");
+}
+
+#[tokio::test]
+async fn the_log_level_is_changed_while_the_controller_runs() {
+    let world = World::start(&[]).await;
+    assert_eq!(ask(&world, &["log-level", "controller"]).await, "info\n");
+    assert_eq!(
+        ask(&world, &["log-level", "controller", "warn,mesh_controller::api=debug"]).await,
+        "warn,mesh_controller::api=debug\n"
+    );
+    assert_eq!(ask(&world, &["log-level", "controller"]).await, "warn,mesh_controller::api=debug\n");
+    world.stop().await;
+}
+
+/// Nothing of what the controller keeps secret is in the archive: no key, no token, in no encoding that it has.
+#[tokio::test]
+async fn a_bundle_has_what_helps_and_no_secret() {
+    use std::io::Read;
+    let world =
+        World::start(&[("ns.yaml", namespace("shop")), ("w.yaml", workload("web", "node-a", "10.0.0.1"))])
+            .await;
+    let token = world.token("node-a", std::time::Duration::from_secs(60));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("b.tar.gz");
+    let said = ask(&world, &["--agent", "http://127.0.0.1:1", "bundle", file.to_str().unwrap()]).await;
+    assert!(said.contains("written; missing.txt"), "{said}");
+    let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(std::fs::File::open(&file).unwrap()));
+    let mut all = String::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        all += &format!("== {}\n", entry.path().unwrap().display());
+        entry.read_to_string(&mut all).unwrap();
+    }
+    for part in [
+        "controller/status.json",
+        "spiffe://td/ns/shop/sa/web",
+        "nodemesh_documents",
+        "Linux version",
+        "agent /metrics: cannot reach",
+    ] {
+        assert!(all.contains(part), "{part} is not in\n{all}");
+    }
+    let secrets = world.secrets();
+    assert!(secrets.len() > 1, "the authority's keys are among them");
+    for secret in secrets.iter().map(String::as_str).chain([
+        "PRIVATE KEY",
+        token.as_str(),
+        token.split('.').nth(2).unwrap(),
+    ]) {
+        assert!(!all.contains(secret), "a secret is in the bundle");
+    }
+    world.stop().await;
+}
+
+#[test]
+fn completions_and_help_name_every_command() {
+    let script = meshctl(&["completion", "bash"]);
+    let text = String::from_utf8(script.stdout).unwrap();
+    for command in ["status", "certificates", "log-level", "bundle", "check", "why"] {
+        assert!(text.contains(command), "{command} is not in the completion");
+    }
 }
 
 fn controller(arguments: &[&str]) -> Command {

@@ -126,8 +126,18 @@ impl Agent {
     pub fn uninstall(&self) -> Result<()> {
         let mut command = self.settings.netns.command(process::binaries()?.join("mesh-agent"));
         command.arg("uninstall").arg("--bpffs").arg(&self.settings.bpffs);
-        command.arg("--run-dir").arg(&self.settings.run_dir);
+        command.arg("--run-dir").arg(&self.settings.run_dir).args(["--cgroup", &self.settings.cgroup]);
         netns::run(&mut command, None).map(drop)
+    }
+
+    /// Its run directory.
+    pub fn run_dir(&self) -> &Path {
+        &self.settings.run_dir
+    }
+
+    /// Its control group, below the root of the hierarchy.
+    pub fn cgroup(&self) -> &str {
+        &self.settings.cgroup
     }
 
     /// Whether its process is there.
@@ -211,11 +221,6 @@ impl Agent {
     /// Puts another join token in place of the one that it used.
     pub fn give_token(&self, token: &str) -> Result<()> {
         fs::write(self.token_file(), token).context("writing the join token")
-    }
-
-    /// Its keys, certificates and last view, on tmpfs.
-    pub fn run_dir(&self) -> &Path {
-        &self.settings.run_dir
     }
 
     /// Where it pins.

@@ -6,6 +6,7 @@
 //! | [`ebpf`] | builds the kernel programs |
 //! | [`fuzz`] | feeds arbitrary bytes to what reads bytes of others |
 //! | [`check`] | `test` and `ci` |
+//! | [`generate`] | writes the reference in docs/reference |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
@@ -16,6 +17,7 @@ mod check;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod generate;
 mod kernel;
 mod run;
 mod setup;
@@ -65,6 +67,8 @@ enum Task {
     },
     /// Measure what the mesh costs, as ratios to no mesh and to peers. Needs root and a quiet machine.
     Bench(bench::Arguments),
+    /// Write the reference in docs/reference from the programs' own definitions.
+    Generate,
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
     BuildEbpf,
     /// Install what is missing for all of the above.
@@ -86,6 +90,7 @@ fn main() -> anyhow::Result<()> {
             setup::kernel_toolchain()?;
             ebpf::build().map(drop)
         }
+        Task::Generate => generate::reference(),
         Task::Setup => setup::everything(),
         Task::Ci => check::ci(),
     }

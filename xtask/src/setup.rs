@@ -25,12 +25,13 @@ const CARGO_DENY: &str = "0.20.2";
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Programs that worlds, tests and demo run, each with its Debian package.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("ss", "iproute2"),
     ("iptables", "iptables"),
     ("iperf3", "iperf3"),
     ("curl", "curl"),
+    ("systemd-analyze", "systemd"),
     ("ncat", "ncat"),
 ];
 

@@ -8,16 +8,17 @@ use std::{
 };
 
 /// Which crate of the workspace may depend on which (docs/ARCHITECTURE.md).
-const ARROWS: [(&str, &[&str]); 6] = [
+const ARROWS: [(&str, &[&str]); 7] = [
     ("mesh-core", &[]),
     ("mesh-ebpf", &[]),
-    ("mesh-agent", &["mesh-core", "mesh-ebpf"]),
-    ("mesh-controller", &["mesh-core"]),
+    ("mesh-settings", &[]),
+    ("mesh-agent", &["mesh-core", "mesh-ebpf", "mesh-settings"]),
+    ("mesh-controller", &["mesh-core", "mesh-settings"]),
     ("tests", &["mesh-agent", "mesh-controller", "mesh-core", "mesh-ebpf"]),
     ("xtask", &["mesh-tests"]),
 ];
 /// Crates whose lib.rs has a table of modules.
-const WITH_TABLE: [&str; 4] = ["mesh-agent", "mesh-controller", "mesh-core", "tests"];
+const WITH_TABLE: [&str; 5] = ["mesh-agent", "mesh-controller", "mesh-core", "mesh-settings", "tests"];
 /// The one place that pauses, between two looks at a condition.
 const WAITS: &str = "tests/src/wait.rs";
 

@@ -1,6 +1,9 @@
-//! Removes every trace of capture from a node, also when no agent runs: links, maps, rules, routes, settings.
+//! Removes every trace of capture from a node, also when no agent runs: cgroup, links, maps, rules, routes,
+//! settings, files.
 
 use std::{fs, io, path::Path};
+
+use anyhow::Context;
 
 use crate::{
     capture::{
@@ -8,13 +11,19 @@ use crate::{
         routing::Routing,
         settings::{forget_settings, saved_settings},
     },
-    net::netns::{Namespace, namespaces},
+    net::{
+        cgroup,
+        netns::{Namespace, namespaces},
+    },
 };
 
 /// Removes what is pinned below `bpffs` and what the node's namespaces have of us. Programs go with
 /// their links, or with their filters.
 /// Must be called inside a runtime.
-pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>) -> anyhow::Result<()> {
+pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>, cgroup: &str) -> anyhow::Result<()> {
+    // First: it cannot be removed under a running agent, which would put back what is removed below.
+    cgroup::remove(cgroup)
+        .with_context(|| format!("cannot remove the cgroup {cgroup}: stop the agent first"))?;
     // What they are recorded by is below `bpffs` too.
     Filters::below(bpffs).remove_all()?;
     match fs::remove_dir_all(bpffs) {

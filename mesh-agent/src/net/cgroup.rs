@@ -39,6 +39,16 @@ pub fn mount() -> Result<PathBuf, CgroupError> {
     mount_point(&mounts).ok_or(CgroupError::NoMount)
 }
 
+/// Removes the cgroup, if there is one; no process may be in it.
+pub fn remove(name: &str) -> io::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let Some(root) = mount_point(&mounts) else { return Ok(()) };
+    match fs::remove_dir(root.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn make_and_enter(path: &Path) -> io::Result<u64> {
     fs::create_dir_all(path)?;
     fs::write(path.join("cgroup.procs"), std::process::id().to_string())?;

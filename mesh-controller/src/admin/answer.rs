@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use mesh_core::model::{Endpoint, Mode};
 use serde::{Deserialize, Serialize};
 
-use crate::{model::ModeFrom, source::Refused};
+use crate::{model::ModeFrom, review::Warning, source::Refused};
 
 /// Why a question has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +87,59 @@ pub struct Documents {
     pub refused: usize,
     /// What is wrong with the latter.
     pub problems: Vec<Refused>,
+}
+
+/// A line of `GET /api/v1/config`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setting {
+    /// The flag without its dashes.
+    pub name: String,
+    /// As it was given.
+    pub value: String,
+    /// Where: `flag`, `environment NAME`, `FILE:LINE` or `default`.
+    pub source: String,
+}
+
+/// `GET /api/v1/log-level`, and the answer to `PUT`, whose body is the filter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLevel {
+    /// In force.
+    pub filter: String,
+}
+
+/// What `meshctl get certificates` reads of an agent's `GET /api/v1/state`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentState {
+    /// The node.
+    pub node: String,
+    /// Its enrolled workloads.
+    pub workloads: Vec<AgentWorkload>,
+}
+
+/// A workload's certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentWorkload {
+    /// `namespace/name`
+    pub name: String,
+    /// Its identity.
+    pub identity: Option<String>,
+    /// The certificate's end, RFC 3339; nothing if there is none.
+    pub certificate_expires: Option<String>,
+    /// Why there is no newer one.
+    pub certificate_error: Option<String>,
+}
+
+/// What `meshctl check` prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// Documents that are good.
+    pub accepted: usize,
+    /// Documents that are not.
+    pub refused: usize,
+    /// What is wrong with the latter.
+    pub problems: Vec<Refused>,
+    /// What is good and suspicious.
+    pub warnings: Vec<Warning>,
 }
 
 /// A line of `GET /api/v1/workloads`

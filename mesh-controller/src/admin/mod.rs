@@ -8,25 +8,32 @@
 pub mod answer;
 pub mod why;
 
-use std::{io, sync::Arc, time::SystemTime};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use axum::{
     Json, Router,
-    extract::{Query, State},
-    http::StatusCode,
+    extract::{ConnectInfo, Query, State},
+    http::{HeaderMap, StatusCode, header},
     routing::get,
 };
 use mesh_core::{
     identity::TrustDomain,
     model::{Action, Enforcement, Mode, Policy, Service},
 };
+use mesh_settings::{InForce, log::LogFilter};
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use self::answer::{
-    AgentRow, Documents, Failure, PolicyRow, Root, ServicePortRow, ServiceRow, Status, Why, WorkloadRow,
+    AgentRow, Documents, Failure, LogLevel, PolicyRow, Root, ServicePortRow, ServiceRow, Setting, Status,
+    Why, WorkloadRow,
 };
 use crate::{
     ca::{self, Authority},
@@ -48,6 +55,10 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// The trust domain.
     pub trust_domain: TrustDomain,
+    /// As they were given.
+    pub settings: Vec<InForce>,
+    /// What the log says.
+    pub log: LogFilter,
 }
 
 type Shared = State<Arc<Admin>>;
@@ -64,7 +75,10 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/api/v1/services", get(services))
         .route("/api/v1/policies", get(policies))
         .route("/api/v1/why", get(why))
+        .route("/api/v1/config", get(config))
+        .route("/api/v1/log-level", get(log_level).put(set_log_level))
         .with_state(admin);
+    let router = router.into_make_service_with_connect_info::<SocketAddr>();
     axum::serve(listener, router).with_graceful_shutdown(cancel.cancelled_owned()).await
 }
 
@@ -223,6 +237,40 @@ async fn why(
         Ok(why) => Ok(Json(why)),
         Err(error) => Err((StatusCode::BAD_REQUEST, Json(Failure { error: error.to_string() }))),
     }
+}
+
+async fn config(State(admin): Shared) -> Json<Vec<Setting>> {
+    let setting =
+        |it: &InForce| Setting { name: it.name.clone(), value: it.value.clone(), source: it.source.clone() };
+    Json(admin.settings.iter().map(setting).collect())
+}
+
+async fn log_level(State(admin): Shared) -> Json<LogLevel> {
+    Json(LogLevel { filter: admin.log.current() })
+}
+
+/// Only from this machine, and not through a name that a web page may have made lead here.
+async fn set_log_level(
+    State(admin): Shared,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    filter: String,
+) -> Result<Json<LogLevel>, (StatusCode, Json<Failure>)> {
+    let failed = |status, error: String| (status, Json(Failure { error }));
+    if !peer.ip().is_loopback() || !named_by_address(&headers) {
+        let error = "the log level is changed from the controller's own machine, by its loopback address";
+        return Err(failed(StatusCode::FORBIDDEN, error.into()));
+    }
+    admin.log.set(&filter).map_err(|error| failed(StatusCode::BAD_REQUEST, error.to_string()))?;
+    tracing::info!(filter, "the log level was changed");
+    Ok(Json(LogLevel { filter }))
+}
+
+/// Whether the request's Host is an address or `localhost`.
+fn named_by_address(headers: &HeaderMap) -> bool {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let bare = host.rsplit_once(':').map_or(host, |(name, _)| name).trim_matches(['[', ']']);
+    bare == "localhost" || bare.parse::<IpAddr>().is_ok()
 }
 
 fn rfc3339(time: SystemTime) -> String {

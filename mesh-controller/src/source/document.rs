@@ -53,6 +53,11 @@ impl<'a> Document<'a> {
         self.offset + 1 + self.first_line().unwrap_or(0)
     }
 
+    /// Its text, with the marker that starts it.
+    pub fn text(&self) -> &'a str {
+        self.text
+    }
+
     fn first_line(&self) -> Option<usize> {
         self.text.lines().position(|line| {
             let content = line.strip_prefix("---").unwrap_or(line).trim_start_matches('\u{feff}').trim();

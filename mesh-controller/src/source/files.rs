@@ -7,7 +7,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    fs, io,
+    fs,
+    io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,7 +25,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::ledger::{FileContent, InForce, Ledger};
+use super::{
+    document,
+    ledger::{FileContent, InForce, Ledger},
+};
 use crate::{digest::digest, store};
 
 /// Largest file that is read: a document is some hundred bytes, and parsing holds all of a file in memory.
@@ -80,6 +84,19 @@ pub fn check(root: &Path) -> Result<Ledger, FilesError> {
     Ok(Ledger::default().next(&directory.contents))
 }
 
+/// The lines of fields, each given with the line at which its document starts; the document's own where the file has
+/// changed meanwhile.
+pub fn lines(file: &Path, fields: &[(usize, &str)]) -> Vec<usize> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let documents = document::split(&text);
+    let mut trees: BTreeMap<usize, document::Node> = BTreeMap::new();
+    let wanted: BTreeSet<usize> = fields.iter().map(|(line, _)| *line).collect();
+    for document in documents.iter().filter(|document| wanted.contains(&document.line())) {
+        trees.extend(document.tree().ok().map(|tree| (document.line(), tree)));
+    }
+    fields.iter().map(|(line, field)| trees.get(line).map_or(*line, |tree| tree.line_of(field))).collect()
+}
+
 /// The files of a directory, as they were at the last look.
 #[derive(Debug)]
 struct Directory {
@@ -117,7 +134,7 @@ impl Directory {
                 Err(error) => {
                     let content = FileContent::unreadable(
                         format!("the file cannot be read: {error}"),
-                        "correct its permissions or its content".into(),
+                        error.cure().into(),
                     );
                     contents.insert(file.clone(), Arc::new(content));
                 }
@@ -142,11 +159,15 @@ impl Directory {
     fn content(&mut self, file: &Path) -> Result<Option<Arc<FileContent>>, FileError> {
         let metadata = match fs::metadata(file) {
             Ok(metadata) => metadata,
+            // A link that leads nowhere is no removal: what it led to may be on its way.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_symlink() => {
+                return Err(FileError::Dangling);
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         if !metadata.is_file() {
-            return Ok(None);
+            return Err(FileError::NotAFile);
         }
         if metadata.len() > MAX_FILE_BYTES {
             return Err(FileError::TooLarge(metadata.len()));
@@ -155,11 +176,18 @@ impl Directory {
         if let Some((_, content)) = known.filter(|(stamp, _)| stamp.settled && stamp.is_of(&metadata)) {
             return Ok(Some(content.clone()));
         }
-        let bytes = fs::read(file)?;
+        let mut bytes = Vec::new();
+        fs::File::open(file)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            return Err(FileError::TooLarge(bytes.len() as u64));
+        }
         let stamp = Stamp::new(&metadata, &bytes);
         let content = match known.filter(|(known, _)| known.digest == stamp.digest) {
             Some((_, content)) => content.clone(),
-            None => Arc::new(FileContent::parse(std::str::from_utf8(&bytes)?)),
+            None => {
+                let before = known.map_or_else(Arc::default, |(_, content)| content.clone());
+                Arc::new(before.next(std::str::from_utf8(&bytes)?))
+            }
         };
         self.read.insert(file.to_owned(), (stamp, content.clone()));
         Ok(Some(content))
@@ -175,6 +203,22 @@ enum FileError {
     Utf8(#[from] std::str::Utf8Error),
     #[error("it has {0} bytes, more than {MAX_FILE_BYTES}")]
     TooLarge(u64),
+    #[error("it is no regular file: a directory behind a link, a pipe, a socket or a device")]
+    NotAFile,
+    #[error("it is a link that leads nowhere")]
+    Dangling,
+}
+
+impl FileError {
+    fn cure(&self) -> &'static str {
+        match self {
+            Self::Io(_) => "correct its permissions",
+            Self::Utf8(_) => "save it as UTF-8",
+            Self::TooLarge(_) => "split it into several files",
+            Self::NotAFile => "remove it, or give it a name that does not end in .yaml or .yml",
+            Self::Dangling => "remove the link, or put back what it leads to",
+        }
+    }
 }
 
 impl Stamp {
@@ -541,6 +585,67 @@ mod tests {
         assert_eq!((ledger.documents_accepted(), ledger.documents_refused()), (1, 2));
         assert!(ledger.refused()[0].reason.contains("more than"), "{:?}", ledger.refused());
         assert!(ledger.refused()[1].reason.contains("UTF-8"), "{:?}", ledger.refused());
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_alone() {
+        use std::os::unix::{fs::symlink, net::UnixListener};
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("a.yaml"), workload("a")).unwrap();
+        fs::create_dir(at("b.yaml")).unwrap();
+        fs::write(at("b.yaml/b.yaml"), workload("b")).unwrap();
+        symlink("nowhere", at("c.yaml")).unwrap();
+        nix::unistd::mkfifo(&at("d.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let _socket = UnixListener::bind(at("e.yaml")).unwrap();
+        symlink("b.yaml", at("f.yaml")).unwrap();
+        symlink("g.yaml", at("g.yaml")).unwrap();
+        let ledger = check(dir.path()).unwrap();
+        assert_eq!((ledger.documents_accepted(), ledger.documents_refused()), (2, 5));
+        let reasons: Vec<&str> = ledger.refused().iter().map(|it| it.reason.as_str()).collect();
+        for (reason, part) in reasons.iter().zip([
+            "leads nowhere",
+            "no regular file",
+            "no regular file",
+            "no regular file",
+            "cannot",
+        ]) {
+            assert!(reason.contains(part), "{part}: {reasons:#?}");
+        }
+    }
+
+    /// As [`World::until_workloads`], with time for the poll: nothing tells of a directory that comes back.
+    async fn until_polled(world: &mut World, expected: usize, refused: usize) {
+        let reached = world
+            .receiver
+            .wait_for(|it| (it.documents_accepted(), it.documents_refused()) == (expected, refused));
+        assert!(tokio::time::timeout(POLL * 3, reached).await.is_ok(), "never {expected} and {refused}");
+    }
+
+    #[tokio::test]
+    async fn what_was_in_force_outlives_a_link_that_dangles_and_a_directory_that_is_gone() {
+        use std::os::unix::fs::symlink;
+        let mut world = World::start(|dir| {
+            fs::create_dir(dir.join("..1")).unwrap();
+            fs::write(dir.join("..1/a.yaml"), workload("a")).unwrap();
+            symlink("..1/a.yaml", dir.join("a.yaml")).unwrap();
+        });
+        world.until_workloads(&["a"]).await;
+        let dir = world.dir.path().to_owned();
+        fs::rename(dir.join("..1"), dir.join("..2")).unwrap();
+        until_polled(&mut world, 0, 1).await;
+        world.until_workloads(&["a"]).await;
+        fs::rename(dir.join("..2"), dir.join("..1")).unwrap();
+        until_polled(&mut world, 1, 0).await;
+
+        let away = dir.with_extension("away");
+        fs::rename(&dir, &away).unwrap();
+        until_polled(&mut world, 1, 1).await;
+        world.until_workloads(&["a"]).await;
+        fs::rename(&away, &dir).unwrap();
+        until_polled(&mut world, 1, 0).await;
+        world.write("b.yaml", &workload("b"));
+        world.until_workloads(&["a", "b"]).await;
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! version stays.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -14,7 +14,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, Refused, document, manifest};
-use crate::model::{Kind, Model, Object, ObjectKey};
+use crate::{
+    digest::digest,
+    model::{Kind, Model, Object, ObjectKey},
+};
 
 /// Most AuthorizationPolicies of a namespace, and so of a workload: each may have to be looked at for every connection.
 const MAX_POLICIES: usize = 512;
@@ -34,42 +37,90 @@ fn too_many(policy: &ObjectKey, line: usize) -> Problem {
 /// What one file says.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FileContent {
-    entries: Vec<Entry>,
+    documents: Vec<Parsed>,
+}
+
+/// One document of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Parsed {
+    /// Of its text.
+    digest: [u8; 32],
+    /// The line at which its content starts.
+    line: usize,
+    /// What it turned out to be; nothing if it has only comments.
+    entry: Option<Entry>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Entry {
-    Accepted { line: usize, object: Box<Object> },
+    Accepted { key: ObjectKey, object: Arc<Object> },
     Refused { object: Option<ObjectKey>, problems: Vec<Problem> },
+}
+
+impl Parsed {
+    fn parse(document: &document::Document<'_>, digest: [u8; 32]) -> Self {
+        let entry = match manifest::parse(document) {
+            manifest::Outcome::Empty => None,
+            manifest::Outcome::Accepted(object) => {
+                Some(Entry::Accepted { key: object.key(), object: Arc::new(object) })
+            }
+            manifest::Outcome::Refused(object, problems) => Some(Entry::Refused { object, problems }),
+        };
+        Self { digest, line: document.line(), entry }
+    }
+
+    /// The same text at another line.
+    fn moved(&self, line: usize) -> Self {
+        let mut moved = Self { line, ..self.clone() };
+        if let Some(Entry::Refused { problems, .. }) = &mut moved.entry {
+            for problem in problems {
+                problem.line = problem.line + line - self.line;
+            }
+        }
+        moved
+    }
 }
 
 impl FileContent {
     /// Reads and checks a file's text.
     pub fn parse(text: &str) -> Self {
-        let entry = |document: document::Document<'_>| match manifest::parse(&document) {
-            manifest::Outcome::Empty => None,
-            manifest::Outcome::Accepted(object) => {
-                Some(Entry::Accepted { line: document.line(), object: Box::new(object) })
+        Self::default().next(text)
+    }
+
+    /// Reads and checks a file's text that was this before: only documents that are new or have changed are parsed,
+    /// as one file may have ten thousand of them.
+    pub fn next(&self, text: &str) -> Self {
+        let known: HashMap<&[u8; 32], &Parsed> =
+            self.documents.iter().map(|parsed| (&parsed.digest, parsed)).collect();
+        let parsed = |document: document::Document<'_>| {
+            let digest = digest(document.text().as_bytes());
+            match known.get(&digest) {
+                Some(parsed) => parsed.moved(document.line()),
+                None => Parsed::parse(&document, digest),
             }
-            manifest::Outcome::Refused(object, problems) => Some(Entry::Refused { object, problems }),
         };
-        Self { entries: document::split(text).into_iter().filter_map(entry).collect() }
+        Self { documents: document::split(text).into_iter().map(parsed).collect() }
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (usize, &Entry)> {
+        self.documents.iter().filter_map(|parsed| Some((parsed.line, parsed.entry.as_ref()?)))
     }
 
     /// A file that cannot be read at all.
     pub fn unreadable(reason: String, cure: String) -> Self {
         let problem = Problem { line: 1, field: String::new(), reason, cure };
-        Self { entries: vec![Entry::Refused { object: None, problems: vec![problem] }] }
+        let entry = Some(Entry::Refused { object: None, problems: vec![problem] });
+        Self { documents: vec![Parsed { digest: [0; 32], line: 1, entry }] }
     }
 
     /// How many documents it has.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.entries().count()
     }
 
     /// Whether it has none.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries().next().is_none()
     }
 }
 
@@ -77,9 +128,11 @@ impl FileContent {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InForce {
     /// The object.
-    pub object: Object,
+    pub object: Arc<Object>,
     /// The file of its document.
     pub file: PathBuf,
+    /// The line at which the document starts, from 1.
+    pub line: usize,
     /// It is the last good version: its document is refused now.
     pub kept: bool,
 }
@@ -105,7 +158,7 @@ impl Ledger {
         let mut unclear = Unclear::default();
         next.accept(self, files);
         for (file, content) in files {
-            for entry in &content.entries {
+            for (_, entry) in content.entries() {
                 if let Entry::Refused { object, problems } = entry {
                     next.refuse(file, object.as_ref(), problems);
                     unclear.note(file, object.as_ref());
@@ -129,31 +182,32 @@ impl Ledger {
 
     /// Takes every accepted document; of two about one object, that of the file which had it before, else the first.
     fn accept(&mut self, before: &Self, files: &BTreeMap<PathBuf, Arc<FileContent>>) {
-        let mut candidates: BTreeMap<ObjectKey, Vec<(&Path, usize, &Object)>> = BTreeMap::new();
+        let mut candidates: BTreeMap<&ObjectKey, Vec<Claim<'_>>> = BTreeMap::new();
         for (file, content) in files {
-            for entry in &content.entries {
-                if let Entry::Accepted { line, object } = entry {
-                    candidates.entry(object.key()).or_default().push((file, *line, object));
+            for (line, entry) in content.entries() {
+                if let Entry::Accepted { key, object } = entry {
+                    candidates.entry(key).or_default().push((file, line, object));
                 }
             }
         }
         // What was in force comes first, so that a new policy never pushes an old one out.
         let (known, new): (Vec<_>, Vec<_>) =
-            candidates.into_iter().partition(|(key, _)| before.in_force.contains_key(key));
-        let mut policies: BTreeMap<String, usize> = BTreeMap::new();
+            candidates.into_iter().partition(|(key, _)| before.in_force.contains_key(*key));
+        let mut policies: BTreeMap<&str, usize> = BTreeMap::new();
         for (key, mut claims) in known.into_iter().chain(new) {
             if key.kind == Kind::AuthorizationPolicy {
-                let count = policies.entry(key.name.namespace.clone()).or_default();
+                let count = policies.entry(key.name.namespace.as_str()).or_default();
                 if *count == MAX_POLICIES {
                     for (file, line, _) in claims {
-                        self.refuse(file, Some(&key), &[too_many(&key, line)]);
+                        self.refuse(file, Some(key), &[too_many(key, line)]);
                     }
                     continue;
                 }
                 *count += 1;
             }
-            let incumbent = before.in_force.get(&key).map(|entry| entry.file.as_path());
-            let place = claims.iter().position(|(file, ..)| Some(*file) == incumbent).unwrap_or(0);
+            let incumbent = || before.in_force.get(key).map(|entry| entry.file.as_path());
+            let of_incumbent = |incumbent| claims.iter().position(|(file, ..)| Some(*file) == incumbent);
+            let place = if claims.len() == 1 { 0 } else { of_incumbent(incumbent()).unwrap_or(0) };
             let (file, line, object) = claims.remove(place);
             for (other, other_line, _) in claims {
                 let problem = Problem {
@@ -162,9 +216,10 @@ impl Ledger {
                     reason: format!("{key} is already defined at {}:{line}", file.display()),
                     cure: "remove one of the two, or give it another name".into(),
                 };
-                self.refuse(other, Some(&key), &[problem]);
+                self.refuse(other, Some(key), &[problem]);
             }
-            self.in_force.insert(key, InForce { object: object.clone(), file: file.to_owned(), kept: false });
+            let entry = InForce { object: object.clone(), file: file.to_owned(), line, kept: false };
+            self.in_force.insert(key.clone(), entry);
         }
     }
 
@@ -183,7 +238,12 @@ impl Ledger {
 
     /// The desired state.
     pub fn model(&self) -> Model {
-        self.in_force.values().map(|entry| &entry.object).collect()
+        self.in_force.values().map(|entry| &*entry.object).collect()
+    }
+
+    /// The object with this key, and where it came from.
+    pub fn in_force(&self, key: &ObjectKey) -> Option<&InForce> {
+        self.in_force.get(key)
     }
 
     /// What is wrong, by file and line.
@@ -206,6 +266,9 @@ impl Ledger {
         self.in_force.values().filter(|entry| entry.kept)
     }
 }
+
+/// An accepted document that is about an object: its file, its line, and what it says.
+type Claim<'a> = (&'a Path, usize, &'a Arc<Object>);
 
 /// Objects that a refused document may be about.
 #[derive(Default)]
@@ -315,6 +378,15 @@ mod tests {
         let mut restarted = Ledger::remembering(serde_json::from_str::<Vec<InForce>>(&saved).unwrap());
         assert_eq!(step(&mut restarted, &[("f", workload("a", "x"))]), (vec!["a=10.0.0.1".to_owned()], 1));
         assert_eq!(step(&mut restarted, &[]).0, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_document_that_only_moved_within_its_file_keeps_its_meaning_and_its_problems_move_along() {
+        let (good, bad) = (workload("a", "10.0.0.1"), workload("b", "nonsense"));
+        let before = FileContent::parse(&(good.clone() + &bad));
+        let after = "# a comment\n\n".to_owned() + &bad + &workload("c", "10.0.0.3") + &good;
+        assert_eq!(before.next(&after), FileContent::parse(&after));
+        assert_eq!(before.next(""), FileContent::parse(""));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use mesh_controller::{
 use mesh_core::wire::proto::{
     Ack, Certificate, Hello, JoinRequest, RenewRequest, Report, ViewUpdate, WatchRequest, watch_request::Body,
 };
+use mesh_settings::log::LogFilter;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -51,6 +52,7 @@ pub struct World {
     controller: Controller,
     source: tempfile::TempDir,
     state: tempfile::TempDir,
+    started_in: Duration,
 }
 
 /// What a node has after it joined.
@@ -72,15 +74,25 @@ impl World {
         for (name, text) in manifests {
             std::fs::write(source.path().join(name), text).unwrap();
         }
-        let controller = Controller::start(config(&source, &state)).await.unwrap();
-        Self { controller, source, state }
+        Self::open(source, state).await
+    }
+
+    async fn open(source: tempfile::TempDir, state: tempfile::TempDir) -> Self {
+        let started = std::time::Instant::now();
+        let controller =
+            Controller::start(config(&source, &state), LogFilter::detached("info")).await.unwrap();
+        Self { controller, source, state, started_in: started.elapsed() }
+    }
+
+    /// How long the controller took from its start until agents are served.
+    pub fn started_in(&self) -> Duration {
+        self.started_in
     }
 
     pub async fn restart(self) -> Self {
-        let Self { controller, source, state } = self;
+        let Self { controller, source, state, .. } = self;
         controller.stop().await;
-        let controller = Controller::start(config(&source, &state)).await.unwrap();
-        Self { controller, source, state }
+        Self::open(source, state).await
     }
 
     pub async fn stop(self) {
@@ -220,6 +232,15 @@ impl World {
             .map_err(|error| Status::unavailable(format!("{error:?}")))
     }
 
+    /// The lines of the authority's file, of which keys and certificates are.
+    pub fn secrets(&self) -> Vec<String> {
+        let authority = std::fs::read_to_string(self.state.path().join("ca/authority.json")).unwrap();
+        assert!(authority.contains("PRIVATE KEY"));
+        let long = |line: &&str| line.len() >= 40 && !line.contains("-----");
+        // PEM within JSON has its line ends escaped.
+        authority.replace("\\n", "\n").lines().filter(long).map(str::to_owned).collect()
+    }
+
     /// A GET at the admin address.
     pub async fn get(&self, path: &str) -> String {
         let mut stream = TcpStream::connect(self.controller.admin_address()).await.unwrap();
@@ -293,6 +314,8 @@ fn config(source: &tempfile::TempDir, state: &tempfile::TempDir) -> Config {
         trust_domain: "td".parse().unwrap(),
         default_mode: mesh_core::model::Mode::Permissive,
         certificate_ttl: Duration::from_secs(3600),
+        log_level: "info".into(),
+        in_force: vec![],
     }
 }
 

@@ -200,7 +200,7 @@ impl Agent {
         let words =
             words.map(Into::into).into_iter().chain([run.into(), "--join-token-file".into(), token.into()]);
         match Invocation::parse::<std::ffi::OsString>(words).unwrap() {
-            Invocation::Run(config) => config,
+            Invocation::Run(config) => *config,
             other => panic!("{other:?}"),
         }
     }

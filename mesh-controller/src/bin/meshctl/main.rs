@@ -2,24 +2,39 @@
 //! are good before they are put in place.
 
 mod ask;
+mod bundle;
+mod check;
 mod show;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand, ValueEnum};
-use mesh_controller::{
-    admin::answer::{Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow},
-    source::files,
-};
+use ask::{Server, Who};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use mesh_controller::admin::answer::{AgentState, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow};
 use serde::Serialize;
 
-/// Looks into a Nodemesh mesh.
+/// Looks into a Nodemesh mesh. Exit code 0 for an answer, 1 for manifests that are not good, 2 if there is no answer.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
     /// The controller's HTTP address.
-    #[arg(long, global = true, default_value = "http://127.0.0.1:15020", env = "NODEMESH_CONTROLLER")]
+    #[arg(
+        long,
+        global = true,
+        default_value = "http://127.0.0.1:15020",
+        env = "NODEMESH_CONTROLLER",
+        value_name = "URL"
+    )]
     controller: String,
+    /// The HTTP address of the agent of this machine.
+    #[arg(
+        long,
+        global = true,
+        default_value = "http://127.0.0.1:15021",
+        env = "NODEMESH_AGENT",
+        value_name = "URL"
+    )]
+    agent: String,
     /// How answers are printed.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -52,10 +67,35 @@ enum Command {
         /// What it connects to: ADDRESS:PORT or NAMESPACE/NAME:PORT, of a service or a workload.
         destination: String,
     },
-    /// Whether the manifests in a directory are good; needs no controller. Exit code 1 if one is refused.
+    /// What the log of the controller, or of the agent of this machine, says; with a filter, from now on.
+    LogLevel {
+        /// Whose.
+        #[arg(value_enum)]
+        whose: Whose,
+        /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,mesh_agent::enrol=debug`.
+        filter: Option<String>,
+    },
+    /// A support archive without secrets: what controller and agent of this machine answer, their settings in force,
+    /// metrics, versions and the kernel. What cannot be asked is said in it.
+    Bundle {
+        /// The archive to write.
+        #[arg(value_name = "FILE", default_value = "nodemesh-bundle.tar.gz")]
+        file: PathBuf,
+    },
+    /// What a shell needs to complete this command: `meshctl completion bash > /etc/bash_completion.d/meshctl`.
+    Completion {
+        /// Which shell.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Whether the manifests in a directory are good, and what in them is suspicious; needs no controller. Exit code
+    /// 1 if one is refused.
     Check {
         /// The directory.
         dir: PathBuf,
+        /// Exit code 1 also for warnings.
+        #[arg(long)]
+        strict: bool,
     },
 }
 
@@ -67,6 +107,16 @@ enum What {
     Services,
     /// Policies and the workloads that they select.
     Policies,
+    /// Certificates of this machine's workloads, as its agent has them.
+    Certificates,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Whose {
+    /// The controller's.
+    Controller,
+    /// That of the agent of this machine.
+    Agent,
 }
 
 fn main() -> ExitCode {
@@ -81,7 +131,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let ask = || ask::Controller::new(&cli.controller);
+    let ask = || Server::new(Who::Controller, &cli.controller);
+    let agent = || Server::new(Who::Agent, &cli.agent);
     match &cli.command {
         Command::Status => print(cli.output, &ask()?.get::<Status>("/api/v1/status", &[])?, show::status)?,
         Command::Get { what: What::Workloads } => {
@@ -103,20 +154,30 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             let question = [("source", source.as_str()), ("destination", destination.as_str())];
             print(cli.output, &ask()?.get::<Why>("/api/v1/why", &question)?, show::why)?;
         }
-        Command::Check { dir } => return check(cli.output, dir),
+        Command::Get { what: What::Certificates } => {
+            print(cli.output, &agent()?.get::<AgentState>("/api/v1/state", &[])?, show::certificates)?;
+        }
+        Command::LogLevel { whose, filter } => {
+            let server = match whose {
+                Whose::Controller => ask()?,
+                Whose::Agent => agent()?,
+            };
+            let path = "/api/v1/log-level";
+            let level: LogLevel = match filter {
+                None => server.get(path, &[])?,
+                Some(filter) => server.put(path, filter)?,
+            };
+            print(cli.output, &level, |level| format!("{}\n", level.filter))?;
+        }
+        Command::Bundle { file } => bundle::write(file, &[("controller", ask()?), ("agent", agent()?)])?,
+        Command::Completion { shell } => {
+            let mut script = vec![];
+            clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);
+            print(Output::Table, &(), |()| String::from_utf8_lossy(&script).into_owned())?;
+        }
+        Command::Check { dir, strict } => return check::check(cli.output, dir, *strict),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn check(output: Output, dir: &std::path::Path) -> anyhow::Result<ExitCode> {
-    let ledger = files::check(dir)?;
-    let documents = Documents {
-        accepted: ledger.documents_accepted(),
-        refused: ledger.documents_refused(),
-        problems: ledger.refused().to_vec(),
-    };
-    print(output, &documents, show::documents)?;
-    Ok(if documents.refused == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn print<T: Serialize>(output: Output, answer: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
@@ -129,5 +190,19 @@ fn print<T: Serialize>(output: Output, answer: &T, table: impl FnOnce(&T) -> Str
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_of_the_command_is_generated() {
+        let introduction = "Asks the controller and, for what only an agent knows, the agent of the machine that it runs on: \
+                            no agent answers other machines.";
+        let page = mesh_settings::reference::page(&Cli::command(), introduction);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/meshctl.md");
+        mesh_settings::reference::check(path.as_ref(), &page).unwrap();
     }
 }

@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
-use mesh_controller::admin::answer::{Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow};
+use mesh_controller::admin::answer::{
+    AgentState, Checked, Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+};
 
 pub(crate) fn status(status: &Status) -> String {
     let mut text = format!("controller {}, trust domain {}\n", status.version, status.trust_domain);
@@ -47,6 +49,19 @@ pub(crate) fn documents(documents: &Documents) -> String {
     text
 }
 
+pub(crate) fn checked(checked: &Checked) -> String {
+    let Checked { accepted, refused, problems, warnings } = checked;
+    let mut text =
+        format!("documents: {accepted} accepted, {refused} refused; warnings: {}\n", warnings.len());
+    for problem in problems {
+        line(&mut text, format_args!("error: {problem}"));
+    }
+    for warning in warnings {
+        line(&mut text, format_args!("warning: {warning}"));
+    }
+    text
+}
+
 pub(crate) fn workloads(rows: &[WorkloadRow]) -> String {
     let rows = rows.iter().map(|row| {
         let state = if row.ready { row.enrolment.clone() } else { format!("{}, not ready", row.enrolment) };
@@ -61,6 +76,15 @@ pub(crate) fn workloads(rows: &[WorkloadRow]) -> String {
         ]
     });
     table(["WORKLOAD", "NODE", "ADDRESSES", "IDENTITY", "MODE", "ENROLMENT", "REASON"], rows)
+}
+
+pub(crate) fn certificates(state: &AgentState) -> String {
+    let rows = state.workloads.iter().map(|row| {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let expires = row.certificate_expires.clone().unwrap_or_else(|| "none yet".to_owned());
+        [text(&row.identity), row.name.clone(), state.node.clone(), expires, text(&row.certificate_error)]
+    });
+    table(["IDENTITY", "WORKLOAD", "NODE", "VALID UNTIL", "ERROR"], rows)
 }
 
 pub(crate) fn services(rows: &[ServiceRow]) -> String {

@@ -19,6 +19,12 @@ use crate::model::Kind;
 const OUR_PREFIX: &str = "nodemesh.io/";
 /// Most addresses of a workload or a service; what a pod or a dual-stack service has is two.
 const MAX_ADDRESSES: usize = 16;
+/// Longest name: a DNS subdomain's (RFC 1123).
+pub(super) const MAX_NAME: usize = 253;
+/// Longest value of a label, and longest name within its key (Kubernetes, "Labels and Selectors").
+pub(super) const MAX_LABEL: usize = 63;
+/// Most labels of an object or a selector, so that one object cannot fill every node.
+const MAX_LABELS: usize = 256;
 /// Most entries of any list in a policy or of a service's ports, so that one object cannot fill every node.
 pub(super) const MAX_ENTRIES: usize = 1024;
 
@@ -64,7 +70,7 @@ impl Check<'_> {
     pub(super) fn name(&mut self, field: &str, text: &str) {
         let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
         let ends = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-        let valid = text.len() <= 253
+        let valid = text.len() <= MAX_NAME
             && text.chars().all(inner)
             && text.chars().next().is_some_and(ends)
             && text.chars().next_back().is_some_and(ends);
@@ -78,8 +84,42 @@ impl Check<'_> {
         }
     }
 
+    /// The labels of a selector or of an object, as Kubernetes restricts them.
+    pub(super) fn labels(&mut self, field: &str, labels: &BTreeMap<String, String>) {
+        self.limit(field, labels.len(), MAX_LABELS);
+        for (key, value) in labels {
+            let at = format!("{field}.{key}");
+            self.label_key(&at, key);
+            self.label_value(&at, value);
+        }
+    }
+
+    /// A label's key: a name, after a domain and `/` where it has one.
+    pub(super) fn label_key(&mut self, at: &str, key: &str) {
+        let (prefix, name) = key.rsplit_once('/').unwrap_or(("a", key));
+        if !is_label_word(name) || prefix.is_empty() || prefix.len() > MAX_NAME {
+            self.problem(
+                at,
+                format!("'{}' is not a label's key", key.chars().take(100).collect::<String>()),
+                "use up to 63 letters, digits, '-', '_' and '.', after a domain and '/' where it has one",
+            );
+        }
+    }
+
+    /// A label's value, which may be empty.
+    pub(super) fn label_value(&mut self, at: &str, value: &str) {
+        if !value.is_empty() && !is_label_word(value) {
+            self.problem(
+                at,
+                format!("'{}' is not a label's value", value.chars().take(100).collect::<String>()),
+                "use up to 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends",
+            );
+        }
+    }
+
     /// Labels of ours that the kind does not have.
     pub(super) fn our_labels(&mut self, labels: &BTreeMap<String, String>, known: &[&str]) {
+        self.labels("metadata.labels", labels);
         for label in labels.keys().filter(|label| label.starts_with(OUR_PREFIX)) {
             if !known.contains(&label.as_str()) {
                 self.problem(
@@ -137,4 +177,11 @@ impl Check<'_> {
             self.problem(field, format!("{len} entries are too many"), cure);
         }
     }
+}
+
+fn is_label_word(text: &str) -> bool {
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let chars = || text.chars();
+    text.len() <= MAX_LABEL && chars().all(inner) && ends(chars().next()) && ends(chars().next_back())
 }

@@ -1,7 +1,6 @@
 //! One document into one checked object. The same manifests stand in a directory and in Kubernetes, so what
 //! Kubernetes writes into its own kinds (`status`, `metadata.uid`, …) is taken and passed over; any other field that
 //! is not known is a mistake, and said.
-
 //!
 //! | module | what |
 //! |---|---|
@@ -20,7 +19,7 @@ use std::collections::BTreeMap;
 use mesh_core::model::Name;
 use serde::{Deserialize, de::IgnoredAny};
 
-use self::check::Check;
+use self::check::{Check, MAX_NAME};
 use super::{
     Problem,
     document::{Document, Node, one_of},
@@ -31,6 +30,9 @@ use crate::model::{Kind, Object, ObjectKey};
 pub const ENROLL: &str = "nodemesh.io/enroll";
 /// Label of a namespace or a workload: whether plaintext is taken.
 pub const MODE: &str = "nodemesh.io/mode";
+/// Longest part of a problem that is kept, characters.
+const MAX_QUOTED: usize = 500;
+
 /// What a document turned out to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -47,11 +49,11 @@ pub fn parse(document: &Document<'_>) -> Outcome {
     let tree = match document.tree() {
         Ok(tree) if tree.is_null() => return Outcome::Empty,
         Ok(tree) => tree,
-        Err(problem) => return Outcome::Refused(None, vec![problem]),
+        Err(problem) => return Outcome::Refused(None, vec![clipped(problem)]),
     };
-    let kind = match kind(document, &tree) {
+    let kind = match kind(&tree) {
         Ok(kind) => kind,
-        Err(problem) => return Outcome::Refused(None, vec![problem]),
+        Err(problem) => return Outcome::Refused(None, vec![clipped(problem)]),
     };
     let key = key(kind, &tree);
     let mut check = Check { tree: &tree, problems: vec![] };
@@ -63,17 +65,31 @@ pub fn parse(document: &Document<'_>) -> Outcome {
     });
     match object {
         Ok(object) if check.problems.is_empty() => Outcome::Accepted(object),
-        Ok(_) => Outcome::Refused(key, check.problems),
-        Err(problem) => Outcome::Refused(key, vec![problem]),
+        Ok(_) => Outcome::Refused(key, check.problems.into_iter().map(clipped).collect()),
+        Err(problem) => Outcome::Refused(key, vec![clipped(problem)]),
     }
 }
 
-fn kind(document: &Document<'_>, tree: &Node) -> Result<Kind, Problem> {
+/// A problem quotes the document, of which a value may be megabytes: what is printed and kept is bounded. Its end says
+/// what is wrong with what was quoted, and stays.
+fn clipped(problem: Problem) -> Problem {
+    let clip = |text: String| {
+        let long = text.chars().count();
+        if long <= MAX_QUOTED {
+            return text;
+        }
+        let (head, tail) = (text.chars().take(MAX_QUOTED / 2), text.chars().skip(long - MAX_QUOTED / 2));
+        head.chain(['…']).chain(tail).collect()
+    };
+    Problem { field: clip(problem.field), reason: clip(problem.reason), cure: clip(problem.cure), ..problem }
+}
+
+fn kind(tree: &Node) -> Result<Kind, Problem> {
     let names = Kind::ALL.map(Kind::as_str);
     let problem = |line, reason: String, cure| Problem { line, field: "kind".into(), reason, cure };
     match tree.text(&["kind"]) {
         None => Err(problem(
-            document.line(),
+            tree.line_of("kind"),
             "the document does not say what it is".into(),
             format!("write 'kind:' with one of: {}", names.join(", ")),
         )),
@@ -85,10 +101,11 @@ fn kind(document: &Document<'_>, tree: &Node) -> Result<Kind, Problem> {
 
 /// What the document is about, as far as it can be told before it is checked.
 fn key(kind: Kind, tree: &Node) -> Option<ObjectKey> {
-    let name = tree.text(&["metadata", "name"])?;
+    let short = |text: &&str| text.len() <= MAX_NAME;
+    let name = tree.text(&["metadata", "name"]).filter(short)?;
     let namespace = match kind {
         Kind::Namespace => name,
-        _ => tree.text(&["metadata", "namespace"]).unwrap_or("default"),
+        _ => Some(tree.text(&["metadata", "namespace"]).unwrap_or("default")).filter(short)?,
     };
     Some(ObjectKey { kind, name: Name::new(namespace, name) })
 }

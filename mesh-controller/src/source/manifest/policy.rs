@@ -158,7 +158,7 @@ impl Check<'_> {
 
     fn selector(&mut self, raw: RawSelector) -> Selector {
         let field = "spec.selector.matchExpressions";
-        self.limit("spec.selector.matchLabels", raw.match_labels.len(), MAX_ENTRIES);
+        self.labels("spec.selector.matchLabels", &raw.match_labels);
         self.limit(field, raw.match_expressions.len(), MAX_ENTRIES);
         let expressions = raw.match_expressions.into_iter().enumerate();
         let expressions =
@@ -178,8 +178,12 @@ impl Check<'_> {
                 return None;
             }
         };
+        self.label_key(&format!("{at}.key"), &raw.key);
         let values = format!("{at}.values");
         self.limit(&values, raw.values.len(), MAX_ENTRIES);
+        for (index, value) in raw.values.iter().take(MAX_ENTRIES).enumerate() {
+            self.label_value(&format!("{values}[{index}]"), value);
+        }
         match (operator, raw.values.is_empty()) {
             (Operator::In | Operator::NotIn, true) => {
                 self.problem(&values, format!("{operator:?} needs values"), "write at least one");

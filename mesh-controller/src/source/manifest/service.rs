@@ -7,7 +7,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use super::{
     super::document::one_of,
     Raw,
-    check::{Check, MAX_ENTRIES},
+    check::{Check, MAX_ENTRIES, MAX_LABEL},
 };
 use crate::model::{Object, Port, Service};
 
@@ -74,6 +74,7 @@ impl Check<'_> {
         addresses.extend(more);
         let mut seen = BTreeSet::new();
         addresses.retain(|address| seen.insert(*address));
+        self.labels("spec.selector", &spec.selector);
         self.limit("spec.ports", spec.ports.len(), MAX_ENTRIES);
         Object::Service(Service { name, addresses, selector: spec.selector, ports: self.ports(spec.ports) })
     }
@@ -91,6 +92,10 @@ impl Check<'_> {
                 }
             }
             let target = raw.target_port.unwrap_or(raw.port);
+            if raw.name.as_ref().is_some_and(|name| name.len() > MAX_LABEL) {
+                let reason = format!("a port's name has at most {MAX_LABEL} characters");
+                self.problem(&format!("{field}.name"), reason, "shorten it");
+            }
             self.port(&format!("{field}.port"), raw.port);
             self.port(&format!("{field}.targetPort"), target);
             if ports.iter().any(|port| port.port == raw.port) {

@@ -1,6 +1,6 @@
 //! Namespaces and workloads: who runs where, whether traffic is captured, whether plaintext is taken.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use mesh_core::model::Mode;
 use serde::{Deserialize, de::IgnoredAny};
@@ -59,7 +59,7 @@ impl Check<'_> {
             );
         }
         let addresses = self.addresses("spec.addresses", &raw.spec.addresses);
-        Object::Workload(Workload {
+        Object::Workload(Arc::new(Workload {
             name,
             labels: raw.metadata.labels,
             enroll,
@@ -68,7 +68,7 @@ impl Check<'_> {
             addresses,
             service_account,
             ready: raw.spec.ready.unwrap_or(true),
-        })
+        }))
     }
 
     fn enroll(&mut self, labels: &BTreeMap<String, String>) -> Option<bool> {

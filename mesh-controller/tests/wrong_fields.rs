@@ -1,0 +1,239 @@
+//! Every field of every kind, made wrong in every way: each mistake is refused, and the refusal names the file, the
+//! line, the object, the field, the reason and the cure.
+
+// A test's unwrap is its failure.
+#![allow(clippy::unwrap_used)]
+
+use std::{path::PathBuf, sync::Arc};
+
+use mesh_controller::source::{
+    Refused,
+    ledger::{FileContent, Ledger},
+};
+use serde_json::{Value, json};
+
+/// A document of each kind with all of its fields that mean something.
+fn documents() -> [Value; 4] {
+    let metadata = |labels: Value| json!({"name": "x", "namespace": "shop", "labels": labels});
+    [
+        json!({"apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": "x", "labels": {"nodemesh.io/enroll": "true", "nodemesh.io/mode": "strict"}}}),
+        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "Workload",
+            "metadata": metadata(json!({"app": "web", "nodemesh.io/enroll": "true"})),
+            "spec": {"node": "a", "addresses": ["10.0.0.1"], "serviceAccount": "web", "ready": true}}),
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata(json!({"app": "web"})),
+            "spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "selector": {"app": "web"},
+                "type": "ClusterIP", "sessionAffinity": "None",
+                "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}]}}),
+        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata(json!({})),
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "action": "Allow", "rules": [
+                {"from": [{"identities": ["spiffe://td/ns/shop/sa/web"], "namespaces": ["shop"],
+                    "addressBlocks": ["10.0.0.0/8"]}], "to": [{"ports": [8080]}]}]}}),
+    ]
+}
+
+/// Fields without which a document is refused.
+const REQUIRED: [&str; 9] = [
+    "apiVersion",
+    "kind",
+    "metadata",
+    "metadata.name",
+    "spec",
+    "spec.node",
+    "spec.addresses",
+    "spec.action",
+    "spec.ports[0].port",
+];
+/// Maps whose keys are the author's.
+const OPEN: [&str; 3] = ["metadata.labels", "spec.selector", "spec.selector.matchLabels"];
+
+/// What is said of a document, in a file after another document.
+fn refused(text: &str) -> Vec<Refused> {
+    let before = "apiVersion: v1\nkind: Namespace\nmetadata: {name: first}\n---\n";
+    let content = Arc::new(FileContent::parse(&format!("{before}{text}\n")));
+    let ledger = Ledger::default().next(&[(PathBuf::from("a.yaml"), content)].into());
+    ledger.refused().to_vec()
+}
+
+/// Lines before the document in that file.
+const OFFSET: usize = 4;
+
+/// Every place in a document, as its path in words and as a JSON pointer.
+fn places(value: &Value, path: &str, pointer: &str) -> Vec<(String, String)> {
+    let child = |path: String, pointer: String, value: &Value| {
+        let mut all = vec![(path.clone(), pointer.clone())];
+        all.extend(places(value, &path, &pointer));
+        all
+    };
+    match value {
+        Value::Object(map) => map
+            .iter()
+            .flat_map(|(key, value)| {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                child(path, format!("{pointer}/{}", key.replace('/', "~1")), value)
+            })
+            .collect(),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .flat_map(|(index, value)| child(format!("{path}[{index}]"), format!("{pointer}/{index}"), value))
+            .collect(),
+        _ => vec![],
+    }
+}
+
+/// Pretty JSON is YAML with a line for every field.
+fn text(document: &Value) -> String {
+    serde_json::to_string_pretty(document).unwrap()
+}
+
+#[track_caller]
+fn complete(said: &[Refused], text: &str) {
+    assert!(!said.is_empty(), "was not refused:\n{text}");
+    for one in said {
+        assert!(one.line > OFFSET && one.line <= OFFSET + text.lines().count(), "{one}\n{text}");
+        assert!(one.reason.len() > 5 && one.cure.len() > 5, "{one}\n{text}");
+        assert!(one.to_string().len() < 2500, "{one}");
+    }
+}
+
+#[test]
+fn the_documents_themselves_are_good() {
+    for document in documents() {
+        assert_eq!(refused(&text(&document)), [], "{document:#}");
+    }
+}
+
+#[test]
+fn a_value_of_another_type_is_refused_at_its_line_by_its_path() {
+    for document in documents() {
+        for (path, pointer) in places(&document, "", "") {
+            let mut wrong = document.clone();
+            let place = wrong.pointer_mut(&pointer).unwrap();
+            *place = if place.is_string() { json!(["@wrong"]) } else { json!("@wrong") };
+            let text = text(&wrong);
+            let said = refused(&text);
+            complete(&said, &text);
+            let line = OFFSET + text.lines().position(|line| line.contains("@wrong")).unwrap() + 1;
+            assert!(
+                said[0].line == line || said[0].line + 1 == line,
+                "{} is not at {line}:\n{text}",
+                said[0]
+            );
+            let (found, parent) = (&said[0].field, path.rsplit_once('.').map_or("", |(parent, _)| parent));
+            assert!(found.starts_with(&path) || found == parent, "{path} is not {found}: {}", said[0]);
+            if !["kind", "metadata", "metadata.name", "metadata.namespace"].contains(&path.as_str()) {
+                assert!(said[0].object.as_ref().is_some_and(|object| object.contains('x')), "{}", said[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_field_that_is_missing_is_named_or_may_be_missing() {
+    for document in documents() {
+        for (path, pointer) in places(&document, "", "") {
+            let (parent, key) = pointer.rsplit_once('/').unwrap();
+            let mut without = document.clone();
+            match without.pointer_mut(parent).unwrap() {
+                Value::Object(map) => drop(map.remove(&key.replace("~1", "/"))),
+                _ => continue,
+            }
+            let text = text(&without);
+            let said = refused(&text);
+            if REQUIRED.contains(&path.as_str()) {
+                complete(&said, &text);
+                assert_eq!(said[0].field, path, "{}", said[0]);
+            } else {
+                assert_eq!(said, [], "{path} may be missing:\n{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_field_that_is_not_known_is_refused_with_those_that_are() {
+    for document in documents() {
+        let mut maps = places(&document, "", "");
+        maps.push((String::new(), String::new()));
+        for (path, pointer) in maps {
+            let mut more = document.clone();
+            let Value::Object(map) = more.pointer_mut(&pointer).unwrap() else { continue };
+            if OPEN.contains(&path.as_str()) {
+                continue;
+            }
+            map.insert("zzz".into(), json!(1));
+            let text = text(&more);
+            let said = refused(&text);
+            complete(&said, &text);
+            let field = if path.is_empty() { "zzz".to_owned() } else { format!("{path}.zzz") };
+            assert_eq!(said[0].field, field, "{}", said[0]);
+            assert!(
+                said[0].reason.contains("no field 'zzz'") && said[0].cure.contains("use one of"),
+                "{}",
+                said[0]
+            );
+        }
+    }
+}
+
+#[test]
+fn a_field_that_stands_there_twice_is_refused_at_the_second() {
+    for document in documents() {
+        let text = text(&document);
+        let lines: Vec<&str> = text.lines().collect();
+        for (place, line) in lines.iter().enumerate().filter(|(_, line)| line.contains("\": \"")) {
+            let twice = line.trim_end_matches(',').to_owned() + ",";
+            let mut more = lines.clone();
+            more.insert(place, &twice);
+            let said = refused(&more.join("\n"));
+            complete(&said, &text);
+            let key = line.trim().split('"').nth(1).unwrap();
+            assert!(said[0].reason.contains(key), "{key}: {}", said[0]);
+            assert_eq!(said[0].line, OFFSET + place + 2, "{}", said[0]);
+        }
+    }
+}
+
+#[test]
+fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
+    let long = "x".repeat(100_000);
+    let many = |value: Value, count: usize| Value::Array(vec![value; count]);
+    for (kind, pointer, value, part) in [
+        (0, "/metadata/name", json!(long), "not a name"),
+        (1, "/metadata/namespace", json!(long), "not a name"),
+        (1, "/metadata/labels/app", json!(long), "not a label's value"),
+        (1, "/metadata/labels", json!({ &long[..300]: "x" }), "not a label's key"),
+        (1, "/metadata/labels/nodemesh.io~1enroll", json!(long), "not a label's value"),
+        (1, "/spec/node", json!(long), "not a name"),
+        (1, "/spec/serviceAccount", json!(long), "not a name"),
+        (1, "/spec/addresses", many(json!("10.0.0.1"), 17), "too many"),
+        (1, "/spec/addresses/0", json!(long), "not an address"),
+        (2, "/spec/clusterIP", json!(long), "not an address"),
+        (2, "/spec/type", json!("ExternalName"), "not supported"),
+        (2, "/spec/sessionAffinity", json!(long), "not supported"),
+        (2, "/spec/ports/0/name", json!(long), "at most 63"),
+        (2, "/spec/ports/0/protocol", json!(long), "not a protocol"),
+        (2, "/spec/ports/0/port", json!(70_000), ""),
+        (2, "/spec/ports/0/port", json!(-1), ""),
+        (2, "/spec/ports/0/targetPort", json!(0), "0 is not a port"),
+        (2, "/spec/ports", many(json!({"port": 1}), 1025), "too many"),
+        (3, "/spec/action", json!(long), "not an action"),
+        (3, "/spec/rules", many(json!({}), 1025), "too many"),
+        (3, "/spec/selector/matchLabels/app", json!(long), "not a label's value"),
+        (3, "/spec/rules/0/from", many(json!({}), 1025), "too many"),
+        (3, "/spec/rules/0/to", many(json!({}), 1025), "too many"),
+        (3, "/spec/rules/0/from/0/identities/0", json!(long), ""),
+        (3, "/spec/rules/0/from/0/namespaces/0", json!(long), "not a name"),
+        (3, "/spec/rules/0/from/0/addressBlocks/0", json!(long), "not an address block"),
+        (3, "/spec/rules/0/from/0/addressBlocks", many(json!("10.0.0.0/8"), 1025), "too many"),
+        (3, "/spec/rules/0/to/0/ports/0", json!(65_536), ""),
+    ] {
+        let mut document = documents()[kind].clone();
+        *document.pointer_mut(pointer).unwrap() = value;
+        let text = text(&document);
+        let said = refused(&text);
+        complete(&said, &text);
+        assert!(said[0].reason.contains(part), "{pointer}: {}", said[0]);
+    }
+}

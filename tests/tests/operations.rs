@@ -1,0 +1,106 @@
+//! What an operator does to agents and controller, and what they take of a machine.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+
+use mesh_agent::privileges::NEEDED;
+use mesh_tests::{WorkloadSpec, World, apps, until, wait::holds, workload::TIMEOUT};
+
+/// What the issue gives the agent to repair.
+const REPAIR: Duration = Duration::from_secs(5);
+
+/// The capability sets of all threads of a process, as `/proc` prints them.
+fn capabilities(pid: u32) -> Vec<BTreeMap<String, u64>> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let sets = |thread: fs::DirEntry| {
+        let status = fs::read_to_string(thread.path().join("status")).unwrap();
+        let set = |line: &str| {
+            let (name, value) = line.split_once(':')?;
+            Some((name.to_owned(), u64::from_str_radix(value.trim(), 16).ok()?))
+        };
+        let wanted = |line: &&str| line.starts_with("Cap") || line.starts_with("NoNewPrivs");
+        status.lines().filter(wanted).filter_map(set).collect()
+    };
+    threads.map(|thread| sets(thread.unwrap())).collect()
+}
+
+#[test]
+fn the_agent_keeps_the_documented_capabilities_only_and_everything_works() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let needed: u64 = NEEDED.iter().map(|(capability, _)| capability.bitmask()).sum();
+    let check = || {
+        for thread in capabilities(world.agent("a").pid().unwrap()) {
+            for set in ["CapEff", "CapPrm", "CapBnd"] {
+                assert_eq!(thread[set], needed, "{set}: {thread:x?}");
+            }
+            assert_eq!((thread["CapInh"], thread["CapAmb"], thread["NoNewPrivs"]), (0, 0, 1), "{thread:x?}");
+        }
+    };
+    check();
+    assert_eq!(web.exchange(db.v4(8080), b"x").unwrap(), b"x");
+
+    // A workload that comes, something to repair, and a restart: each needs what was kept.
+    let more = world.add_workload(&WorkloadSpec::new("shop/more", "a")).unwrap();
+    world.agent("a").await_enrolled(3, TIMEOUT).unwrap();
+    world.await_tunnel(&more, &db).unwrap();
+    let rules = || web.shell("ip -4 rule").unwrap();
+    let whole = rules();
+    let removed = web.shell("ip -4 rule | grep -c fwmark").unwrap();
+    assert_ne!(removed.trim(), "0", "{whole}");
+    web.shell("ip -4 rule | grep fwmark | cut -d: -f1 | xargs -n1 ip -4 rule del pref").unwrap();
+    until("the rules are put back", REPAIR, || holds(rules() == whole, rules));
+    world.agent("a").stop().unwrap();
+    world.agent("a").start().unwrap();
+    world.agent("a").await_ready().unwrap();
+    check();
+    world.await_tunnel(&web, &db).unwrap();
+}
+
+/// Everything of a namespace that an agent could leave something in.
+fn traces(shell: impl Fn(&str) -> String) -> String {
+    [
+        "ip -4 rule; ip -6 rule",
+        // Neighbours and counters change by themselves; addresses, links, routes do not.
+        "ip -4 route show table all | sort; ip -6 route show table all | grep -v '^multicast' | sort",
+        "ip -o link | sed 's/state [A-Z]*//' | sort",
+        "ls /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf",
+        "grep -r . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf 2>/dev/null | grep -v stable_secret | sort",
+        "ss -Hltn | awk '{print $4}' | sort",
+    ]
+    .map(shell)
+    .join("\n--\n")
+}
+
+/// Lines of the one that the other does not have.
+fn difference(before: &str, after: &str) -> Vec<String> {
+    let lacks = |text: &str, line: &str| !text.lines().any(|it| it == line);
+    let gone = before.lines().filter(|line| lacks(after, line)).map(|line| format!("- {line}"));
+    gone.chain(after.lines().filter(|line| lacks(before, line)).map(|line| format!("+ {line}"))).collect()
+}
+
+fn present(path: &Path) -> bool {
+    path.exists()
+}
+
+#[test]
+fn uninstall_leaves_the_machine_as_it_was_before() {
+    let old = WorkloadSpec::new("shop/late", "a").outside();
+    let world = World::shop().with(old).build().unwrap();
+    let late = world.workload("late");
+    let inside = || traces(|line| late.shell(line).unwrap());
+    let before = inside();
+    world.write_workload(&WorkloadSpec::new("shop/late", "a")).unwrap();
+    world.agent("a").await_enrolled(3, TIMEOUT).unwrap();
+    assert_ne!(difference(&before, &inside()), Vec::<String>::new(), "enrolment shows");
+    assert!(present(world.agent("a").bpffs()));
+    world.agent("a").stop().unwrap();
+    world.agent("a").uninstall().unwrap();
+    assert_eq!(difference(&before, &inside()), Vec::<String>::new(), "nothing is left in the workload");
+    assert!(!present(world.agent("a").bpffs()) && !present(world.agent("a").run_dir()));
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+        let cgroup = Path::new(root).join(world.agent("a").cgroup());
+        assert!(!present(&cgroup), "{} is left", cgroup.display());
+    }
+}
