@@ -44,8 +44,9 @@ pub(super) fn envoy(
     }
     pair.capture()?;
     let version = read(clean(&program).arg("--version"))?;
-    let version = version.split('/').nth(1).unwrap_or("unknown").to_owned();
-    Ok((running, version))
+    // `PATH  version: COMMIT/1.2.3/Clean/RELEASE/BoringSSL`
+    let version = version.rsplit("version: ").next().and_then(|said| said.split('/').nth(1));
+    Ok((running, version.unwrap_or("unknown").to_owned()))
 }
 
 /// HAProxy in TCP mode.
@@ -55,13 +56,7 @@ pub(super) fn haproxy(
     directory: &Path,
 ) -> Result<(Vec<Program>, String)> {
     let pair = Pair::new(client, server, directory)?;
-    let mut running = vec![];
-    for side in [Side::Client, Side::Server] {
-        let file = directory.join(format!("haproxy-{}.cfg", side.name()));
-        fs::write(&file, pair.haproxy(side))?;
-        running.push(pair.start(side, "haproxy", &["-db", "-f", text(&file)?])?);
-    }
-    pair.capture()?;
+    let running = pair.start_both("haproxy", &["-db", "-f"], |side| pair.haproxy(side))?;
     let version = read(clean("haproxy").arg("-v"))?;
     Ok((running, version.split(' ').nth(2).unwrap_or("unknown").to_owned()))
 }
@@ -73,13 +68,7 @@ pub(super) fn nginx(
     directory: &Path,
 ) -> Result<(Vec<Program>, String)> {
     let pair = Pair::new(client, server, directory)?;
-    let mut running = vec![];
-    for side in [Side::Client, Side::Server] {
-        let file = directory.join(format!("nginx-{}.conf", side.name()));
-        fs::write(&file, pair.nginx(side))?;
-        running.push(pair.start(side, "nginx", &["-c", text(&file)?])?);
-    }
-    pair.capture()?;
+    let running = pair.start_both("nginx", &["-c"], |side| pair.nginx(side))?;
     // It says so on its standard error.
     let said = clean("nginx").arg("-v").output().context("starting nginx")?;
     let version = String::from_utf8_lossy(&said.stderr).trim().rsplit('/').next().map(str::to_owned);
@@ -168,6 +157,23 @@ impl<'a> Pair<'a> {
                 .with_context(|| format!("the sidecar says:\n{}", mesh_tests::process::tail(&log)))?;
         }
         Ok(program)
+    }
+
+    /// Both sidecars of a program that takes a file of settings as its last argument, with the client's connections.
+    fn start_both(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        settings: impl Fn(Side) -> String,
+    ) -> Result<Vec<Program>> {
+        let mut running = vec![];
+        for side in [Side::Client, Side::Server] {
+            let file = self.directory.join(format!("{program}-{}.conf", side.name()));
+            fs::write(&file, settings(side))?;
+            running.push(self.start(side, program, &[arguments, &[text(&file)?]].concat())?);
+        }
+        self.capture()?;
+        Ok(running)
     }
 
     /// Redirects the client's connections to its sidecar.
