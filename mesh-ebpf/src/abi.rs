@@ -23,6 +23,9 @@ pub const MAX_LISTENERS: u32 = MAX_WORKLOADS * 4;
 /// kernel's next SYN of that probe enters it again.
 pub const MAX_PROBES: u32 = 16_384;
 
+/// 4-tuples on their way from capture to the lookup of a listener, a few microseconds each.
+pub const MAX_REOPENED: u32 = 4_096;
+
 /// [`Config::flags`]: every destination is captured, known or not.
 pub const FLAG_CAPTURE_ALL: u32 = 1;
 /// [`Guarded::flags`]: the workload is strict.
@@ -125,6 +128,21 @@ pub struct ProbeKey {
     pub node_port: u16,
     /// The workload's port, host byte order.
     pub pod_port: u16,
+}
+
+/// Key of the map of 4-tuples that a new connection uses again while the old one is in TIME_WAIT; the value is the
+/// [`Direction`]. Source and destination as in the packet that opens it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FourTuple {
+    /// Who opens it.
+    pub source: Address,
+    /// Whom it is for.
+    pub destination: Address,
+    /// Host byte order.
+    pub source_port: u16,
+    /// Host byte order.
+    pub destination_port: u16,
 }
 
 /// The one entry of the configuration map.

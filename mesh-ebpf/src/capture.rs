@@ -14,10 +14,21 @@ pub trait Facts {
     fn destination_captured(&self) -> bool;
     /// A listener of the agent stands ready for this workload and direction.
     fn listener_ready(&self) -> bool;
-    /// A connection of this namespace has this 4-tuple, with the packet's destination as its own address.
-    fn taken(&self) -> bool;
+    /// Who has this 4-tuple in this namespace, with the packet's destination as its own address.
+    fn holder(&self) -> Holder;
     /// The node itself opened this connection.
     fn probe(&self) -> bool;
+}
+
+/// Who has a 4-tuple in a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// No connection.
+    Nobody,
+    /// A connection.
+    Connection,
+    /// What is left of one that its own side ended first (TIME_WAIT, RFC 9293 §3.6.1).
+    TimeWait,
 }
 
 /// What happens to a packet that leaves the pod.
@@ -37,7 +48,7 @@ pub fn outbound(tcp: Option<&Tcp>, facts: &impl Facts) -> Outbound {
         // Without a listener the packet goes on to the guard, which answers with a RST and counts it.
         facts.destination_captured() && facts.listener_ready()
     } else {
-        facts.taken()
+        facts.holder() != Holder::Nobody
     };
     if to_agent { Outbound::ToAgent } else { Outbound::Pass }
 }
@@ -49,6 +60,8 @@ pub enum Inbound {
     Pass,
     /// To the agent's inbound listener.
     ToAgent,
+    /// To the agent's inbound listener, by way of the socket in TIME_WAIT whose 4-tuple it uses again.
+    ToAgentAgain,
     /// Answered with a RST.
     Reset(KernelReason),
     /// Dropped.
@@ -63,11 +76,16 @@ pub fn inbound(network: &Network, tcp: Option<&Tcp>, facts: &impl Facts) -> Inbo
         return Inbound::Drop(KernelReason::Unparsable);
     }
     let Some(tcp) = tcp else { return Inbound::Pass };
-    if !tcp.opens() || facts.probe() || facts.taken() {
+    if !tcp.opens() || facts.probe() {
         // Not an opening: the kernel finds the socket that took the connection, the agent's as a rule.
         return Inbound::Pass;
     }
-    if facts.listener_ready() { Inbound::ToAgent } else { Inbound::Reset(KernelReason::NoListener) }
+    match facts.holder() {
+        Holder::Connection => Inbound::Pass,
+        _ if !facts.listener_ready() => Inbound::Reset(KernelReason::NoListener),
+        Holder::TimeWait => Inbound::ToAgentAgain,
+        Holder::Nobody => Inbound::ToAgent,
+    }
 }
 
 #[cfg(test)]
@@ -75,12 +93,18 @@ mod tests {
     use super::*;
     use crate::abi::Address;
 
-    #[derive(Clone, Copy, Default)]
+    #[derive(Clone, Copy)]
     struct Known {
         captured: bool,
         listener: bool,
-        taken: bool,
+        holder: Holder,
         probe: bool,
+    }
+
+    impl Default for Known {
+        fn default() -> Self {
+            Self { captured: false, listener: false, holder: Holder::Nobody, probe: false }
+        }
     }
 
     impl Facts for Known {
@@ -90,8 +114,8 @@ mod tests {
         fn listener_ready(&self) -> bool {
             self.listener
         }
-        fn taken(&self) -> bool {
-            self.taken
+        fn holder(&self) -> Holder {
+            self.holder
         }
         fn probe(&self) -> bool {
             self.probe
@@ -121,7 +145,10 @@ mod tests {
 
     #[test]
     fn later_packets_follow_the_socket_that_took_the_connection() {
-        assert_eq!(outbound(Some(&tcp(ACK)), &Known { taken: true, ..Known::default() }), Outbound::ToAgent);
+        for holder in [Holder::Connection, Holder::TimeWait] {
+            let known = Known { holder, ..Known::default() };
+            assert_eq!(outbound(Some(&tcp(ACK)), &known), Outbound::ToAgent);
+        }
         assert_eq!(outbound(Some(&tcp(ACK)), &Known { captured: true, ..Known::default() }), Outbound::Pass);
     }
 
@@ -136,7 +163,17 @@ mod tests {
         );
         assert_eq!(inbound(&net, Some(&tcp(SYN)), &Known { probe: true, ..Known::default() }), Inbound::Pass);
         assert_eq!(inbound(&net, Some(&tcp(ACK)), &Known::default()), Inbound::Pass);
-        assert_eq!(inbound(&net, Some(&tcp(SYN)), &Known { taken: true, ..ready }), Inbound::Pass);
+        let taken = Known { holder: Holder::Connection, ..ready };
+        assert_eq!(inbound(&net, Some(&tcp(SYN)), &taken), Inbound::Pass);
+    }
+
+    #[test]
+    fn what_is_left_of_a_connection_never_leads_past_the_agent() {
+        let net = network(Transport::Tcp);
+        let waiting = Known { holder: Holder::TimeWait, ..Known::default() };
+        let ready = Known { listener: true, ..waiting };
+        assert_eq!(inbound(&net, Some(&tcp(SYN)), &ready), Inbound::ToAgentAgain);
+        assert_eq!(inbound(&net, Some(&tcp(SYN)), &waiting), Inbound::Reset(KernelReason::NoListener));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! | `capture_outbound` | TCX egress of the pod's end | connections of applications turn off to `lo` |
 //! | `deliver` | TCX ingress of the pod's `lo` | hands them to the agent's socket |
 //! | `capture_inbound` | TCX ingress of the pod's end | hands incoming connections to the agent's listener |
+//! | `find_listener` | socket lookup in the pod | the same for those that use a 4-tuple again that is in TIME_WAIT |
 //! | `guard_from_pod` | TCX ingress of the node's end | refuses what is not the agent's |
 //! | `guard_to_pod` | TCX egress of the node's end | recognises the node's own connections |
 //!
@@ -13,23 +14,28 @@
 #![no_std]
 #![no_main]
 
+mod lookup;
 mod skb;
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{
+        BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC,
+        sk_action::{SK_DROP, SK_PASS},
+    },
     helpers::bpf_redirect,
-    macros::{classifier, map},
+    macros::{classifier, map, sk_lookup},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
-    programs::TcContext,
+    programs::{SkLookupContext, TcContext},
 };
 use aya_log_ebpf::warn;
 use mesh_ebpf::{
     abi::{
-        AGENT_MARK, Address, CAPTURED_MARK, Config, Direction, FLAG_CAPTURE_ALL, Guarded, KERNEL_REASONS,
-        KernelReason, ListenerKey, MARK_MASK, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS,
-        ProbeKey, SourceKey,
+        AGENT_MARK, Address, CAPTURED_MARK, Config, Direction, FLAG_CAPTURE_ALL, FourTuple, Guarded,
+        KERNEL_REASONS, KernelReason, ListenerKey, MARK_MASK, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES,
+        MAX_REOPENED, MAX_WORKLOADS, ProbeKey, SourceKey,
     },
-    capture, guard,
+    capture::{self, Holder},
+    guard,
     neighbour::Claim,
     packet::{Network, Tcp, Transport},
 };
@@ -57,6 +63,11 @@ static SOURCES: HashMap<SourceKey, u32> = HashMap::pinned(MAX_WORKLOADS * 4, 0);
 /// recognised by the node's socket at its other end.
 #[map]
 static PROBES: LruHashMap<ProbeKey, u32> = LruHashMap::pinned(MAX_PROBES, 0);
+
+/// 4-tuples that a connection uses again, from capture to `find_listener`, microseconds later on the same CPU. Least
+/// recently used evicted: entries stay only of packets that the kernel took for old ones.
+#[map]
+static REOPENED: LruHashMap<FourTuple, u32> = LruHashMap::pinned(MAX_REOPENED, 0);
 
 /// The agent's settings: one entry.
 #[map]
@@ -102,11 +113,17 @@ fn deliver(ctx: TcContext) -> i32 {
     if skb::accept_frame(&ctx).is_err() {
         return TC_ACT_SHOT;
     }
-    if skb::assign_connected(&ctx, &packet.tuple(), tcp.opens()) {
-        return TC_ACT_OK;
-    }
-    let key = ListenerKey { address: packet.network.source, direction: Direction::Outbound as u32 };
-    if tcp.opens() && skb::assign_listener(&ctx, &LISTENERS, &key) { TC_ACT_OK } else { TC_ACT_SHOT }
+    let tuple = packet.tuple();
+    let holder = if tcp.opens() { skb::holder(&ctx, &tuple) } else { Holder::Connection };
+    let delivered = match holder {
+        Holder::Connection => skb::assign_connected(&ctx, &tuple),
+        Holder::TimeWait => reopen(&packet, Direction::Outbound),
+        Holder::Nobody => {
+            let key = ListenerKey { address: packet.network.source, direction: Direction::Outbound as u32 };
+            skb::assign_listener(&ctx, &LISTENERS, &key)
+        }
+    };
+    if delivered { TC_ACT_OK } else { TC_ACT_SHOT }
 }
 
 #[classifier]
@@ -119,9 +136,37 @@ fn capture_inbound(ctx: TcContext) -> i32 {
             let key = facts.listener_key();
             if skb::assign_listener(&ctx, &LISTENERS, &key) { TC_ACT_OK } else { TC_ACT_SHOT }
         }
+        capture::Inbound::ToAgentAgain => {
+            if reopen(&packet, Direction::Inbound) {
+                TC_ACT_OK
+            } else {
+                TC_ACT_SHOT
+            }
+        }
         capture::Inbound::Reset(reason) => reset(&ctx, &packet, reason),
         capture::Inbound::Drop(reason) => drop(&ctx, &packet, reason),
     }
+}
+
+/// Leaves a packet that opens a connection to the socket in TIME_WAIT that has its 4-tuple: the kernel decides whether
+/// it is new, ends that socket then, and looks for a listener (`tcp_v4_rcv`, TCP_TW_SYN). A listener that was assigned
+/// to it would find its 4-tuple taken, and the packet would be lost in silence (`inet_ehash_insert`).
+#[inline(always)]
+fn reopen(packet: &Packet, direction: Direction) -> bool {
+    REOPENED.insert(&packet.four_tuple(), &(direction as u32), 0).is_ok()
+}
+
+/// Finds the agent's listener for what [`reopen`] let pass, and has no opinion on anything else.
+#[sk_lookup]
+fn find_listener(ctx: SkLookupContext) -> u32 {
+    let Some(tuple) = lookup::four_tuple(&ctx) else { return SK_PASS };
+    // SAFETY: only this program reads it, before it is removed; the value is copied.
+    let Some(direction) = (unsafe { REOPENED.get(&tuple) }).copied() else { return SK_PASS };
+    // An entry that is gone already is what removal wants.
+    let _ = REOPENED.remove(&tuple);
+    let outbound = direction == Direction::Outbound as u32;
+    let address = if outbound { tuple.source } else { tuple.destination };
+    if lookup::assign(&ctx, &LISTENERS, &ListenerKey { address, direction }) { SK_PASS } else { SK_DROP }
 }
 
 #[classifier]
@@ -164,7 +209,7 @@ fn guard_to_pod(ctx: TcContext) -> i32 {
 fn recognise_probe(ctx: &TcContext, packet: &Packet) {
     let key = packet.probe_key_to_pod();
     // The results are of no interest: a full LRU map evicts, and a missing entry is what removal wants.
-    if skb::is_connected(ctx, &packet.reverse_tuple()) {
+    if skb::holder(ctx, &packet.reverse_tuple()) != Holder::Nobody {
         let _ = PROBES.insert(&key, &1, 0);
     } else {
         let _ = PROBES.remove(&key);
@@ -239,8 +284,8 @@ impl capture::Facts for PodFacts<'_> {
         skb::has_listener(&LISTENERS, &self.listener_key())
     }
     #[inline(always)]
-    fn taken(&self) -> bool {
-        skb::is_connected(self.ctx, &self.packet.tuple())
+    fn holder(&self) -> Holder {
+        skb::holder(self.ctx, &self.packet.tuple())
     }
     #[inline(always)]
     fn probe(&self) -> bool {
@@ -276,7 +321,8 @@ impl guard::Facts for NodeFacts<'_> {
     #[inline(always)]
     fn probe(&self) -> bool {
         // An entry may have been evicted by thousands of others; the node's socket is still there.
-        is_probe(&self.packet.probe_key_from_pod()) || skb::is_connected(self.ctx, &self.packet.tuple())
+        is_probe(&self.packet.probe_key_from_pod())
+            || skb::holder(self.ctx, &self.packet.tuple()) != Holder::Nobody
     }
     #[inline(always)]
     fn dns(&self) -> bool {

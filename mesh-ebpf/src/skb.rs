@@ -16,7 +16,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use mesh_ebpf::{
-    abi::{Address, ListenerKey, Mac, ProbeKey},
+    abi::{Address, FourTuple, ListenerKey, Mac, ProbeKey},
+    capture::Holder,
     guard::Frame,
     neighbour::{ADVERTISEMENT_LEN, ARP_LEN, Claim},
     packet::{
@@ -110,6 +111,14 @@ impl Packet {
         }
     }
 
+    /// The 4-tuple of the connection that this packet opens.
+    #[inline(always)]
+    pub(crate) fn four_tuple(&self) -> FourTuple {
+        let (source_port, destination_port) = self.ports();
+        let Network { source, destination, .. } = self.network;
+        FourTuple { source, destination, source_port, destination_port }
+    }
+
     /// The probe that this packet, on its way to the pod, would belong to.
     #[inline(always)]
     pub(crate) fn probe_key_to_pod(&self) -> ProbeKey {
@@ -186,26 +195,29 @@ pub(crate) fn claim(ctx: &TcContext) -> Claim {
     }
 }
 
-/// Whether a connection (not a listener) of the current namespace would receive packets of this 4-tuple.
+/// Who has this 4-tuple in the current namespace. A listener does not: a lookup of a foreign destination finds every
+/// wildcard listener.
 #[inline(always)]
-pub(crate) fn is_connected(ctx: &TcContext, tuple: &Tuple) -> bool {
-    let Some(socket) = lookup(ctx, tuple) else { return false };
+pub(crate) fn holder(ctx: &TcContext, tuple: &Tuple) -> Holder {
+    let Some(socket) = lookup(ctx, tuple) else { return Holder::Nobody };
     // SAFETY: the reference that the lookup took is held until the release.
     let state = unsafe { (*socket).state };
     release(socket);
-    state != TCP_LISTEN
+    match state {
+        TCP_LISTEN => Holder::Nobody,
+        TCP_TIME_WAIT => Holder::TimeWait,
+        _ => Holder::Connection,
+    }
 }
 
-/// Hands the packet to the connection that it belongs to. A listener is none: a lookup of a foreign destination finds
-/// every wildcard listener. Nor is one in TIME_WAIT for a packet that opens a new connection.
+/// Hands the packet to the connection that it belongs to.
 #[inline(always)]
-pub(crate) fn assign_connected(ctx: &TcContext, tuple: &Tuple, opens: bool) -> bool {
+pub(crate) fn assign_connected(ctx: &TcContext, tuple: &Tuple) -> bool {
     let Some(socket) = lookup(ctx, tuple) else { return false };
     // SAFETY: the reference that the lookup took is held until the release.
-    let state = unsafe { (*socket).state };
-    let fits = state != TCP_LISTEN && !(opens && state == TCP_TIME_WAIT);
+    let is_listener = unsafe { (*socket).state } == TCP_LISTEN;
     // SAFETY: context and socket are valid; the kernel takes a reference of its own.
-    let assigned = fits && unsafe { bpf_sk_assign(ctx.as_ptr(), socket.cast(), 0) } == 0;
+    let assigned = !is_listener && unsafe { bpf_sk_assign(ctx.as_ptr(), socket.cast(), 0) } == 0;
     release(socket);
     assigned
 }
@@ -232,16 +244,21 @@ pub(crate) fn assign_listener(
     assigned
 }
 
+/// The agent's listener, with a reference that has to be given back.
 #[inline(always)]
-fn listener(listeners: &'static SockHash<ListenerKey>, key: &ListenerKey) -> Option<*mut bpf_sock> {
+pub(crate) fn listener(
+    listeners: &'static SockHash<ListenerKey>,
+    key: &ListenerKey,
+) -> Option<*mut bpf_sock> {
     let map = core::ptr::from_ref(listeners).cast_mut().cast();
     // SAFETY: a map and a key of its key type; the kernel returns a referenced socket or null.
     let socket = unsafe { bpf_map_lookup_elem(map, core::ptr::from_ref(key).cast()) };
     (!socket.is_null()).then_some(socket.cast())
 }
 
+/// Gives a socket back.
 #[inline(always)]
-fn release(socket: *mut bpf_sock) {
+pub(crate) fn release(socket: *mut bpf_sock) {
     // SAFETY: gives back the one reference that a lookup took.
     unsafe { bpf_sk_release(socket.cast()) };
 }

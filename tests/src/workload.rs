@@ -99,6 +99,11 @@ impl Workload {
         connect_in(&self.netns, to, scaled(TIMEOUT))
     }
 
+    /// Connects from this port, which may have been used before.
+    pub fn connect_from(&self, port: u16, to: SocketAddr) -> io::Result<TcpStream> {
+        connect_from_in(&self.netns, Some(port), to, scaled(TIMEOUT))
+    }
+
     /// Connects, sends, ends the sending half, and reads until the other side ends.
     pub fn exchange(&self, to: SocketAddr, request: &[u8]) -> io::Result<Vec<u8>> {
         let mut stream = self.connect(to)?;
@@ -141,8 +146,23 @@ impl Workload {
 
 /// Connects from inside a namespace.
 pub fn connect_in(from: &NetNs, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    connect_from_in(from, None, to, timeout)
+}
+
+fn connect_from_in(
+    from: &NetNs,
+    port: Option<u16>,
+    to: SocketAddr,
+    timeout: Duration,
+) -> io::Result<TcpStream> {
     let make = || Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP));
     let socket = from.enter(make).map_err(io::Error::other)??;
+    if let Some(port) = port {
+        let any: IpAddr =
+            if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        socket.set_reuse_address(true)?;
+        socket.bind(&SockAddr::from(SocketAddr::new(any, port)))?;
+    }
     socket.connect_timeout(&SockAddr::from(to), timeout)?;
     let stream = TcpStream::from(socket);
     stream.set_nodelay(true)?;

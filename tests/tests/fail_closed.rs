@@ -214,6 +214,11 @@ const DAMAGES: &[Damage] = &[
         },
     },
     Damage {
+        what: "the pins of the lookups, by the node's root",
+        repair: "program",
+        inflict: |world, _| fs::remove_dir_all(world.agent("a").bpffs().join("lookups")).unwrap(),
+    },
+    Damage {
         what: "the pins of the maps, by the node's root",
         repair: "pin",
         inflict: |world, _| {

@@ -307,3 +307,31 @@ fn strict_takes_no_plaintext_and_permissive_does() {
     old.assert_refused(db.v6(8080));
     assert_eq!(web.exchange(db.v4(8080), b"x").unwrap(), b"x");
 }
+
+/// The agent's socket is in TIME_WAIT then, and the kernel looks for a listener by itself: the application's is there.
+#[test]
+fn nobody_gets_past_a_policy_by_a_port_that_was_just_used() {
+    let world = World::shop().with(WorkloadSpec::new("shop/old", "a").outside()).build().unwrap();
+    let (old, db) = (world.workload("old"), world.workload("db"));
+    let app = db.serve(8080, apps::namer("db")).unwrap();
+    let ask = |to| {
+        let mut said = String::new();
+        old.connect_from(7000, to)?.read_to_string(&mut said)?;
+        std::io::Result::Ok(said)
+    };
+    for to in db.both(8080) {
+        assert_eq!(ask(to).unwrap(), "db");
+    }
+    let rules =
+        format!("    - from: [{{addressBlocks: [{}/32, '{}/128']}}]\n", old.address.v4, old.address.v6);
+    let before = world.agent("b").state().unwrap()["view_version"].clone();
+    world.yaml.write("policy.yaml", &manifest("db", "Deny", "", &rules)).unwrap();
+    until("the policy is in force", TIMEOUT, || {
+        let now = world.agent("b").state().unwrap()["view_version"].clone();
+        holds(now != before, || before.to_string())
+    });
+    for to in db.both(8080) {
+        ask(to).unwrap_err();
+    }
+    assert_eq!(app.peers().len(), 2, "the application saw {:?}", app.peers());
+}

@@ -171,6 +171,23 @@ fn the_server_speaks_first() {
     });
 }
 
+/// As a server's own TIME_WAIT allows it (RFC 6191): the agent's socket in the client's namespace is the one that
+/// waits here.
+#[test]
+fn a_client_may_use_its_port_again_at_once_when_the_server_ended_first() {
+    let pair = pair();
+    for server in &pair.servers {
+        let _app = server.serve(8080, apps::namer("again")).unwrap();
+        for to in server.both(8080) {
+            for _ in 0..5 {
+                let mut said = String::new();
+                pair.web.connect_from(7000, to).unwrap().read_to_string(&mut said).unwrap();
+                assert_eq!(said, "again");
+            }
+        }
+    }
+}
+
 #[test]
 fn forty_megabytes_either_way_are_the_same_bytes() {
     let pair = pair();

@@ -79,7 +79,13 @@ impl Features {
         let classic = in_throwaway_namespace(clsact::is_known);
         let rules = in_throwaway_namespace(policy_routing);
         let mut all = vec![
-            feature("BPF programs of type sched_cls", "4.1", Refused(BUILD), classifier()),
+            feature(
+                "BPF programs of type sched_cls",
+                "4.1",
+                Refused(BUILD),
+                known(ProgramType::SchedClassifier),
+            ),
+            feature("BPF programs of type sk_lookup", "5.9", Refused(BUILD), known(ProgramType::SkLookup)),
             feature("BPF map types", "5.8", Refused(NEWER), maps()),
             feature("BPF helpers", "5.8", Refused(NEWER), helpers()),
             feature("a cgroup2 mount", "4.10", Refused("mount -t cgroup2 none /sys/fs/cgroup"), cgroup2()),
@@ -169,8 +175,8 @@ fn feature(name: &'static str, since: &'static str, without: Without, missing: O
     Feature { name, since, without, missing }
 }
 
-fn classifier() -> Option<String> {
-    match is_program_supported(ProgramType::SchedClassifier) {
+fn known(kind: ProgramType) -> Option<String> {
+    match is_program_supported(kind) {
         Ok(true) => None,
         Ok(false) => Some("the kernel does not know them".to_owned()),
         Err(error) => Some(error.to_string()),

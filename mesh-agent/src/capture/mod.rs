@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod features;
 mod hook;
 pub mod log;
+mod lookup;
 pub mod maps;
 pub mod pins;
 pub mod programs;

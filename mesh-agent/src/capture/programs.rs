@@ -5,12 +5,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{SchedClassifier, SkLookup},
+};
 
 use super::{
     clsact::Filters,
     features::Features,
     hook::{Hook, Place},
+    lookup::{self, Lookups},
     tcx::Links,
 };
 use crate::net::netns::Namespace;
@@ -54,6 +58,9 @@ pub enum KernelError {
         /// Why.
         error: anyhow::Error,
     },
+    /// Attaching to a namespace failed.
+    #[error("cannot attach the lookup of listeners to the pod's namespace: {0:#}")]
+    AttachLookup(anyhow::Error),
 }
 
 /// How programs are attached to interfaces.
@@ -70,6 +77,7 @@ pub enum Attachment {
 pub struct Kernel {
     bpf: Ebpf,
     attached: Attached,
+    lookups: Lookups,
 }
 
 /// What is attached, in one of the two ways.
@@ -107,7 +115,10 @@ impl Kernel {
             let program = program(&mut bpf, hook).map_err(KernelError::Load)?;
             program.load().map_err(|error| KernelError::Load(error.into()))?;
         }
-        Ok(Self { bpf, attached })
+        let lookup = lookup_program(&mut bpf).map_err(KernelError::Load)?;
+        lookup.load().map_err(|error| KernelError::Load(error.into()))?;
+        let lookups = Lookups::open(bpffs).map_err(no_directory)?;
+        Ok(Self { bpf, attached, lookups })
     }
 
     /// The loaded object, for its maps and its log.
@@ -146,12 +157,30 @@ impl Kernel {
         }
     }
 
+    /// Attaches the lookup of listeners to a workload's namespace, in the place of the one that an earlier agent left
+    /// there.
+    pub fn attach_lookup(&mut self, owner: &str, namespace: &Namespace) -> Result<(), KernelError> {
+        lookup_program(&mut self.bpf)
+            .and_then(|program| self.lookups.attach(program, owner, namespace))
+            .map_err(KernelError::AttachLookup)
+    }
+
+    /// Whether this agent's lookup is attached to the namespace, and is found there by the next agent.
+    pub fn lookup_is_in_place(&self, owner: &str, namespace: &Namespace) -> bool {
+        let Some(Ok(program)) = self.bpf.program(lookup::PROGRAM).map(<&SkLookup>::try_from) else {
+            return false;
+        };
+        program.info().is_ok_and(|info| self.lookups.is_in_place(info.id(), owner, namespace))
+    }
+
     /// Detaches everything of an owner. What is not there is no error.
     pub fn detach(&mut self, owner: &str) -> io::Result<()> {
         match &mut self.attached {
             Attached::Tcx(links) => links.detach(owner),
             Attached::Clsact(filters) => filters.detach(owner),
-        }
+        }?;
+        // After the guard: what capture passes to the lookup finds it.
+        self.lookups.detach(owner)
     }
 
     /// Names of owners that have something attached, from this agent or an earlier one.
@@ -160,6 +189,7 @@ impl Kernel {
             Attached::Tcx(links) => links.owners(),
             Attached::Clsact(filters) => filters.owners(),
         }?;
+        owners.extend(self.lookups.owners()?);
         owners.sort();
         owners.dedup();
         Ok(owners)
@@ -168,6 +198,12 @@ impl Kernel {
 
 fn program(bpf: &mut Ebpf, hook: Hook) -> anyhow::Result<&mut SchedClassifier> {
     let name = hook.program();
+    let program = bpf.program_mut(name).ok_or_else(|| anyhow::anyhow!("the object has no program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+fn lookup_program(bpf: &mut Ebpf) -> anyhow::Result<&mut SkLookup> {
+    let name = lookup::PROGRAM;
     let program = bpf.program_mut(name).ok_or_else(|| anyhow::anyhow!("the object has no program {name}"))?;
     Ok(program.try_into()?)
 }

@@ -145,6 +145,10 @@ impl Enrolled {
                 new.listeners.push(listener);
             }
         }
+        context
+            .kernel
+            .attach_lookup(&owner(new.name()), &new.local.namespace)
+            .map_err(anyhow::Error::from)?;
         for hook in [Hook::Deliver, Hook::CaptureOutbound, Hook::CaptureInbound] {
             new.attach(hook, &mut context.kernel)?;
         }
@@ -251,6 +255,10 @@ impl Enrolled {
                 self.attach(hook, kernel)?;
                 repaired.push("program");
             }
+        }
+        if !kernel.lookup_is_in_place(&owner(self.name()), &self.local.namespace) {
+            kernel.attach_lookup(&owner(self.name()), &self.local.namespace)?;
+            repaired.push("program");
         }
         for index in 0..self.listeners.len() {
             if !is_listening(&self.listeners[index].socket) {
