@@ -5,9 +5,10 @@
 //! by a run that died. Holding the lock means owning all such names.
 
 use std::{
+    collections::HashSet,
     fs::{self, File, OpenOptions},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -151,17 +152,11 @@ fn names(directory: &Path, prefix: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Ends the processes that live in these namespaces and waits until they are gone. The namespaces are a world's own,
-/// so nothing else can be in them; several rounds, as a process may be starting another.
+/// Ends the processes that live in these namespaces and waits until they are gone; several rounds, as a process may be
+/// starting another.
 fn kill_inside(namespaces: &[String]) -> Result<()> {
     let ended = wait::try_until(Duration::from_secs(10), || {
-        let mut left = vec![];
-        for namespace in namespaces {
-            let listed = netns::run(Command::new("ip").args(["netns", "pids", namespace]), None);
-            left.extend(
-                listed.unwrap_or_default().lines().filter_map(|line| line.trim().parse::<i32>().ok()),
-            );
-        }
+        let left = inhabitants(namespaces).map_err(|error| format!("{error:#}"))?;
         for pid in &left {
             // Fails only for a process that has just ended.
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
@@ -169,6 +164,30 @@ fn kill_inside(namespaces: &[String]) -> Result<()> {
         wait::holds(left.is_empty(), || format!("processes {left:?} still run in {namespaces:?}"))
     });
     ended.map_err(anyhow::Error::msg)
+}
+
+/// Processes all of whose threads are in these namespaces, which are one world's.
+///
+/// Not `ip netns pids`, which tells the processes whose first thread is in one: the agents of other worlds look for
+/// addresses in every namespace of the machine, and are in each of them for a moment, with one thread.
+fn inhabitants(namespaces: &[String]) -> Result<Vec<i32>> {
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    // A name may go meanwhile; then nobody is found by it.
+    let of_world: HashSet<(u64, u64)> =
+        namespaces.iter().filter_map(|name| identity(&Path::new(netns::NAMES).join(name)).ok()).collect();
+    let mut found = vec![];
+    for process in fs::read_dir("/proc").context("reading /proc")? {
+        let process = process.context("reading /proc")?;
+        let Ok(pid) = process.file_name().to_string_lossy().parse() else { continue };
+        // Threads and processes end while they are looked at: what is gone is nowhere.
+        let Ok(threads) = fs::read_dir(process.path().join("task")) else { continue };
+        let mut places =
+            threads.filter_map(|thread| identity(&thread.ok()?.path().join("ns/net")).ok()).peekable();
+        if places.peek().is_some() && places.all(|place| of_world.contains(&place)) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
 }
 
 fn remove_tree(path: &Path) -> Result<()> {

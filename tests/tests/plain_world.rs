@@ -2,14 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{Read, Write},
     net::IpAddr,
     path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
-use mesh_tests::{Shape, World, apps, until, wait::holds};
+use mesh_tests::{Shape, World, apps, netns::NetNs, slot::Slot, until, wait::holds};
+use nix::sched::{CloneFlags, setns};
 
 fn pings_everywhere(shape: Shape) {
     let world = World::builder()
@@ -139,4 +141,42 @@ fn the_next_world_removes_what_a_crashed_run_left() {
         let status = fs::read_to_string(format!("/proc/{inside}/status")).unwrap_or_default();
         holds(status.is_empty() || status.contains("State:\tZ"), || status)
     });
+}
+
+/// Set for the run of this program that looks into a namespace: the namespace that it comes from.
+const LOOKS: &str = "NODEMESH_TEST_LOOKS";
+
+/// Agents look for addresses in all namespaces of the machine, also in those of a world that goes meanwhile. Here it is
+/// this program itself that has one thread inside for so long, its first one, and another where it belongs.
+#[test]
+fn who_only_looks_into_a_namespace_outlives_its_world_and_who_lives_there_does_not() {
+    if let Some(home) = std::env::var_os(LOOKS) {
+        let home = File::open(home).unwrap();
+        let elsewhere = std::thread::spawn(move || {
+            setns(&home, CloneFlags::CLONE_NEWNET).unwrap();
+            std::io::stderr().write_all(b"!").unwrap();
+            std::io::stdin().read_exact(&mut [0]).unwrap();
+        });
+        return elsewhere.join().unwrap();
+    }
+    let slot = Slot::take().unwrap();
+    let namespace = NetNs::create(&format!("{}-web", slot.prefix()), false).unwrap();
+    let mut lives = namespace.command("sleep").arg("1000").spawn().unwrap();
+    let mut looking = namespace.command(std::env::current_exe().unwrap());
+    looking
+        .args(["--exact", "who_only_looks_into_a_namespace_outlives_its_world_and_who_lives_there_does_not"]);
+    looking
+        .args(["--nocapture", "--test-threads=2"])
+        .env(LOOKS, format!("/proc/{}/ns/net", std::process::id()));
+    let mut looks =
+        looking.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    looks.stderr.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+
+    slot.sweep().unwrap();
+    until("who lives there is gone", Duration::from_secs(5), || {
+        holds(lives.try_wait().unwrap().is_some(), || "it runs".into())
+    });
+    assert!(NetNs::open(namespace.name()).is_err(), "the namespace has a name");
+    looks.stdin.take().unwrap().write_all(b"!").unwrap();
+    assert!(looks.wait().unwrap().success(), "who only looked was ended with the world");
 }
