@@ -9,7 +9,8 @@ pub const CAPTURED_MARK: u32 = 0x1e00_0000;
 /// The bits of a mark that are ours.
 pub const MARK_MASK: u32 = 0x1f00_0000;
 /// Local ports of the agent's connections to applications: apart from those of tunnels, which the kernel takes from
-/// `net.ipv4.ip_local_port_range` (32768–60999 unless changed), so that the two never share a 4-tuple.
+/// `net.ipv4.ip_local_port_range` (32768–60999 unless changed; where it was, the agent keeps tunnels out of these), so
+/// that the two never share a 4-tuple.
 pub const INNER_PORTS: RangeInclusive<u16> = 10_000..=31_999;
 
 /// Entries of the map of captured addresses. When the mesh has more, the agent sets [`FLAG_CAPTURE_ALL`], so that

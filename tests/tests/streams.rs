@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_ebpf::abi::INNER_PORTS;
 use mesh_tests::{
     Server, Workload, World, apps,
     apps::Handler,
@@ -232,6 +233,34 @@ fn a_thousand_connections_in_turn_get_their_own_bytes() {
     let metrics = pair.world.agent("a").metrics().unwrap();
     let handshakes = metrics.sum("nodemesh_handshakes_total", &[]);
     assert!(handshakes < 500.0, "leases are not used again: {handshakes} handshakes");
+}
+
+/// A workload may take its local ports from where it likes; tunnels stay away from those of the connections inside.
+#[test]
+fn a_workload_with_any_range_of_local_ports_gets_its_connections() {
+    let pair = pair();
+    let [web, db] = [&pair.web, &pair.servers[1]];
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    for range in ["10000 65535", "1024 32100", "10000 31999"] {
+        web.netns.sysctl("net/ipv4/ip_local_port_range", range).unwrap();
+        let mut wire = pair.world.capture().unwrap();
+        // All at once, so that none goes through the tunnel of another.
+        let mut open: Vec<TcpStream> = (0..200)
+            .map(|n| web.connect(db.both(8080)[n % 2]).unwrap_or_else(|e| panic!("{range}, {n}: {e}")))
+            .collect();
+        for (n, stream) in open.iter_mut().enumerate() {
+            stream.write_all(b"awake?").unwrap();
+            let mut answer = [0; 6];
+            stream.read_exact(&mut answer).unwrap_or_else(|e| panic!("{range}, connection {n}: {e}"));
+        }
+        let tunnels =
+            wire.packets().unwrap().iter().filter(|packet| packet.opens && packet.destination.port() == 8080);
+        let ports: Vec<u16> = tunnels.map(|packet| packet.source.port()).collect();
+        // Some go through tunnels that the last range has left behind.
+        assert!(ports.len() >= 50, "{range}: only {} tunnels", ports.len());
+        let inner: Vec<&u16> = ports.iter().filter(|port| INNER_PORTS.contains(port)).collect();
+        assert!(inner.is_empty(), "{range}: tunnels from {inner:?}");
+    }
 }
 
 #[test]

@@ -4,4 +4,5 @@
 pub mod cgroup;
 pub mod netlink;
 pub mod netns;
+mod ports;
 pub mod socket;

@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     os::fd::{AsRawFd, FromRawFd, IntoRawFd},
     time::Duration,
 };
@@ -14,13 +15,16 @@ use mesh_ebpf::abi::{AGENT_MARK, INNER_PORTS};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::netns::Namespace;
+use super::{netns::Namespace, ports};
 
 /// Pending connections that a listener holds; `net.core.somaxconn` caps it.
 const BACKLOG: i32 = 4096;
-/// Random ports that are tried for a connection to an application. With half of the range taken by connections to the
+/// Random ports that are tried where the kernel is not to choose. With half of the range taken by connections to the
 /// same destination, one in 2^32 connections finds none.
-const INNER_PORT_ATTEMPTS: u32 = 32;
+const PORT_ATTEMPTS: u32 = 32;
+/// `ip(7)`: which part of the kernel's range of local ports this socket takes its port from; `last << 16 | first`, since
+/// Linux 6.3 and for both families at this level.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 
 /// Opens a listener that only the kernel programs lead to: bound to loopback, transparent, so that the accepted
 /// sockets' local address is the original destination. Non-blocking.
@@ -58,12 +62,27 @@ impl Family {
     }
 }
 
-/// Connects from inside a workload's namespace, from the workload's own address.
+/// Connects from inside a workload's namespace, from the workload's own address, and from none of [`INNER_PORTS`].
 ///
 /// Errors are the kernel's (`ConnectionRefused`, …), or `TimedOut` after `timeout`.
 pub async fn dial(namespace: &Namespace, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    let socket = namespace.enter(|| plain(Family::of(to.ip())))??;
-    connect(socket, to, timeout).await
+    let family = Family::of(to.ip());
+    let make = || Ok::<_, io::Error>((plain(family)?, ports::of_kernel()?));
+    let (socket, range) = namespace.enter(make)??;
+    let bound = match ports::source(&range) {
+        ports::Source::Kernel => return connect(socket, to, timeout).await,
+        ports::Source::Narrowed(ports) => match narrow(&socket, &ports) {
+            Ok(()) => return connect(socket, to, timeout).await,
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => ports,
+            Err(error) => return Err(error),
+        },
+        ports::Source::Bound(ports) => ports,
+    };
+    let unspecified: IpAddr = match family {
+        Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    connect_from(unspecified, bound, to, timeout, || namespace.enter(|| plain(family))?).await
 }
 
 /// Connects to an application inside its own namespace with the client's address as source, so that the application
@@ -78,13 +97,25 @@ pub async fn dial_as(
     to: SocketAddr,
     timeout: Duration,
 ) -> io::Result<TcpStream> {
+    let make = || namespace.enter(|| transparent(Family::of(to.ip())))?;
+    connect_from(client, INNER_PORTS, to, timeout, make).await
+}
+
+/// Connects from this address and a random port out of these.
+async fn connect_from(
+    own: IpAddr,
+    ports: RangeInclusive<u16>,
+    to: SocketAddr,
+    timeout: Duration,
+    make: impl Fn() -> io::Result<Socket>,
+) -> io::Result<TcpStream> {
     let mut taken = io::Error::from(io::ErrorKind::AddrNotAvailable);
-    for _ in 0..INNER_PORT_ATTEMPTS {
-        let socket = namespace.enter(|| transparent(Family::of(to.ip())))??;
+    for _ in 0..PORT_ATTEMPTS {
+        let socket = make()?;
         // Ports are shared by connections to different destinations; the 4-tuple has to be unique, the port not.
         socket.set_reuse_address(true)?;
-        let port = rand::random_range(INNER_PORTS);
-        let bound = socket.bind(&SockAddr::from(SocketAddr::new(client, port)));
+        let port = rand::random_range(ports.clone());
+        let bound = socket.bind(&SockAddr::from(SocketAddr::new(own, port)));
         let result = match bound {
             Ok(()) => connect(socket, to, timeout).await,
             Err(error) => Err(error),
@@ -143,6 +174,12 @@ fn transparent(family: Family) -> io::Result<Socket> {
         Family::V6 => set_option(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?,
     }
     Ok(socket)
+}
+
+/// Has the kernel take the port from these, which are part of its range.
+fn narrow(socket: &Socket, ports: &RangeInclusive<u16>) -> io::Result<()> {
+    let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
+    set_option(socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, value.cast_signed())
 }
 
 fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
