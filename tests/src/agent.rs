@@ -26,7 +26,12 @@ const READY: Duration = Duration::from_secs(20);
 /// How long a stop may take: above twice the drain deadline of its command line.
 pub const STOP: Duration = Duration::from_secs(15);
 /// Shorter than the default, so that tests which stop an agent end soon.
-pub const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
+const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long agents drain, by their command line.
+pub fn drain_deadline() -> Duration {
+    wait::scaled(DRAIN_DEADLINE)
+}
 
 /// Everything that an agent's command line needs.
 #[derive(Debug, Clone)]
@@ -70,7 +75,7 @@ impl Agent {
         command.arg("--join-token-file").arg(self.token_file());
         command.arg("--run-dir").arg(&s.run_dir).arg("--bpffs").arg(&s.bpffs);
         command.args(["--cgroup", &s.cgroup, "--admin-listen", ADMIN]);
-        command.arg("--drain-deadline").arg(format!("{}s", DRAIN_DEADLINE.as_secs()));
+        command.arg("--drain-deadline").arg(format!("{}s", drain_deadline().as_secs()));
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
         let mut program = self.program();

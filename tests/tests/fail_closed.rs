@@ -19,7 +19,7 @@ use mesh_tests::{
     manifests::{Enrolment, Mode},
     netns::NetNs,
     until,
-    wait::holds,
+    wait::{holds, scaled},
     wire::Capture,
     workload::{TIMEOUT, connect_in},
 };
@@ -137,8 +137,8 @@ fn fifty_kills_under_load_show_no_plaintext_refuse_at_once_and_heal_within_a_sec
         "{carried} connections carried; refused within {refusal:?} (at most {slowest_refusal:?}); in order within \
          {healing:?} (at most {slowest_healing:?})"
     );
-    assert!(refusal < AT_ONCE, "refused within {refusal:?}");
-    assert!(healing < IN_ORDER, "in order within {healing:?}");
+    assert!(refusal < scaled(AT_ONCE), "refused within {refusal:?}");
+    assert!(healing < scaled(IN_ORDER), "in order within {healing:?}");
 }
 
 /// Something that somebody takes away, or puts in the way.
@@ -257,7 +257,7 @@ fn what_is_taken_away_is_refused_repaired_within_five_seconds_and_counted() {
             })
         });
         let took = started.elapsed();
-        assert!(took < REPAIR, "{}: {took:?}", damage.what);
+        assert!(took < scaled(REPAIR), "{}: {took:?}", damage.what);
         for (from, to) in [(&web, db.v4(8080)), (&web, api.v6(8080)), (&db, web.v6(8080))] {
             attempt(from, to, TIMEOUT).unwrap_or_else(|e| panic!("{} repaired, yet {to}: {e}", damage.what));
         }

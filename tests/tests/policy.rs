@@ -12,7 +12,7 @@ use mesh_tests::{
     Server, Workload, WorkloadSpec, World, apps, log,
     manifests::{Enrolment, Mode},
     until,
-    wait::holds,
+    wait::{holds, scaled},
     workload::TIMEOUT,
 };
 
@@ -195,7 +195,11 @@ fn live_connections_end_within_a_second_of_the_change_that_forbids_them() {
         for mut stream in held {
             let error = stream.read(&mut [0; 1]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{reason}");
-            assert!(changed.elapsed() < Duration::from_secs(1), "{reason} after {:?}", changed.elapsed());
+            assert!(
+                changed.elapsed() < scaled(Duration::from_secs(1)),
+                "{reason} after {:?}",
+                changed.elapsed()
+            );
         }
         shop.agent("b").wait_log(reason.label(), log::refused(log::INBOUND, reason));
         let labels = [("direction", "inbound"), ("outcome", "refused"), ("reason", reason.label())];
@@ -239,7 +243,7 @@ fn live_connections_end_within_a_second_of_the_change_that_forbids_them() {
     moved();
     for mut stream in held {
         assert_eq!(stream.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-        assert!(changed.elapsed() < Duration::from_secs(1), "identity after {:?}", changed.elapsed());
+        assert!(changed.elapsed() < scaled(Duration::from_secs(1)), "identity after {:?}", changed.elapsed());
     }
     let ended = |line: &serde_json::Value| line["reason"] == "identity_mismatch";
     let line = until("an agent says why", TIMEOUT, || {

@@ -9,10 +9,11 @@ use std::{
 
 use mesh_tests::{
     Workload, World,
-    agent::{DRAIN_DEADLINE, STOP},
+    agent::{STOP, drain_deadline},
     apps,
     load::{Load, same, short},
     process::Program,
+    wait::scaled,
 };
 
 /// How many upgrades in a row.
@@ -26,7 +27,7 @@ fn long(from: &Workload, to: SocketAddr) -> io::Result<()> {
     let begun = Instant::now();
     let sent = apps::noise(1000);
     let mut answer = vec![0; sent.len()];
-    while begun.elapsed() < LIFE {
+    while begun.elapsed() < scaled(LIFE) {
         stream.write_all(&sent)?;
         stream.read_exact(&mut answer)?;
         same(&sent, &answer)?;
@@ -101,7 +102,7 @@ fn what_outlives_the_drain_deadline_is_cut_and_says_so() {
     let begun = Instant::now();
     let old = surge(&world);
     assert!(old.await_end(STOP).unwrap().success());
-    assert!(begun.elapsed() >= DRAIN_DEADLINE, "it had its time");
+    assert!(begun.elapsed() >= drain_deadline(), "it had its time");
     let error = held.read(&mut [0; 1]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "a reset, never a silent end");
     world.agent("a").wait_log("the cut", |line| line["reason"] == "agent_stopping");
@@ -116,7 +117,7 @@ fn an_agent_that_was_told_to_end_serves_until_its_deadline_if_nobody_takes_over(
     let begun = Instant::now();
     let old = world.agent("a").set_aside().unwrap();
     old.terminate().unwrap();
-    while begun.elapsed() < DRAIN_DEADLINE / 2 {
+    while begun.elapsed() < drain_deadline() / 2 {
         assert_eq!(web.exchange(db.v4(8080), b"still").unwrap(), b"still");
     }
     assert!(old.await_end(STOP).unwrap().success());
@@ -139,7 +140,7 @@ fn a_second_agent_takes_over_and_the_first_stands_down_until_it_is_told_to_end()
     }
     // Longer than a drain would take: nobody told the first to end, so it carries on what it has.
     let begun = Instant::now();
-    while begun.elapsed() < DRAIN_DEADLINE + Duration::from_secs(1) {
+    while begun.elapsed() < drain_deadline() + Duration::from_secs(1) {
         held.write_all(b"held").unwrap();
         held.read_exact(&mut [0; 4]).unwrap();
         assert_eq!(web.exchange(db.v4(8080), b"new").unwrap(), b"new");
@@ -171,7 +172,7 @@ fn an_agent_that_stood_down_still_ends_what_a_new_policy_forbids() {
     let error = held.read(&mut [0; 1]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(2), "cut after {took:?}");
+    assert!(took < scaled(Duration::from_secs(2)), "cut after {took:?}");
     agent.wait_log("the cut", |line| line["reason"] == "policy_not_allowed");
     assert!(first.stop(STOP).unwrap().success());
 }

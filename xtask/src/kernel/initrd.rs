@@ -13,8 +13,9 @@ use super::{Test, cpio::Cpio, packages::Unpacked, program};
 use crate::run::{clean, read};
 
 /// Modules that worlds and agent need; what they depend on comes along. What a kernel has built in is no file of it.
-const MODULES: [&str; 26] = [
+const MODULES: [&str; 27] = [
     "veth",
+    "macvlan",
     "bridge",
     "br_netfilter",
     "sch_ingress",
@@ -48,9 +49,10 @@ const HOST_PROGRAMS: [&str; 4] = ["ip", "ss", "tc", "sh"];
 const IPTABLES: [&str; 4] = ["iptables", "ip6tables", "iptables-save", "ip6tables-save"];
 
 /// How much slower than a real machine the emulated one is taken to be; see `wait::scaled` of the tests.
-const TIME_SCALE: u32 = 4;
-/// Seconds that one test may take.
-const TEST_SECONDS: u32 = 240;
+const TIME_SCALE: u32 = 8;
+/// Open files that a process may have: more than the kernel gives the first one, which tests with thousands of
+/// connections need.
+const OPEN_FILES: u32 = 65_536;
 
 const DIRECTORIES: [&str; 20] = [
     "bin",
@@ -219,7 +221,8 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 fn script<'a>(modules: impl Iterator<Item = &'a str>, tests: &[Test]) -> String {
     let load: String =
         modules.map(|name| format!("insmod /lib/modules/{name}.ko || echo \"no {name}\"\n")).collect();
-    let run: String = tests.iter().map(|test| format!("run {} {}\n", test.program, test.name)).collect();
+    let run: String =
+        tests.iter().map(|test| format!("run {} {} {}\n", test.program, test.name, test.seconds())).collect();
     format!(
         r#"#!/bin/sh
 /bin/busybox --install -s /bin
@@ -235,12 +238,13 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 {load}
+ulimit -n {OPEN_FILES}
 export NODEMESH_BIN_DIR=/mesh/bin NODEMESH_TIME_SCALE={TIME_SCALE} RUST_BACKTRACE=0
 exec 3>/dev/ttyS1
 stty -F /dev/ttyS1 raw
 run() {{
     echo "start $1 $2" >&3
-    if timeout -s KILL {TEST_SECONDS} /mesh/tests/$1 --exact $2 --nocapture --test-threads=1 >/tmp/out 2>&1; then
+    if timeout -s KILL $3 /mesh/tests/$1 --exact $2 --nocapture --test-threads=1 >/tmp/out 2>&1; then
         echo "passed $1 $2" >&3
     else
         tail -n 400 /tmp/out | sed 's/^/out /' >&3

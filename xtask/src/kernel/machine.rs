@@ -14,12 +14,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use super::Test;
 use crate::run::clean;
 
 /// Memory of the machine: the archive unpacked, and worlds.
 const MEMORY: &str = "3G";
-/// How long the machine may say nothing: longer than one test may take.
-const SILENCE: Duration = Duration::from_secs(300);
+/// How long the machine may say nothing beside what a test may take: it boots, or looks after a test that was ended.
+const SILENCE: Duration = Duration::from_secs(120);
 /// Lines of the console that a failure shows.
 const TAIL_LINES: usize = 60;
 
@@ -37,8 +38,9 @@ impl Verdict {
     }
 }
 
-/// Boots, and returns how each test ended; an error if not all `expected` tests did.
-pub(super) fn run(image: &Path, archive: &Path, directory: &Path, expected: usize) -> Result<Vec<Verdict>> {
+/// Boots, and returns how each test ended; an error if not all of them did.
+pub(super) fn run(image: &Path, archive: &Path, directory: &Path, tests: &[Test]) -> Result<Vec<Verdict>> {
+    let expected = tests.len();
     let console = directory.join("console.log");
     let mut emulator = Emulator(command(image, archive, &console).spawn().context("starting the emulator")?);
     let results = emulator.0.stdout.take().context("the emulator's output is ours")?;
@@ -53,10 +55,13 @@ pub(super) fn run(image: &Path, archive: &Path, directory: &Path, expected: usiz
     let mut verdicts = vec![];
     let mut started = Instant::now();
     loop {
-        let line = match lines.recv_timeout(SILENCE) {
+        // They come in the order of the list: the next one is what it is at.
+        let of_test = tests.get(verdicts.len()).map_or(0, Test::seconds);
+        let silence = SILENCE + Duration::from_secs(of_test.into());
+        let line = match lines.recv_timeout(silence) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => {
-                bail!("the machine says nothing for {SILENCE:?}\n{}", tail(&console))
+                bail!("the machine says nothing for {silence:?}\n{}", tail(&console))
             }
             Err(RecvTimeoutError::Disconnected) => {
                 bail!("the machine ended after {} of {expected} tests\n{}", verdicts.len(), tail(&console))
