@@ -13,7 +13,7 @@ use std::{
 
 use axum::{
     Extension, Json, Router,
-    extract::State,
+    extract::{Query, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
@@ -25,13 +25,14 @@ use hyper_util::{
 use mesh_core::{identity::SpiffeId, model::Name, view::Snapshot};
 use mesh_settings::{InForce, log::LogFilter};
 use prometheus_client::registry::Registry;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     identity::Certificates,
+    live::{self, Connections},
     rpc::Connection,
     view::{Enrolment, WorkloadState},
 };
@@ -50,6 +51,9 @@ pub trait Observed: Send + Sync + 'static {
 
     /// The agent's state.
     fn state(&self) -> NodeState;
+
+    /// The connections that live now.
+    fn connections(&self) -> &Connections;
 
     /// Its settings, as they were given.
     fn settings(&self) -> &[InForce];
@@ -167,6 +171,7 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/api/v1/state", get(state))
+        .route("/api/v1/connections", get(connections))
         .route("/api/v1/config", get(config))
         .route("/api/v1/log-level", get(log_level).put(set_log_level))
         .with_state(Shared { registry, agent });
@@ -223,6 +228,33 @@ async fn state(State(shared): State<Shared>) -> Json<NodeState> {
     Json(shared.agent.state())
 }
 
+/// What `/api/v1/connections` may be asked.
+#[derive(Debug, Deserialize)]
+struct Wanted {
+    /// Those of one workload, at either end.
+    workload: Option<String>,
+    /// At most so many.
+    limit: Option<usize>,
+}
+
+async fn connections(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
+    let workload = match wanted.workload.map(|name| name.parse::<Name>()).transpose() {
+        Ok(workload) => workload,
+        Err(error) => return failed(StatusCode::BAD_REQUEST, &error),
+    };
+    let limit = wanted.limit.unwrap_or(live::ANSWER);
+    if !(1..=live::MOST).contains(&limit) {
+        let error = format!("a limit of {limit}: an answer has between 1 and {} connections", live::MOST);
+        return failed(StatusCode::BAD_REQUEST, &error);
+    }
+    Json(shared.agent.connections().list(workload.as_ref(), limit)).into_response()
+}
+
+/// Why a question has no answer.
+fn failed(status: StatusCode, error: &impl ToString) -> Response {
+    (status, Json(serde_json::json!({"error": error.to_string()}))).into_response()
+}
+
 async fn config(State(shared): State<Shared>) -> Response {
     let settings = shared.agent.settings().iter();
     let rows: Vec<_> =
@@ -241,19 +273,16 @@ async fn set_log_level(
     headers: HeaderMap,
     filter: String,
 ) -> Response {
-    let failed = |status: StatusCode, error: String| {
-        (status, Json(serde_json::json!({"error": error}))).into_response()
-    };
     if !peer.ip().is_loopback() || !named_by_address(&headers) {
         let error = "the log level is changed from the agent's own machine, by its loopback address";
-        return failed(StatusCode::FORBIDDEN, error.into());
+        return failed(StatusCode::FORBIDDEN, &error);
     }
     match shared.agent.log().set(&filter) {
         Ok(()) => {
             tracing::info!(filter, "the log level was changed");
             Json(serde_json::json!({"filter": filter})).into_response()
         }
-        Err(error) => failed(StatusCode::BAD_REQUEST, error.to_string()),
+        Err(error) => failed(StatusCode::BAD_REQUEST, &error),
     }
 }
 
@@ -276,11 +305,15 @@ mod tests {
 
     use super::*;
 
-    struct Agent(Mutex<Result<(), String>>, LogFilter);
+    struct Agent(Mutex<Result<(), String>>, LogFilter, Connections);
 
     impl Observed for Agent {
         fn ready(&self) -> Result<(), String> {
             self.0.lock().unwrap().clone()
+        }
+
+        fn connections(&self) -> &Connections {
+            &self.2
         }
 
         fn settings(&self) -> &[InForce] {
@@ -325,7 +358,8 @@ mod tests {
         let repairs: Counter = Counter::default();
         registry.register("nodemesh_repairs", "What was put back", repairs.clone());
         repairs.inc();
-        let agent = Arc::new(Agent(Mutex::new(Err("no view yet".into())), LogFilter::detached("info")));
+        let unready = Mutex::new(Err("no view yet".into()));
+        let agent = Arc::new(Agent(unready, LogFilter::detached("info"), Connections::default()));
         let listener = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
@@ -344,6 +378,13 @@ mod tests {
         assert_eq!(state["node"], "n1");
         assert_eq!(state["controller_connected"], false);
         assert_eq!(state["controller_error"], "no route");
+
+        let answer = ask(address, "/api/v1/connections?workload=shop/web&limit=10").await;
+        assert!(answer.ends_with(r#"{"total":0,"connections":[]}"#), "{answer}");
+        for (query, cure) in [("workload=web", "NAMESPACE/NAME"), ("limit=0", "between 1 and 10000")] {
+            let answer = ask(address, &format!("/api/v1/connections?{query}")).await;
+            assert!(answer.starts_with("HTTP/1.1 400") && answer.contains(cure), "{answer}");
+        }
 
         let answer = put_log_level(address, "127.0.0.1:15021", "debug").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");

@@ -29,6 +29,7 @@ use crate::{
     headroom,
     health::Condition,
     identity::{Certificates, store::Identities},
+    live::Connections,
     metrics::Metrics,
     net::{cgroup, netns::Namespace},
     ownership::{self, Ownership},
@@ -111,7 +112,7 @@ async fn serve(
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),
     };
-    let observed = Arc::new(State::of(config, &control, log_filter));
+    let observed = Arc::new(State::of(config, &control, &node, log_filter));
     let listener = admin::listen(config.admin_listen).await?;
     let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
     let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
@@ -269,10 +270,11 @@ struct State {
     certificates: watch::Receiver<Certificates>,
     condition: watch::Receiver<Condition>,
     reports: ReportHandle,
+    connections: Arc<Connections>,
 }
 
 impl State {
-    fn of(config: &Config, control: &Control, log: LogFilter) -> Self {
+    fn of(config: &Config, control: &Control, node: &Node, log: LogFilter) -> Self {
         Self {
             node: config.node.clone(),
             settings: config.in_force.clone(),
@@ -282,6 +284,7 @@ impl State {
             certificates: control.certificates.clone(),
             condition: control.condition.clone(),
             reports: control.reports.clone(),
+            connections: node.connections().clone(),
         }
     }
 }
@@ -300,6 +303,10 @@ impl Observed for State {
             Some(workload) => Err(format!("{} is not enrolled yet", workload.name)),
             None => Ok(()),
         }
+    }
+
+    fn connections(&self) -> &Connections {
+        &self.connections
     }
 
     fn settings(&self) -> &[InForce] {

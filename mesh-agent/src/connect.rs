@@ -119,7 +119,7 @@ impl Connector {
         let mut first = First::default();
         match route {
             Route::Outside(to) => {
-                entry.destination.address = Some(to);
+                entry.told().destination.address = Some(to);
                 let opened = self.plaintext(ask, to, &mut first, entry).await;
                 opened.map(|way| Opened { way, attempt: None }).map_err(Miss::stop)
             }
@@ -128,7 +128,7 @@ impl Connector {
                 opened.map(|way| Opened { way, attempt: None }).map_err(Miss::stop)
             }
             Route::Service { service, endpoints } => {
-                entry.destination.service = Some(service.name.clone());
+                entry.told().destination.service = Some(service.name.clone());
                 self.any_of(ask, &endpoints, &mut first, entry).await
             }
         }
@@ -172,16 +172,16 @@ impl Connector {
         first: &mut First,
         entry: &mut Entry,
     ) -> Result<Way, Miss> {
-        entry.destination.workload = Some(workload.name.clone());
-        entry.destination.address = Some(to);
+        entry.told().destination.workload = Some(workload.name.clone());
+        entry.told().destination.address = Some(to);
         match route::transport(workload).map_err(|reason| Miss::NotTaken(reason.into()))? {
             Transport::Tunnel => {
                 let peer = ask
                     .view
                     .identity(&workload.name)
                     .ok_or_else(|| Miss::NotTaken(Reason::NoEndpoint.into()))?;
-                entry.destination.identity = Some(peer.clone());
-                entry.transport = Some(Transport::Tunnel);
+                entry.told().destination.identity = Some(peer.clone());
+                entry.told().transport = Some(Transport::Tunnel);
                 self.tunnel(ask, peer, to, first, entry).await.map(Way::Tunnel)
             }
             Transport::Plaintext => self.plaintext(ask, to, first, entry).await,
@@ -195,7 +195,7 @@ impl Connector {
         first: &mut First,
         entry: &mut Entry,
     ) -> Result<Way, Miss> {
-        entry.transport = Some(Transport::Plaintext);
+        entry.told().transport = Some(Transport::Plaintext);
         let dial = socket::dial(&ask.local.namespace, to, self.limits.dial_timeout);
         let stream = until_reset(ask.app, dial).await?.map_err(|e| Miss::NotTaken(dial_refusal(&e, to)))?;
         // Only there when a tunnel to another endpoint was tried before.
@@ -209,7 +209,7 @@ impl Connector {
                 Err(error) => return Err(broken(error).into()),
             }
         }
-        entry.flow.sent(first.bytes().len());
+        entry.flow().sent(first.bytes().len());
         Ok(Way::Plaintext(stream))
     }
 
@@ -264,7 +264,7 @@ impl Connector {
         let nothing_said = Said { own_end: false, peer_end: false };
         match asked {
             Ok(Ok(Ok(()))) => {
-                entry.flow.sent(first.bytes().len());
+                entry.flow().sent(first.bytes().len());
                 first.clear();
                 Ok(Lease { link, key })
             }

@@ -11,7 +11,7 @@
 //! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
-//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`] | what the steps stand on; how near limits are |
+//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`] | what the steps stand on; how near limits are; the connections that live now |
 //! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads |
 //! | 9 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do |
 
@@ -31,6 +31,7 @@ pub mod health;
 pub mod identity;
 pub mod limits;
 pub mod listen;
+pub mod live;
 pub mod local;
 pub mod metrics;
 pub mod net;

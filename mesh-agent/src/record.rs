@@ -8,24 +8,22 @@
 use std::{
     fs::OpenOptions,
     io::{self, BufWriter, Write},
-    net::SocketAddr,
     path::Path,
-    sync::{Arc, OnceLock},
-    time::{Duration, Instant, SystemTime},
+    sync::{Arc, MutexGuard, OnceLock},
+    time::{Duration, Instant},
 };
 
 use mesh_core::{
-    identity::SpiffeId,
     model::Name,
     policy::{RuleRef, WouldRefuse},
     refusal::{Reason, Step},
-    route::Transport,
 };
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
+    live::{Connections, Party, Registered, Told, transport_label},
     metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics},
     quota::Share,
     refusal::{Failure, Stop},
@@ -110,33 +108,19 @@ pub(crate) struct Recorder {
     pub(crate) node: Arc<str>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) log: AccessLog,
-}
-
-/// One end of a connection, as far as it is known.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct Party {
-    pub(crate) workload: Option<Name>,
-    pub(crate) service: Option<Name>,
-    pub(crate) identity: Option<Arc<SpiffeId>>,
-    pub(crate) address: Option<SocketAddr>,
+    pub(crate) connections: Arc<Connections>,
 }
 
 /// A connection that will be recorded.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    pub(crate) source: Party,
-    pub(crate) destination: Party,
-    pub(crate) transport: Option<Transport>,
+    pub(crate) live: Registered,
     pub(crate) rule: Option<RuleRef>,
     pub(crate) view: Option<Arc<mesh_core::view::Snapshot>>,
-    pub(crate) flow: Flow,
     /// Its place among the node's connections. Here, and not on the way, to keep that small.
     pub(crate) place: Option<Box<Share<u64>>>,
     would_refuse: OnceLock<WouldRefuse>,
     recorder: Recorder,
-    direction: Direction,
-    workload: Name,
-    time: SystemTime,
     began: Instant,
     result: Result<(), Stop>,
     withdrawn: bool,
@@ -146,19 +130,14 @@ pub(crate) struct Entry {
 impl Recorder {
     /// A connection of this workload has arrived.
     pub(crate) fn begin(&self, direction: Direction, workload: &Name) -> Box<Entry> {
+        let flow = Flow::new(self.metrics.bytes(direction).clone());
         Box::new(Entry {
-            source: Party::default(),
-            destination: Party::default(),
-            transport: None,
+            live: self.connections.begin(direction, workload, flow),
             rule: None,
             view: None,
-            flow: Flow::new(self.metrics.bytes(direction).clone()),
             place: None,
             would_refuse: OnceLock::new(),
             recorder: self.clone(),
-            direction,
-            workload: workload.clone(),
-            time: SystemTime::now(),
             began: Instant::now(),
             result: Err(Failure::Dropped.into()),
             withdrawn: false,
@@ -168,6 +147,21 @@ impl Recorder {
 }
 
 impl Entry {
+    /// What is known of it; for one statement, never across a wait.
+    pub(crate) fn told(&self) -> MutexGuard<'_, Told> {
+        self.live.told()
+    }
+
+    /// Bytes can flow.
+    pub(crate) fn opened(&self) {
+        self.told().open = true;
+    }
+
+    /// Its bytes.
+    pub(crate) fn flow(&self) -> &Flow {
+        &self.live.flow
+    }
+
     /// How it ended. Records it.
     pub(crate) fn finish(mut self: Box<Self>, result: Result<(), Stop>) {
         self.result = result;
@@ -189,19 +183,11 @@ impl Entry {
         let Some(found) = found else { return };
         let labels = AuditLabels {
             policy: found.policy.to_string(),
-            workload: self.workload.to_string(),
+            workload: self.live.workload.to_string(),
             reason: found.reason.label(),
         };
         if self.would_refuse.set(found).is_ok() {
             self.recorder.metrics.audit_refused(&labels);
-        }
-    }
-
-    fn transport_label(&self) -> &'static str {
-        match self.transport {
-            Some(Transport::Tunnel) => "tunnel",
-            Some(Transport::Plaintext) => "plaintext",
-            None => "",
         }
     }
 
@@ -214,20 +200,21 @@ impl Entry {
     }
 
     fn line(&self) -> Result<String, serde_json::Error> {
-        let (bytes_sent, bytes_received) = self.flow.totals();
+        let (bytes_sent, bytes_received) = self.flow().totals();
         let detail = self.result.as_ref().err().map(|stop| match stop {
             Stop::Refused(refusal) if refusal.detail.is_empty() => refusal.reason.says().to_owned(),
             Stop::Refused(refusal) => refusal.detail.to_string(),
             Stop::Failed(failure) => failure.to_string(),
         });
+        let told = self.told();
         let event = Event {
-            time: OffsetDateTime::from(self.time).format(&Rfc3339).unwrap_or_default(),
+            time: OffsetDateTime::from(self.live.time).format(&Rfc3339).unwrap_or_default(),
             duration_ms: self.began.elapsed().as_secs_f64() * 1000.0,
-            direction: self.direction,
+            direction: self.live.direction,
             node: &self.recorder.node,
-            source: EndEvent::of(&self.source),
-            destination: EndEvent::of(&self.destination),
-            transport: self.transport_label(),
+            source: &told.source,
+            destination: &told.destination,
+            transport: transport_label(told.transport),
             rule: self.deciding_rule().map(ToString::to_string),
             would_refuse: self.would_refuse.get(),
             bytes_sent,
@@ -258,11 +245,11 @@ impl Drop for Entry {
             self.recorder.metrics.limit_hit(limit);
         }
         self.recorder.metrics.connection_ended(&ConnectionLabels {
-            direction: self.direction,
-            workload: self.workload.to_string(),
+            direction: self.live.direction,
+            workload: self.live.workload.to_string(),
             outcome: outcome(&self.result),
             reason: reason(&self.result).unwrap_or(""),
-            transport: self.transport_label(),
+            transport: transport_label(self.told().transport),
         });
         match self.line().map(|line| self.recorder.log.lines.try_send(Line::Text(line))) {
             Ok(Ok(())) => {}
@@ -295,8 +282,8 @@ struct Event<'a> {
     duration_ms: f64,
     direction: Direction,
     node: &'a str,
-    source: EndEvent<'a>,
-    destination: EndEvent<'a>,
+    source: &'a Party,
+    destination: &'a Party,
     transport: &'static str,
     rule: Option<String>,
     would_refuse: Option<&'a WouldRefuse>,
@@ -307,24 +294,4 @@ struct Event<'a> {
     reason: Option<&'static str>,
     detail: Option<String>,
     view: Option<&'a str>,
-}
-
-#[derive(Serialize)]
-struct EndEvent<'a> {
-    workload: Option<&'a Name>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    service: Option<&'a Name>,
-    identity: Option<&'a SpiffeId>,
-    address: Option<SocketAddr>,
-}
-
-impl<'a> EndEvent<'a> {
-    fn of(party: &'a Party) -> Self {
-        Self {
-            workload: party.workload.as_ref(),
-            service: party.service.as_ref(),
-            identity: party.identity.as_deref(),
-            address: party.address,
-        }
-    }
 }

@@ -186,7 +186,7 @@ async fn a_bundle_has_what_helps_and_no_secret() {
 fn completions_and_help_name_every_command() {
     let script = meshctl(&["completion", "bash"]);
     let text = String::from_utf8(script.stdout).unwrap();
-    for command in ["status", "certificates", "log-level", "bundle", "check", "why"] {
+    for command in ["status", "certificates", "connections", "log-level", "bundle", "check", "why"] {
         assert!(text.contains(command), "{command} is not in the completion");
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{
-    controller::{log_level, running},
+    controller::{CommandOutput, log_level, running},
     http,
     metrics::Metrics,
     netns::{self, NetNs},
@@ -169,6 +169,13 @@ impl Agent {
     pub fn state(&self) -> Result<Value> {
         let answer = self.get("/api/v1/state")?;
         serde_json::from_str(&answer.body).with_context(|| format!("not JSON: {}", answer.body))
+    }
+
+    /// `meshctl` on its node: exit status and what it printed.
+    pub fn meshctl(&self, arguments: &[&str]) -> Result<CommandOutput> {
+        let mut command = self.settings.netns.command(process::binaries()?.join("meshctl"));
+        command.args(["--agent", &format!("http://{ADMIN}")]).args(arguments);
+        CommandOutput::of(&mut command)
     }
 
     /// Waits until it holds exactly this many workloads enrolled, and none unprotected.

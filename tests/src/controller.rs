@@ -159,12 +159,7 @@ impl Controller {
     pub fn meshctl(&self, arguments: &[&str]) -> Result<CommandOutput> {
         let mut command = self.netns.command(process::binaries()?.join("meshctl"));
         command.args(["--controller", &format!("http://{ADMIN}")]).args(arguments);
-        let output = command.output().with_context(|| format!("starting {command:?}"))?;
-        Ok(CommandOutput {
-            success: output.status.success(),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        })
+        CommandOutput::of(&mut command)
     }
 
     /// Its log file.
@@ -195,6 +190,18 @@ pub struct CommandOutput {
     pub stdout: String,
     /// Standard error.
     pub stderr: String,
+}
+
+impl CommandOutput {
+    /// Runs a command line to its end.
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let output = command.output().with_context(|| format!("starting {command:?}"))?;
+        Ok(Self {
+            success: output.status.success(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
 }
 
 /// The log level of processes under test: `RUST_LOG` of the test run, else debug, so that a failure can be read.

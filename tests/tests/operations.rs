@@ -1,10 +1,18 @@
 //! What an operator does to agents and controller, and what they take of a machine.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+    path::Path,
+    time::Duration,
+};
 
 use mesh_agent::privileges::NEEDED;
-use mesh_tests::{WorkloadSpec, World, apps, until, wait::holds, workload::TIMEOUT};
+use mesh_tests::{WorkloadSpec, World, agent::Agent, apps, until, wait::holds, workload::TIMEOUT};
+use serde_json::{Value, json};
 
 /// What the issue gives the agent to repair.
 const REPAIR: Duration = Duration::from_secs(5);
@@ -102,5 +110,82 @@ fn uninstall_leaves_the_machine_as_it_was_before() {
     for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
         let cgroup = Path::new(root).join(world.agent("a").cgroup());
         assert!(!present(&cgroup), "{} is left", cgroup.display());
+    }
+}
+
+/// What `meshctl connections` shows on an agent's node.
+fn connections(agent: &Agent, arguments: &[&str]) -> Result<Value, String> {
+    let shown = agent.meshctl(&[&["--output", "json", "connections"], arguments].concat());
+    let shown = shown.map_err(|error| format!("{error:#}"))?;
+    serde_json::from_str(&shown.stdout).map_err(|error| format!("{error}: {shown:?}"))
+}
+
+/// Sends as many bytes and reads them back.
+fn echoed(stream: &mut TcpStream, bytes: usize) {
+    stream.write_all(&vec![7; bytes]).unwrap();
+    stream.read_exact(&mut vec![0; bytes]).unwrap();
+}
+
+#[test]
+fn a_live_connection_is_shown_with_its_bytes_and_is_gone_when_it_ends() {
+    let world = World::shop().service("shop/db", "db", 80, 8080).build().unwrap();
+    let (web, api, db) = (world.workload("web"), world.workload("api"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let [a, b] = ["a", "b"].map(|node| world.agent(node));
+    let service = world.service("shop/db").v4;
+
+    let mut through_service = web.connect((service, 80).into()).unwrap();
+    echoed(&mut through_service, 5000);
+    let ends = |service: Value| {
+        let address = |address| format!("{address}");
+        let mut destination =
+            json!({"workload": "shop/db", "identity": db.identity(), "address": address(db.v4(8080))});
+        if !service.is_null() {
+            destination["service"] = service;
+        }
+        let source = address(through_service.local_addr().unwrap());
+        let source = json!({"workload": "shop/web", "identity": web.identity(), "address": source});
+        (source, destination)
+    };
+    for (agent, node, direction, service) in
+        [(a, "a", "outbound", json!("shop/db")), (b, "b", "inbound", Value::Null)]
+    {
+        let (source, destination) = ends(service);
+        let shown = until(&format!("it is shown on {node}"), TIMEOUT, || {
+            let shown = connections(agent, &["shop/web"])?;
+            let row = &shown["connections"][0];
+            holds(row["bytes_sent"] == 5000 && row["bytes_received"] == 5000, || shown.to_string())?;
+            Ok(shown)
+        });
+        assert_eq!((&shown["node"], &shown["total"]), (&json!(node), &json!(1)), "{shown}");
+        let row = &shown["connections"][0];
+        assert_eq!((&row["source"], &row["destination"]), (&source, &destination), "{shown}");
+        assert_eq!((&row["direction"], &row["transport"]), (&json!(direction), &json!("tunnel")), "{shown}");
+        assert_eq!(row["state"], "open", "{shown}");
+    }
+    echoed(&mut through_service, 100);
+    until("its bytes go on", TIMEOUT, || {
+        let shown = connections(a, &[])?;
+        holds(shown["connections"][0]["bytes_received"] == 5100, || shown.to_string())
+    });
+
+    // More than what is asked for, and a table that says so; another workload's are not those of this one.
+    let others: Vec<TcpStream> = (0..3).map(|_| api.connect(db.v6(8080)).unwrap()).collect();
+    until("four are open", TIMEOUT, || {
+        let shown = connections(b, &["shop/db"])?;
+        holds(shown["total"] == 4, || shown.to_string())
+    });
+    let cut = b.meshctl(&["connections", "--limit", "2"]).unwrap().stdout;
+    assert!(cut.contains("the newest 2 of 4") && cut.matches("inbound").count() == 2, "{cut}");
+    assert_eq!(connections(a, &["shop/web"]).unwrap()["total"], 1);
+    let wrong = a.meshctl(&["connections", "web"]).unwrap();
+    assert!(!wrong.success && wrong.stderr.contains("NAMESPACE/NAME"), "{wrong:?}");
+
+    drop((through_service, others));
+    for agent in [a, b] {
+        until("all are gone", TIMEOUT, || {
+            let shown = connections(agent, &[])?;
+            holds(shown["total"] == 0 && shown["connections"] == json!([]), || shown.to_string())
+        });
     }
 }

@@ -6,7 +6,7 @@ use super::{
     Accepted,
     preface::{MAX_PEEK, is_tunnel},
 };
-use crate::{limits::Limits, record::Party, refusal::Refusal, tunnel::buffers::Buffer};
+use crate::{limits::Limits, live::Party, refusal::Refusal, tunnel::buffers::Buffer};
 use mesh_core::{
     frame::Open,
     identity::SpiffeId,

@@ -38,7 +38,7 @@ use crate::{
 /// are one connection each.
 pub(super) async fn serve(accepted: Accepted, node: &Node) {
     let mut entry = begin(&At::of(&accepted), node);
-    entry.source.address = Some(accepted.peer);
+    entry.told().source.address = Some(accepted.peer);
     let arrived = tokio::select! {
         arrived = Box::pin(arrive(&accepted, node, &mut entry)) => arrived,
         refusal = node.cut(&accepted.workload) => Err(refusal),
@@ -89,9 +89,9 @@ impl At {
 }
 
 fn begin(at: &At, node: &Node) -> Box<Entry> {
-    let mut entry = node.inner.recorder.begin(Direction::Inbound, &at.workload.name);
-    entry.destination.workload = Some(at.workload.name.clone());
-    entry.destination.address = Some(at.original);
+    let entry = node.inner.recorder.begin(Direction::Inbound, &at.workload.name);
+    entry.told().destination.workload = Some(at.workload.name.clone());
+    entry.told().destination.address = Some(at.original);
     entry
 }
 
@@ -111,10 +111,10 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
     let view = node.view()?;
     entry.view = Some(view.clone());
     let destination = authorize::destination(&view, &accepted.workload.name)?;
-    entry.destination.identity = view.identity(&destination.name).cloned();
+    entry.told().destination.identity = view.identity(&destination.name).cloned();
     let turn = node.inner.turns.wait(accepted.workload.id(), accepted.peer.ip()).await?;
     let how = identify::arrival(accepted, &view, &destination, node.limits()).await?;
-    entry.transport = Some(match how {
+    entry.told().transport = Some(match how {
         Arrival::Tunnel => Transport::Tunnel,
         Arrival::Plaintext => Transport::Plaintext,
     });
@@ -125,7 +125,7 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
 async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
     let (at, client) = (At::of(accepted), accepted.peer.ip());
     // May they? The address names the source for the log alone: nothing proves it.
-    entry.source.workload = view.workload_at(client).map(|workload| workload.name.clone());
+    entry.told().source.workload = view.workload_at(client).map(|workload| workload.name.clone());
     let Allowed { rule, would_refuse } = may(view, &at, None)?;
     entry.allowed(rule, would_refuse);
     let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
@@ -135,8 +135,9 @@ async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mu
     let app =
         Box::pin(connect::application(&at.workload.namespace, client, at.original, limits.dial_timeout));
     let app = ResetOnDrop::new(app.await?);
+    entry.opened();
     tokio::select! {
-        carried = relay::plain::run(&accepted.stream, app, &entry.flow, limits.ready_wait) => Ok(carried?),
+        carried = relay::plain::run(&accepted.stream, app, entry.flow(), limits.ready_wait) => Ok(carried?),
         refusal = revoked(node, &at, None, entry) => Err(refusal.into()),
     }
 }
@@ -204,9 +205,9 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
 
 /// A tunnel that ends for a reason without having asked for a connection.
 fn unasked(at: &At, node: &Node, reason: Reason, detail: impl Into<std::borrow::Cow<'static, str>>) {
-    let mut entry = begin(at, node);
-    entry.source.address = Some(at.from);
-    entry.transport = Some(Transport::Tunnel);
+    let entry = begin(at, node);
+    entry.told().source.address = Some(at.from);
+    entry.told().transport = Some(Transport::Tunnel);
     entry.finish(Err(Refusal::new(reason, detail).into()));
 }
 
@@ -229,7 +230,8 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     };
 
     // The bytes, for as long as they may.
-    let carried = Carried { flow: &entry.flow, direction: Direction::Inbound, wait };
+    entry.opened();
+    let carried = Carried { flow: entry.flow(), direction: Direction::Inbound, wait };
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, carried) => carried,
         refusal = revoked(node, at, Some(&proved), &entry) => return cut(entry, refusal),
@@ -273,9 +275,9 @@ async fn admit(
     entry: &mut Entry,
 ) -> Result<(ResetOnDrop, Admission), Refusal> {
     let open = &proved.open;
-    entry.transport = Some(Transport::Tunnel);
-    entry.source.address = Some(open.source);
-    entry.source.identity = Some(Arc::new(proved.identity.clone()));
+    entry.told().transport = Some(Transport::Tunnel);
+    entry.told().source.address = Some(open.source);
+    entry.told().source.identity = Some(Arc::new(proved.identity.clone()));
     if open.port != at.original.port() || open.source.is_ipv4() != at.original.is_ipv4() {
         let detail =
             format!("OPEN from {} to port {} on a tunnel to {}", open.source, open.port, at.original);
@@ -283,8 +285,8 @@ async fn admit(
     }
     let view = node.view()?;
     entry.view = Some(view.clone());
-    entry.destination.identity = view.identity(&at.workload.name).cloned();
-    entry.source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
+    entry.told().destination.identity = view.identity(&at.workload.name).cloned();
+    entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
     let Allowed { rule, would_refuse } = may(&view, at, Some(proved))?;
     entry.allowed(rule, would_refuse);
     let limits = node.limits();

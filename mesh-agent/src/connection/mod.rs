@@ -20,6 +20,7 @@ use crate::{
     connect::Connector,
     drain::Drain,
     identity::store::Identities,
+    live::Connections,
     metrics::Metrics,
     net::socket,
     quota::{Quota, Share},
@@ -82,7 +83,8 @@ impl Node {
                 () = stopping.draining() => reaped.stop(),
             }
         });
-        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log };
+        let connections = Arc::default();
+        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, connections };
         let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
         Self { inner: Arc::new(Inner { view, recorder, connector, places, turns, idle }) }
@@ -91,6 +93,11 @@ impl Node {
     /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
     pub fn forget(&self, workload: &Local) {
         self.inner.connector.pool.forget(workload.id());
+    }
+
+    /// The connections that live now.
+    pub fn connections(&self) -> &Arc<Connections> {
+        &self.inner.recorder.connections
     }
 
     /// The drain under which [`serve`] should be spawned.
@@ -145,8 +152,8 @@ pub async fn serve(accepted: Accepted, node: Node) {
     match accepted.direction {
         Direction::Outbound => {
             let mut entry = node.inner.recorder.begin(Direction::Outbound, &accepted.workload.name);
-            entry.source.address = Some(accepted.peer);
-            entry.destination.address = Some(accepted.original);
+            entry.told().source.address = Some(accepted.peer);
+            entry.told().destination.address = Some(accepted.original);
             // The story may be cut anywhere: what it leaves behind is reset here.
             let result = tokio::select! {
                 result = outbound::serve(&accepted, &node, &mut entry) => result,

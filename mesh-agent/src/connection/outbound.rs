@@ -30,26 +30,27 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     let opened = {
         let view = node.view()?; // one version until the way is open
         entry.view = Some(view.clone());
-        let identity = identify::source(accepted, &view, &mut entry.source)?;
+        let identity = identify::source(accepted, &view, &mut entry.told().source)?;
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
         let route = route::outbound(&view, accepted.original)?;
         let ask = Ask { local, identity: &identity, app, address, view: &view };
         Box::pin(connector.open(&ask, route, entry)).await?
     };
+    entry.opened();
 
     // The bytes. The attempt counts as a load of its endpoint until they have ended.
     let Opened { way, attempt: _attempt } = opened;
     let mut lease = match way {
         Way::Plaintext(to) => {
             return tokio::select! {
-                carried = relay::plain::run(app, ResetOnDrop::new(to), &entry.flow, wait) => Ok(carried?),
+                carried = relay::plain::run(app, ResetOnDrop::new(to), entry.flow(), wait) => Ok(carried?),
                 refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => Err(refusal.into()),
             };
         }
         Way::Tunnel(lease) => lease,
     };
-    let carried = Carried { flow: &entry.flow, direction: accepted.direction, wait };
+    let carried = Carried { flow: entry.flow(), direction: accepted.direction, wait };
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(app, &mut lease.link, carried) => carried,
         // The tunnel itself is reset, by being dropped.
@@ -70,8 +71,9 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
 /// Whether a live connection is still what it was opened as: between these two identities, or in plaintext to somebody
 /// who takes plaintext. Whether it may be at all is for the destination, as it was; so is a destination that has left.
 fn goes_on(view: &Snapshot, own: &Name, entry: &Entry) -> Result<(), Refusal> {
-    let destination = entry.destination.address.and_then(|address| view.workload_at(address.ip()));
-    match (entry.transport, destination) {
+    let told = entry.told();
+    let destination = told.destination.address.and_then(|address| view.workload_at(address.ip()));
+    match (told.transport, destination) {
         (Some(Transport::Plaintext), Some(workload)) => {
             if workload.enrolled && workload.mode == Mode::Strict {
                 return Err(Refusal::new(Reason::DestinationBecameStrict, workload.name.to_string()));
@@ -79,14 +81,14 @@ fn goes_on(view: &Snapshot, own: &Name, entry: &Entry) -> Result<(), Refusal> {
         }
         (Some(Transport::Tunnel), destination) => {
             let now = |name| view.identity(name).map(|identity| (name, identity));
-            if let (Some((name, now)), Some(then)) = (now(own), &entry.source.identity)
+            if let (Some((name, now)), Some(then)) = (now(own), &told.source.identity)
                 && now != then
             {
                 let detail = format!("{name} is {now} now, it proved {then}");
                 return Err(Refusal::new(Reason::IdentityMismatch, detail));
             }
             if let (Some((name, now)), Some(then)) =
-                (destination.and_then(|workload| now(&workload.name)), &entry.destination.identity)
+                (destination.and_then(|workload| now(&workload.name)), &told.destination.identity)
                 && now != then
             {
                 let detail = format!("{name} is {now} now, it proved {then}");

@@ -129,6 +129,53 @@ pub struct AgentWorkload {
     pub certificate_error: Option<String>,
 }
 
+/// An agent's `GET /api/v1/connections`, and the node that it is on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connections {
+    /// The node; the agent says it elsewhere.
+    #[serde(default)]
+    pub node: String,
+    /// How many there are of those that were asked for; more than `connections` if the answer was cut.
+    pub total: usize,
+    /// The newest first.
+    pub connections: Vec<ConnectionRow>,
+}
+
+/// A connection that lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionRow {
+    /// `outbound` or `inbound`, seen from the node's workload.
+    pub direction: String,
+    /// `opening` until bytes can flow, then `open`.
+    pub state: String,
+    /// Who opened it.
+    pub source: ConnectionEnd,
+    /// Who was asked for.
+    pub destination: ConnectionEnd,
+    /// `tunnel`, `plaintext`, or empty while that is not decided.
+    pub transport: String,
+    /// When it was captured, RFC 3339.
+    pub since: String,
+    /// What its source sent.
+    pub bytes_sent: u64,
+    /// What its source received.
+    pub bytes_received: u64,
+}
+
+/// One end of a connection, as far as it is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionEnd {
+    /// `namespace/name`
+    pub workload: Option<String>,
+    /// What was asked for, if that was a service: `namespace/name`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// What it proved, or has to prove.
+    pub identity: Option<String>,
+    /// Its own address.
+    pub address: Option<String>,
+}
+
 /// What `meshctl check` prints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checked {

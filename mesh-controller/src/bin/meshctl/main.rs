@@ -10,7 +10,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
-use mesh_controller::admin::answer::{AgentState, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow};
+use mesh_controller::admin::answer::{
+    AgentState, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+};
 use serde::Serialize;
 
 /// Looks into a Nodemesh mesh. Exit code 0 for an answer, 1 for manifests that are not good, 2 if there is no answer.
@@ -66,6 +68,15 @@ enum Command {
         source: String,
         /// What it connects to: ADDRESS:PORT or NAMESPACE/NAME:PORT, of a service or a workload.
         destination: String,
+    },
+    /// Connections that live now on this machine, the newest first, as its agent has them.
+    Connections {
+        /// Those of one workload, at either end: NAMESPACE/NAME.
+        #[arg(value_name = "WORKLOAD")]
+        workload: Option<String>,
+        /// Most connections to show, at most 10000; if there are more, the answer says so.
+        #[arg(long, default_value_t = 1000)]
+        limit: usize,
     },
     /// What the log of the controller, or of the agent of this machine, says; with a filter, from now on.
     LogLevel {
@@ -156,6 +167,14 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Get { what: What::Certificates } => {
             print(cli.output, &agent()?.get::<AgentState>("/api/v1/state", &[])?, show::certificates)?;
+        }
+        Command::Connections { workload, limit } => {
+            let limit = limit.to_string();
+            let mut question = vec![("limit", limit.as_str())];
+            question.extend(workload.as_ref().map(|name| ("workload", name.as_str())));
+            let mut answer: Connections = agent()?.get("/api/v1/connections", &question)?;
+            answer.node = agent()?.get::<AgentState>("/api/v1/state", &[])?.node;
+            print(cli.output, &answer, show::connections)?;
         }
         Command::LogLevel { whose, filter } => {
             let server = match whose {

@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
-    AgentState, Checked, Documents, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+    AgentState, Checked, ConnectionEnd, Connections, Documents, PolicyRow, ServiceRow, Status, Why,
+    WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -85,6 +86,40 @@ pub(crate) fn certificates(state: &AgentState) -> String {
         [text(&row.identity), row.name.clone(), state.node.clone(), expires, text(&row.certificate_error)]
     });
     table(["IDENTITY", "WORKLOAD", "NODE", "VALID UNTIL", "ERROR"], rows)
+}
+
+pub(crate) fn connections(answer: &Connections) -> String {
+    let end = |end: &ConnectionEnd| {
+        let name = end.service.iter().map(|service| format!("{service} at"));
+        let workload = end.workload.clone().unwrap_or_else(|| "outside".to_owned());
+        let lines = name.chain([workload]).chain(end.address.clone()).chain(end.identity.clone());
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let rows = answer.connections.iter().map(|row| {
+        let transport =
+            if row.state == "open" { row.transport.clone() } else { format!("{} (opening)", row.transport) };
+        [
+            end(&row.source),
+            end(&row.destination),
+            row.direction.clone(),
+            transport,
+            row.since.clone(),
+            row.bytes_sent.to_string(),
+            row.bytes_received.to_string(),
+            answer.node.clone(),
+        ]
+    });
+    let header = ["SOURCE", "DESTINATION", "DIRECTION", "TRANSPORT", "SINCE", "SENT", "RECEIVED", "NODE"];
+    let mut text = table(header, rows);
+    let shown = answer.connections.len();
+    if shown < answer.total {
+        let total = answer.total;
+        line(
+            &mut text,
+            format_args!("the newest {shown} of {total}: name a workload, or raise --limit, to see others"),
+        );
+    }
+    text
 }
 
 pub(crate) fn services(rows: &[ServiceRow]) -> String {
