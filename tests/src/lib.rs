@@ -18,11 +18,13 @@
 //! | [`topology`] | addresses and links, in the shapes of real CNI plugins |
 //! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
 //! | [`attached`] | what is attached to an interface, asked of the kernel |
+//! | [`cluster`] | a real Kubernetes: its names, bringing it up, talking to it, taking it down |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
 
 pub mod agent;
 pub mod apps;
 pub mod attached;
+pub mod cluster;
 pub mod controller;
 pub mod frame;
 pub mod http;

@@ -4,17 +4,28 @@
 //! `ip netns exec`: that mounts a fresh /sys and so hides bpffs from the agent.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     fs::{self, File},
     io::{self, Write},
-    os::{fd::AsFd, unix::process::CommandExt},
+    os::{
+        fd::AsFd,
+        unix::{fs::MetadataExt, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::wait;
 
 /// Where iproute2 keeps names of namespaces.
 pub const NAMES: &str = "/run/netns";
@@ -113,6 +124,44 @@ impl NetNs {
 pub fn delete(name: &str) -> Result<()> {
     run(Command::new("ip").args(["netns", "delete", name]), None)?;
     Ok(())
+}
+
+/// Ends the processes that live in these namespaces and waits until they are gone; several rounds, as a process may be
+/// starting another.
+pub fn end_processes(namespaces: &[String]) -> Result<()> {
+    let ended = wait::try_until(Duration::from_secs(10), || {
+        let left = inhabitants(namespaces).map_err(|error| format!("{error:#}"))?;
+        for pid in &left {
+            // Fails only for a process that has just ended.
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        wait::holds(left.is_empty(), || format!("processes {left:?} still run in {namespaces:?}"))
+    });
+    ended.map_err(anyhow::Error::msg)
+}
+
+/// Processes all of whose threads are in these namespaces, which are a world's or a cluster's.
+///
+/// Not `ip netns pids`, which tells the processes whose first thread is in one: the agents of other worlds look for
+/// addresses in every namespace of the machine, and are in each of them for a moment, with one thread.
+pub fn inhabitants(namespaces: &[String]) -> Result<Vec<i32>> {
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    // A name may go meanwhile; then nobody is found by it.
+    let of_names: HashSet<(u64, u64)> =
+        namespaces.iter().filter_map(|name| identity(&Path::new(NAMES).join(name)).ok()).collect();
+    let mut found = vec![];
+    for process in fs::read_dir("/proc").context("reading /proc")? {
+        let process = process.context("reading /proc")?;
+        let Ok(pid) = process.file_name().to_string_lossy().parse() else { continue };
+        // Threads and processes end while they are looked at: what is gone is nowhere.
+        let Ok(threads) = fs::read_dir(process.path().join("task")) else { continue };
+        let mut places =
+            threads.filter_map(|thread| identity(&thread.ok()?.path().join("ns/net")).ok()).peekable();
+        if places.peek().is_some() && places.all(|place| of_names.contains(&place)) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
 }
 
 /// Runs a command to its end and returns its standard output; an error has the command and what it complained.

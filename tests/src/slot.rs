@@ -5,9 +5,7 @@
 //! by a run that died. Holding the lock means owning all such names.
 
 use std::{
-    collections::HashSet,
     fs::{self, File, OpenOptions},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -16,8 +14,6 @@ use anyhow::{Context, Result, bail};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
-    sys::signal::{Signal, kill},
-    unistd::Pid,
 };
 
 use crate::{netns, wait};
@@ -92,7 +88,7 @@ impl Slot {
     /// Removes everything that has the number: processes, namespaces, pins, cgroups, files.
     pub fn sweep(&self) -> Result<()> {
         let namespaces = names(Path::new(netns::NAMES), &format!("{}-", self.prefix()))?;
-        kill_inside(&namespaces)?;
+        netns::end_processes(&namespaces)?;
         let ours = format!("nodemesh-{}-", self.prefix());
         for name in names(Path::new(BPFFS), &ours)? {
             remove_tree(&Path::new(BPFFS).join(name))?;
@@ -147,44 +143,6 @@ fn names(directory: &Path, prefix: &str) -> Result<Vec<String>> {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if name.starts_with(prefix) {
             found.push(name);
-        }
-    }
-    Ok(found)
-}
-
-/// Ends the processes that live in these namespaces and waits until they are gone; several rounds, as a process may be
-/// starting another.
-fn kill_inside(namespaces: &[String]) -> Result<()> {
-    let ended = wait::try_until(Duration::from_secs(10), || {
-        let left = inhabitants(namespaces).map_err(|error| format!("{error:#}"))?;
-        for pid in &left {
-            // Fails only for a process that has just ended.
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-        }
-        wait::holds(left.is_empty(), || format!("processes {left:?} still run in {namespaces:?}"))
-    });
-    ended.map_err(anyhow::Error::msg)
-}
-
-/// Processes all of whose threads are in these namespaces, which are one world's.
-///
-/// Not `ip netns pids`, which tells the processes whose first thread is in one: the agents of other worlds look for
-/// addresses in every namespace of the machine, and are in each of them for a moment, with one thread.
-fn inhabitants(namespaces: &[String]) -> Result<Vec<i32>> {
-    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
-    // A name may go meanwhile; then nobody is found by it.
-    let of_world: HashSet<(u64, u64)> =
-        namespaces.iter().filter_map(|name| identity(&Path::new(netns::NAMES).join(name)).ok()).collect();
-    let mut found = vec![];
-    for process in fs::read_dir("/proc").context("reading /proc")? {
-        let process = process.context("reading /proc")?;
-        let Ok(pid) = process.file_name().to_string_lossy().parse() else { continue };
-        // Threads and processes end while they are looked at: what is gone is nowhere.
-        let Ok(threads) = fs::read_dir(process.path().join("task")) else { continue };
-        let mut places =
-            threads.filter_map(|thread| identity(&thread.ok()?.path().join("ns/net")).ok()).peekable();
-        if places.peek().is_some() && places.all(|place| of_world.contains(&place)) {
-            found.push(pid);
         }
     }
     Ok(found)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    ebpf, fuzz, kernel,
+    cluster, ebpf, fuzz, kernel,
     run::{cargo, read, step, succeed},
     setup,
 };
@@ -46,6 +46,10 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
         fuzz::in_tests()?;
     }
     let binaries = build_binaries()?;
+    if filter.is_none() {
+        // Before the tests, each of which has a limited time.
+        cluster::prepare()?;
+    }
     let nextest = setup::nextest()?;
     step("Tests: pure ones, then worlds one at a time", || {
         let mut tests = cargo();

@@ -8,19 +8,28 @@
 //! | [`check`] | `test` and `ci` |
 //! | [`generate`] | writes the reference in docs/reference |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
+//! | [`cluster`] | a real Kubernetes of two nodes on this machine |
+//! | [`image`] | OCI images of agent and controller |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
+//! | [`debian`], [`elf`] | packages that are unpacked instead of installed; what programs load |
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
 
 mod bench;
 mod check;
+mod cluster;
+mod debian;
 mod demo;
 mod ebpf;
+mod elf;
 mod fuzz;
 mod generate;
+mod image;
 mod kernel;
 mod run;
 mod setup;
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
@@ -67,6 +76,17 @@ enum Task {
     },
     /// Measure what the mesh costs, as ratios to no mesh and to peers. Needs root and a quiet machine.
     Bench(bench::Arguments),
+    /// A real Kubernetes of two nodes on this machine, for tests and for trying things. Needs root and Go.
+    Cluster(cluster::Arguments),
+    /// Make OCI images of agent and controller in target/images, without Docker.
+    Image {
+        /// From the programs that this directory has, instead of a release build.
+        #[arg(long, value_name = "DIRECTORY")]
+        from: Option<PathBuf>,
+        /// Where the archives go, instead of target/images.
+        #[arg(long, value_name = "DIRECTORY")]
+        to: Option<PathBuf>,
+    },
     /// Write the reference in docs/reference from the programs' own definitions.
     Generate,
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
@@ -90,6 +110,8 @@ fn main() -> anyhow::Result<()> {
             setup::kernel_toolchain()?;
             ebpf::build().map(drop)
         }
+        Task::Cluster(arguments) => cluster::cluster(arguments),
+        Task::Image { from, to } => image::make(from, to),
         Task::Generate => generate::reference(),
         Task::Setup => setup::everything(),
         Task::Ci => check::ci(),

@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Test, cpio::Cpio, packages::Unpacked, program};
-use crate::run::{clean, read};
+use crate::{
+    elf,
+    run::{clean, read},
+};
 
 /// Modules that worlds and agent need; what they depend on comes along. What a kernel has built in is no file of it.
 const MODULES: [&str; 27] = [
@@ -112,23 +115,16 @@ pub(super) fn write(
         dynamic.push((format!("mesh/tests/{name}"), path.clone()));
     }
     let mut libraries = BTreeSet::new();
-    let scratch = archive.with_extension("stripped");
     for (inside, path) in &dynamic {
-        libraries.extend(needed(path)?);
-        ensure!(
-            clean("strip").arg("-o").arg(&scratch).arg(path).status()?.success(),
-            "cannot strip {}",
-            path.display()
-        );
-        cpio.file(inside, &fs::read(&scratch)?)?;
+        libraries.extend(elf::needed(path)?);
+        cpio.file(inside, &elf::stripped(path)?)?;
     }
     let extensions =
         read(clean("find").args(["/usr/lib", "/lib", "-path", "*/xtables/lib*.so", "-type", "f"]))?;
     for extension in extensions.lines().map(PathBuf::from) {
-        libraries.extend(needed(&extension)?);
+        libraries.extend(elf::needed(&extension)?);
         libraries.insert(extension);
     }
-    fs::remove_file(&scratch)?;
     for library in libraries {
         let inside = library.to_string_lossy().trim_start_matches('/').to_owned();
         directories(&mut cpio, &mut made, &inside)?;
@@ -153,14 +149,6 @@ fn directories(cpio: &mut Cpio, made: &mut BTreeSet<String>, file: &str) -> Resu
         }
     }
     Ok(())
-}
-
-/// The shared libraries of a program, with the loader, by the paths under which it looks for them.
-fn needed(program: &Path) -> Result<Vec<PathBuf>> {
-    let listed = read(clean("ldd").arg(program))?;
-    ensure!(!listed.contains("not found"), "libraries of {} are missing:\n{listed}", program.display());
-    let paths = listed.split_whitespace().filter(|word| word.starts_with('/'));
-    Ok(paths.map(|word| PathBuf::from(word.trim_end_matches(':'))).collect())
 }
 
 /// The modules and all that they depend on, in the order in which they can be loaded.

@@ -1,19 +1,11 @@
-//! Other kernels: Debian's packages, fetched by apt into `target/kernels` and unpacked there; nothing is installed.
-//!
-//! apt works on a directory of its own with one source, Debian's security archive, which has both kernels and is small;
-//! it checks signatures and checksums. The machine's own sources, lists and packages stay as they are.
+//! Other kernels: Debian's packages, fetched and unpacked into `target/kernels` from its security archive, which has all
+//! of them and is small.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
-use crate::{
-    run::{clean, read, succeed, target},
-    setup,
-};
+use crate::{debian::Archive, run::target};
 
 /// A kernel to test on.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,8 +25,7 @@ const KERNELS: [Kernel; 2] = [
 /// The oldest: the one with the fewest features.
 pub(super) const OLDEST: &str = "6.1";
 
-const SOURCE: &str = "http://deb.debian.org/debian-security bookworm-security main";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+const SOURCES: [&str; 1] = ["http://deb.debian.org/debian-security bookworm-security main"];
 
 /// A kernel, unpacked.
 #[derive(Debug)]
@@ -55,17 +46,12 @@ pub(super) fn chosen(version: &str) -> Result<Vec<&'static Kernel>> {
 
 /// Fetches and unpacks a kernel, unless it is there.
 pub(super) fn unpacked(kernel: &Kernel) -> Result<Unpacked> {
-    let home = target().join("kernels");
-    let directory = home.join(kernel.package);
-    if !directory.is_dir() {
-        fs::create_dir_all(&home)?;
-        let package = fetch(kernel, &home)?;
-        // Unpacked beside, then renamed: a directory with the package's name is whole.
-        let unfinished = home.join("unfinished");
-        let _ = fs::remove_dir_all(&unfinished);
-        succeed(clean("dpkg-deb").arg("--extract").arg(&package).arg(&unfinished))?;
-        fs::rename(&unfinished, &directory)?;
-        fs::remove_file(&package)?;
+    let archive = Archive { home: target().join("kernels"), sources: &SOURCES };
+    let directory = archive.home.join(kernel.package);
+    if let Err(error) = archive.unpacked(&[kernel.package], &directory) {
+        let line = format!("^linux-image-{}\\..*-cloud-amd64$", kernel.version.replace('.', "\\."));
+        let there = archive.search(&line);
+        bail!("{error:#}; if it left the archive, put one of these into {}:\n{there}", file!());
     }
     let release = kernel.package.trim_start_matches("linux-image-");
     let root = if directory.join("lib/modules").is_dir() { "lib" } else { "usr/lib" };
@@ -73,45 +59,4 @@ pub(super) fn unpacked(kernel: &Kernel) -> Result<Unpacked> {
         image: directory.join(format!("boot/vmlinuz-{release}")),
         modules: directory.join(format!("{root}/modules/{release}/kernel")),
     })
-}
-
-fn fetch(kernel: &Kernel, home: &Path) -> Result<PathBuf> {
-    setup::programs(&[("apt-get", "apt"), ("dpkg-deb", "dpkg")])?;
-    ensure!(Path::new(KEYRING).is_file(), "{KEYRING} is missing: install debian-archive-keyring");
-    eprintln!("  fetching {}", kernel.package);
-    let apt = home.join("apt");
-    for part in ["state/lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(apt.join(part))?;
-    }
-    let sources = apt.join("sources.list");
-    fs::write(&sources, format!("deb [arch=amd64 signed-by={KEYRING}] {SOURCE}\n"))?;
-    fs::write(apt.join("status"), "")?;
-    let command = |program: &str| {
-        let mut command = clean(program);
-        command.current_dir(home).arg("-q");
-        for (option, value) in [
-            ("Dir::Etc::SourceList", sources.as_path()),
-            ("Dir::Etc::SourceParts", Path::new("/dev/null")),
-            ("Dir::State", &apt.join("state")),
-            ("Dir::State::Status", &apt.join("status")),
-            ("Dir::Cache", &apt.join("cache")),
-            ("APT::Architecture", Path::new("amd64")),
-            // Root may read below target/ where apt's own user may not.
-            ("APT::Sandbox::User", Path::new("root")),
-        ] {
-            command.arg("-o").arg(format!("{option}={}", value.display()));
-        }
-        command
-    };
-    succeed(command("apt-get").arg("update"))?;
-    if let Err(error) = succeed(command("apt-get").args(["download", kernel.package])) {
-        let line = format!("^linux-image-{}\\..*-cloud-amd64$", kernel.version.replace('.', "\\."));
-        let there = read(command("apt-cache").args(["search", "--names-only", &line])).unwrap_or_default();
-        bail!("{error:#}; if it left the archive, put one of these into {}:\n{there}", file!());
-    }
-    let prefix = format!("{}_", kernel.package);
-    fs::read_dir(home)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)))
-        .with_context(|| format!("apt-get download left no {prefix}*.deb"))
 }

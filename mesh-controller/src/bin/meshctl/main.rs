@@ -17,7 +17,7 @@ use serde::Serialize;
 
 /// Looks into a Nodemesh mesh. Exit code 0 for an answer, 1 for manifests that are not good, 2 if there is no answer.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "meshctl", version)]
 struct Cli {
     /// The controller's HTTP address.
     #[arg(
