@@ -8,26 +8,21 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
 };
 
 use axum::{
-    Extension, Json, Router,
-    extract::{Query, State},
+    Json, Router,
+    extract::{ConnectInfo, Query, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
 use mesh_core::{identity::SpiffeId, model::Name, view::Snapshot};
-use mesh_settings::{InForce, log::LogFilter};
+use mesh_settings::{InForce, admin::Limits, log::LogFilter};
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -37,10 +32,6 @@ use crate::{
     view::{Enrolment, WorkloadState},
 };
 
-/// Requests under way at a time; more wait in the listener's queue.
-const MAX_CONNECTIONS: usize = 64;
-/// How long a client may take to send its request's head, so that one that sends none is cut.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// OpenMetrics 1.0, which Prometheus reads as its own text.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -69,10 +60,6 @@ struct Setting<'a> {
     value: &'a str,
     source: &'a str,
 }
-
-/// Who asks; a connection's peer.
-#[derive(Debug, Clone, Copy)]
-struct Peer(SocketAddr);
 
 /// `/api/v1/state`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -175,31 +162,7 @@ pub async fn serve(
         .route("/api/v1/config", get(config))
         .route("/api/v1/log-level", get(log_level).put(set_log_level))
         .with_state(Shared { registry, agent });
-    let mut http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
-    http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-    let mut connections = JoinSet::new();
-    loop {
-        // All branches only wait.
-        let accepted = tokio::select! {
-            () = shutdown.cancelled() => return,
-            Some(_) = connections.join_next() => continue,
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "the admin listener cannot accept");
-                continue;
-            }
-        };
-        let service = TowerToHyperService::new(app.clone().layer(Extension(Peer(peer))));
-        let (http, shutdown) = (http.clone(), shutdown.clone());
-        connections.spawn(async move {
-            let connection = http.serve_connection(TokioIo::new(stream), service);
-            // The client's trouble is the client's.
-            let _ = shutdown.run_until_cancelled(connection).await;
-        });
-    }
+    mesh_settings::admin::serve(listener, app, Limits::default(), shutdown).await;
 }
 
 /// Opens the listener; an error names the address and the setting.
@@ -269,7 +232,7 @@ async fn log_level(State(shared): State<Shared>) -> Response {
 /// Only from this machine, and not through a name that a web page may have made lead here.
 async fn set_log_level(
     State(shared): State<Shared>,
-    Extension(Peer(peer)): Extension<Peer>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
     filter: String,
 ) -> Response {

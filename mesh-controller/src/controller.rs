@@ -114,7 +114,7 @@ impl Controller {
             Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
         let (answers, cancel) = (parts.answers(config.in_force, log), parts.cancel.clone());
         running.spawn("source", source.follow(cancel.clone()));
-        running.spawn("admin", async move { said("admin", admin::serve(admin, answers, cancel).await) });
+        running.spawn("admin", admin::serve(admin, answers, cancel));
         for (part, run) in parts.run(agents) {
             running.spawn(part, run);
         }

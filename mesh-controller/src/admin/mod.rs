@@ -9,7 +9,6 @@ pub mod answer;
 pub mod why;
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::SystemTime,
@@ -25,7 +24,7 @@ use mesh_core::{
     identity::TrustDomain,
     model::{Action, Enforcement, Mode, Policy, Service},
 };
-use mesh_settings::{InForce, log::LogFilter};
+use mesh_settings::{InForce, admin::Limits, log::LogFilter};
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::net::TcpListener;
@@ -64,7 +63,7 @@ pub struct Admin {
 type Shared = State<Arc<Admin>>;
 
 /// Serves until cancelled.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: CancellationToken) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: CancellationToken) {
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         // Whoever can ask is answered by a controller that has read its source: it listens only then.
@@ -78,8 +77,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/api/v1/config", get(config))
         .route("/api/v1/log-level", get(log_level).put(set_log_level))
         .with_state(admin);
-    let router = router.into_make_service_with_connect_info::<SocketAddr>();
-    axum::serve(listener, router).with_graceful_shutdown(cancel.cancelled_owned()).await
+    mesh_settings::admin::serve(listener, router, Limits::default(), cancel).await;
 }
 
 async fn metrics(State(admin): Shared) -> ([(&'static str, &'static str); 1], String) {
