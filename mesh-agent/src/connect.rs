@@ -423,6 +423,7 @@ fn dial_refusal(error: &io::Error, to: SocketAddr) -> Refusal {
     let reason = match error.kind() {
         io::ErrorKind::ConnectionRefused => Reason::DialRefused,
         io::ErrorKind::TimedOut => Reason::DialTimeout,
+        _ if socket::is_shortage(error) => Reason::LimitDescriptors,
         _ => Reason::DialFailed,
     };
     Refusal::new(reason, format!("{to}: {error}"))

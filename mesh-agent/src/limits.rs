@@ -31,7 +31,7 @@ pub struct Limits {
     pub spares: usize,
     /// Most idle tunnels of one (source, destination): 64.
     pub idle_per_key: usize,
-    /// Most idle tunnels in all: 4096, a fifth of a usual descriptor limit.
+    /// Most idle tunnels in all: 4096, and no more than a sixteenth of what the agent may open.
     pub idle_total: usize,
     /// Most connections of one workload at a time, both directions together: 20,000.
     pub max_connections_per_workload: usize,
@@ -57,8 +57,13 @@ impl Limits {
     /// The default limits for a process that may have this many descriptors: three quarters are for connections, two
     /// each; the rest is for idle tunnels, listeners, the controller and files.
     pub fn with_descriptors(descriptors: u64) -> Self {
-        let connections = usize::try_from(descriptors / 4 * 3 / 2).unwrap_or(usize::MAX);
-        Self { connections_total: connections, ..Self::default() }
+        let count = |part: u64| usize::try_from(part).unwrap_or(usize::MAX);
+        let all = Self::default();
+        Self {
+            connections_total: count(descriptors / 4 * 3 / 2),
+            idle_total: all.idle_total.min(count(descriptors / 16)),
+            ..all
+        }
     }
 }
 

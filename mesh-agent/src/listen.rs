@@ -1,6 +1,11 @@
 //! The accept loops: what the kernel steers to a workload's listeners becomes a connection with a task of its own.
 
-use std::{io, net::TcpListener as StdListener, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::TcpListener as StdListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{net::TcpListener, runtime::Handle};
 use tokio_util::sync::CancellationToken;
@@ -8,13 +13,16 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     connection::{self, Accepted, Direction, Node},
     local::Local,
+    net::socket,
 };
 
 /// How long an accept loop goes on once a successor's listener is in force: handshakes that had begun with this one
 /// end here, also those whose SYN-ACK was lost once (retransmitted after 1 s, RFC 6298).
 const HALF_OPEN_WAIT: Duration = Duration::from_secs(2);
-/// How long an accept loop waits when the process has no descriptors left, so that it does not spin.
-const NO_DESCRIPTORS_WAIT: Duration = Duration::from_millis(50);
+/// How long an accept loop waits when the kernel has nothing left to accept with, so that it does not spin.
+const SHORTAGE_WAIT: Duration = Duration::from_millis(50);
+/// How often the log says so.
+const SHORTAGE_SAID: Duration = Duration::from_secs(10);
 
 /// Serves a listener on the data runtime until `stop`, or until draining has begun and its last handshakes are
 /// through. What waits in its queue then is still served.
@@ -35,6 +43,7 @@ pub fn spawn(
             drain.draining().await;
             tokio::time::sleep(HALF_OPEN_WAIT).await;
         });
+        let mut said = Said::default();
         loop {
             tokio::select! {
                 // All branches are cancel-safe: accept loses no connection when it is dropped.
@@ -46,7 +55,14 @@ pub fn spawn(
                     Ok((stream, peer)) => start(stream, peer, direction, &local, &node),
                     // Destroyed from outside (`ss -K`): the enrolment notices and opens another.
                     Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
-                    Err(error) => wait_after(error).await,
+                    Err(error) => {
+                        said.say(&error);
+                        let refused = socket::is_shortage(&error)
+                            && node.refuse_one(&listener, |stream, peer| accepted(stream, peer, direction, &local));
+                        if !refused && is_lack(&error) {
+                            tokio::time::sleep(SHORTAGE_WAIT).await;
+                        }
+                    }
                 },
             }
         }
@@ -64,20 +80,37 @@ fn start(
     local: &Arc<Local>,
     node: &Node,
 ) {
-    // Without an original destination the connection is gone already: the peer reset it in the queue.
-    let Ok(original) = stream.local_addr() else { return };
-    let accepted = Accepted { stream, peer, original, direction, workload: local.clone() };
-    node.drain().spawn(connection::serve(accepted, node.clone()));
+    if let Some(accepted) = accepted(stream, peer, direction, local) {
+        node.drain().spawn(connection::serve(accepted, node.clone()));
+    }
+}
+
+/// `None` for a connection that is gone already: its peer reset it in the queue.
+fn accepted(
+    stream: tokio::net::TcpStream,
+    peer: std::net::SocketAddr,
+    direction: Direction,
+    local: &Arc<Local>,
+) -> Option<Accepted> {
+    let original = stream.local_addr().ok()?;
+    Some(Accepted { stream, peer, original, direction, workload: local.clone() })
 }
 
 /// Errors of accept that concern one connection are over at once; those of the process need a pause.
-async fn wait_after(error: io::Error) {
-    let exhausted = matches!(
-        error.raw_os_error(),
-        Some(nix::libc::EMFILE | nix::libc::ENFILE | nix::libc::ENOBUFS | nix::libc::ENOMEM)
-    );
-    if exhausted {
-        tracing::error!(%error, "cannot accept: raise LimitNOFILE of the agent");
-        tokio::time::sleep(NO_DESCRIPTORS_WAIT).await;
+fn is_lack(error: &io::Error) -> bool {
+    socket::is_shortage(error) || matches!(error.raw_os_error(), Some(nix::libc::ENOBUFS | nix::libc::ENOMEM))
+}
+
+/// What an accept loop has said in the log.
+#[derive(Debug, Default)]
+struct Said(Option<Instant>);
+
+impl Said {
+    /// Says it again after a while only: a flood is thousands of it. Each refusal is in the access log.
+    fn say(&mut self, error: &io::Error) {
+        if is_lack(error) && self.0.is_none_or(|last| last.elapsed() > SHORTAGE_SAID) {
+            self.0 = Some(Instant::now());
+            tracing::error!(%error, "cannot accept: raise LimitNOFILE of the agent's service");
+        }
     }
 }

@@ -133,8 +133,8 @@ reasons! {
         cure "raise max_connections_per_workload, or find what holds them";
     LimitHandshakes = "limit_handshakes" at Identify, "As many handshakes are under way as may be",
         cure "find what opens so many connections: the access log has the source";
-    LimitDescriptors = "limit_descriptors" at Connect, "The workload has as many connections as are left for all others of the node",
-        cure "raise the agent's limit of open files, or find what holds so many connections";
+    LimitDescriptors = "limit_descriptors" at Connect, "The agent may open no more files, or the workload has as many connections as are left for all others of the node",
+        cure "raise the agent's limit of open files (LimitNOFILE of its service), or find what holds so many connections";
     DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
         cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",

@@ -1,13 +1,16 @@
 //! An agent of a world: the process, and what it says of itself.
 
 use std::{
-    fs,
+    fs, io,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
+    process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{Resource, setrlimit};
 use serde_json::Value;
 
 use crate::{
@@ -69,6 +72,19 @@ impl Agent {
 
     /// Starts it; see [`Agent::await_ready`].
     pub fn start(&self) -> Result<()> {
+        self.start_changed(|_| ())
+    }
+
+    /// Starts it with so many files that it may open.
+    pub fn start_with_files(&self, files: u64) -> Result<()> {
+        let limit = move || setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(io::Error::from);
+        self.start_changed(|command| {
+            // SAFETY: between fork and exec only `setrlimit` runs, a plain system call without lock or allocation.
+            unsafe { command.pre_exec(limit) };
+        })
+    }
+
+    fn start_changed(&self, change: impl FnOnce(&mut Command)) -> Result<()> {
         let s = &self.settings;
         let mut command = s.netns.command(process::binaries()?.join("mesh-agent"));
         command.args(["--node", &s.node, "--controller", &s.controller]);
@@ -78,6 +94,7 @@ impl Agent {
         command.arg("--drain-deadline").arg(format!("{}s", drain_deadline().as_secs()));
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
+        change(&mut command);
         let mut program = self.program();
         ensure!(running(&mut program).is_err(), "the agent of {} runs already", s.node);
         *program = Some(Program::start("mesh-agent", &mut command, &self.log())?);

@@ -8,12 +8,17 @@ mod preface;
 mod turn;
 
 use std::{
+    fs::File,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
+use futures_util::FutureExt;
 use mesh_core::{refusal::Reason, view::Snapshot};
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 
 use crate::{
     balance::Balancer,
@@ -62,6 +67,13 @@ struct Inner {
     turns: Arc<Turns>,
     /// Idle tunnels of other agents, by workload and source.
     idle: Arc<Quota<(u64, IpAddr)>>,
+    /// A descriptor that is kept for [`Node::refuse_one`].
+    spare: Mutex<Option<File>>,
+}
+
+/// A descriptor; `None` when even this one is not to be had.
+fn descriptor() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 impl Node {
@@ -87,7 +99,8 @@ impl Node {
         let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, connections };
         let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
-        Self { inner: Arc::new(Inner { view, recorder, connector, places, turns, idle }) }
+        let spare = Mutex::new(descriptor());
+        Self { inner: Arc::new(Inner { view, recorder, connector, places, turns, idle, spare }) }
     }
 
     /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
@@ -103,6 +116,35 @@ impl Node {
     /// The drain under which [`serve`] should be spawned.
     pub fn drain(&self) -> &Drain {
         &self.inner.connector.drain
+    }
+
+    /// Takes a connection that waits in a listener although no descriptor is left, to end it at once: a client that is
+    /// refused knows what it is at, one that waits does not. Whether there was one to take.
+    pub(crate) fn refuse_one(
+        &self,
+        listener: &TcpListener,
+        to_accepted: impl FnOnce(TcpStream, SocketAddr) -> Option<Accepted>,
+    ) -> bool {
+        // One at a time, as there is one descriptor for all. Others may be faster than we are, at either end.
+        let mut spare = self.inner.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(spare.take());
+        let taken = listener.accept().now_or_never();
+        let Some(Ok((stream, peer))) = taken else {
+            *spare = descriptor();
+            return false;
+        };
+        let Some(accepted) = to_accepted(stream, peer) else {
+            *spare = descriptor();
+            return true;
+        };
+        let entry = self.inner.recorder.begin(accepted.direction, &accepted.workload.name);
+        entry.told().source.address = Some(accepted.peer);
+        entry.told().destination.address = Some(accepted.original);
+        socket::reset(accepted.stream);
+        *spare = descriptor();
+        drop(spare);
+        entry.finish(Err(Refusal::new(Reason::LimitDescriptors, "the agent may open no more files").into()));
+        true
     }
 
     /// A place for one more connection of this workload.

@@ -142,6 +142,11 @@ async fn connect(socket: Socket, to: SocketAddr, timeout: Duration) -> io::Resul
     Ok(stream)
 }
 
+/// Whether this process, or the machine, may open no more: a limit of ours, whoever was to be reached.
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// Makes the close of a stream a RST (RFC 9293 §3.10.4, `SO_LINGER` 0), whatever is still unsent.
 pub fn reset(stream: TcpStream) {
     // Fails only for a socket that is gone already; then there is nothing to reset.
