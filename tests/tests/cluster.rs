@@ -243,6 +243,20 @@ fn a_cluster_that_crashed_is_made_anew_also_with_bridges_and_nftables() {
 }
 
 #[test]
+fn a_cluster_that_a_killed_test_left_is_not_the_next_ones() {
+    let first = Cluster::up(&[]).unwrap();
+    let number = first.names().expect("it is ours").number();
+    first.kubectl(&["create", "namespace", "of-the-first"]).unwrap();
+    first.abandon();
+
+    let next = Cluster::up(&[]).unwrap();
+    assert_eq!(next.names().expect("it is ours").number(), number, "the lowest number is free again");
+    let namespaces = next.kubectl(&["get", "namespaces", "-o", "name"]).unwrap();
+    assert!(!namespaces.contains("of-the-first"), "{namespaces}");
+    next.down().unwrap();
+}
+
+#[test]
 fn a_machine_that_cannot_run_a_cluster_is_told_what_it_lacks() {
     let xtask = process::binaries().unwrap().join("xtask");
     let mut attempt = Command::new("setpriv");

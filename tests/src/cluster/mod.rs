@@ -55,8 +55,15 @@ impl Cluster {
         let ours = Ours::take()?;
         let names = ours.names;
         let cluster = Self { kubectl: names.kubectl(), kubeconfig: names.kubeconfig(), ours: Some(ours) };
+        // A test that was killed has left its own, with whatever it did there.
+        cluster.xtask("down", &[])?;
         cluster.bring_up(options)?;
         Ok(cluster)
+    }
+
+    /// Leaves it as it is, as a test does that is killed.
+    pub fn abandon(mut self) {
+        self.ours = None;
     }
 
     /// Brings it up; one that is up stays as it is, of one that has crashed nothing is kept. Returns what was said.
