@@ -17,7 +17,11 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use mesh_core::{identity::SpiffeId, model::Name, view::Snapshot};
+use mesh_core::{
+    identity::SpiffeId,
+    model::{Name, Policy, Service, Workload},
+    view::Snapshot,
+};
 use mesh_settings::{InForce, admin::Limits, log::LogFilter};
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
@@ -26,6 +30,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    health::Fill,
     identity::Certificates,
     live::{self, Connections},
     rpc::Connection,
@@ -42,6 +47,9 @@ pub trait Observed: Send + Sync + 'static {
 
     /// The agent's state.
     fn state(&self) -> NodeState;
+
+    /// The view in force.
+    fn view(&self) -> Option<Arc<Snapshot>>;
 
     /// The connections that live now.
     fn connections(&self) -> &Connections;
@@ -78,6 +86,8 @@ pub struct NodeState {
     pub controller_error: Option<String>,
     /// What is wrong with the control side, each with its cure; empty when nothing is.
     pub problems: Vec<String>,
+    /// How full is what can become full.
+    pub fills: Vec<Fill>,
     /// The enrolled workloads of this node, by name.
     pub workloads: Vec<WorkloadStatus>,
 }
@@ -133,6 +143,7 @@ impl NodeState {
                 Connection::Away(reason) => Some(reason.clone()),
             },
             problems: Vec::new(),
+            fills: Vec::new(),
             workloads: snapshot
                 .map(|snapshot| snapshot.local().map(|local| workload(snapshot, &local.name)).collect())
                 .unwrap_or_default(),
@@ -158,6 +169,7 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/api/v1/state", get(state))
+        .route("/api/v1/view", get(view))
         .route("/api/v1/connections", get(connections))
         .route("/api/v1/config", get(config))
         .route("/api/v1/log-level", get(log_level).put(set_log_level))
@@ -189,6 +201,30 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 
 async fn state(State(shared): State<Shared>) -> Json<NodeState> {
     Json(shared.agent.state())
+}
+
+/// `/api/v1/view`: what the node knows of the mesh. Roots are left to `/api/v1/state`'s certificates and the controller.
+#[derive(Debug, Serialize)]
+struct View<'a> {
+    version: &'a str,
+    trust_domain: String,
+    workloads: Vec<&'a Workload>,
+    services: Vec<&'a Service>,
+    policies: Vec<&'a Policy>,
+}
+
+async fn view(State(shared): State<Shared>) -> Response {
+    let Some(view) = shared.agent.view() else {
+        return failed(StatusCode::SERVICE_UNAVAILABLE, &"no view of the mesh yet");
+    };
+    Json(View {
+        version: view.version(),
+        trust_domain: view.mesh().trust_domain.to_string(),
+        workloads: view.workloads().map(AsRef::as_ref).collect(),
+        services: view.services().map(AsRef::as_ref).collect(),
+        policies: view.policies().map(AsRef::as_ref).collect(),
+    })
+    .into_response()
 }
 
 /// What `/api/v1/connections` may be asked.
@@ -273,6 +309,10 @@ mod tests {
     impl Observed for Agent {
         fn ready(&self) -> Result<(), String> {
             self.0.lock().unwrap().clone()
+        }
+
+        fn view(&self) -> Option<Arc<Snapshot>> {
+            None
         }
 
         fn connections(&self) -> &Connections {

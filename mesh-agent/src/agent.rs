@@ -26,8 +26,8 @@ use crate::{
     control::Control,
     drain::Drain,
     enrol::Enroller,
-    headroom,
-    health::Condition,
+    headroom::Headroom,
+    health::{Condition, Fill},
     identity::{Certificates, store::Identities},
     live::Connections,
     metrics::Metrics,
@@ -85,7 +85,7 @@ async fn serve(
         control = Control::start(config, identities.clone(), role, surroundings, stop.clone()) => control?,
         () = told.next_word() => return Ok(()),
     };
-    let log = AccessLog::open(&config.access_log)
+    let log = AccessLog::open(&config.access_log, metrics.clone())
         .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?;
     let node = {
         let _inside = data.enter();
@@ -100,6 +100,7 @@ async fn serve(
         }
     }
     let in_force = CancellationToken::new();
+    let headroom = Headroom::new(metrics.clone(), control.health.clone());
     let enroller = Enroller {
         kernel,
         maps,
@@ -108,6 +109,7 @@ async fn serve(
         identities,
         data: data.handle().clone(),
         metrics: metrics.clone(),
+        headroom: headroom.clone(),
         reports: control.reports.clone(),
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),
@@ -116,7 +118,7 @@ async fn serve(
     let listener = admin::listen(config.admin_listen).await?;
     let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
     let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
-    tokio::spawn(headroom::watch(metrics.clone(), stop.clone()));
+    tokio::spawn(headroom.watch_files(stop.clone()));
     tokio::spawn(follow(observed.clone(), metrics, stop.clone()));
     tracing::info!(node = config.node, admin = %SocketAddr::to_string(&config.admin_listen), "agent started");
 
@@ -305,6 +307,10 @@ impl Observed for State {
         }
     }
 
+    fn view(&self) -> Option<Arc<Snapshot>> {
+        self.snapshots.borrow().clone()
+    }
+
     fn connections(&self) -> &Connections {
         &self.connections
     }
@@ -321,9 +327,10 @@ impl Observed for State {
         let view = self.snapshots.borrow().clone();
         let connection = self.connection.borrow().clone();
         let certificates = self.certificates.borrow().clone();
-        let problems = self.condition.borrow().problems();
+        let condition = self.condition.borrow().clone();
         NodeState {
-            problems,
+            problems: condition.problems(),
+            fills: condition.fills.into_values().collect::<Vec<Fill>>(),
             ..NodeState::new(&self.node, view.as_deref(), &connection, &certificates, &self.reports.all())
         }
     }

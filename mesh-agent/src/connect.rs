@@ -19,7 +19,6 @@ use mesh_core::{
     route::{self, Route, Transport},
     view::Snapshot,
 };
-use rustls::ServerConfig;
 use tokio::{io::Interest, net::TcpStream};
 
 use crate::{
@@ -224,7 +223,7 @@ impl Connector {
         entry: &mut Entry,
     ) -> Result<Lease, Miss> {
         let key = Key { local: ask.local.id(), destination: to };
-        let mut idle = self.pool.checkout(key, ask.identity, peer);
+        let mut idle = self.pool.checkout(key, ask.identity, peer, &ask.view.mesh().roots);
         self.dial_spare(key, ask, peer);
         let mut attempt = 0;
         loop {
@@ -329,6 +328,7 @@ async fn dial(
     peer: Arc<SpiffeId>,
     to: SocketAddr,
 ) -> Result<Box<Link>, Refusal> {
+    let trust = connector.identities.trust(&own)?;
     let config = connector.identities.client(&own)?;
     let limits = &connector.limits;
     let tcp =
@@ -352,7 +352,8 @@ async fn dial(
         return Err(Refusal::new(Reason::PeerIdentityMismatch, detail));
     }
     let until = verify::peer_until(Some(new.certificates()));
-    Ok(new.between(own, proved, until, &connector.metrics))
+    let led = connector.identities.led(&trust, new.certificates());
+    Ok(new.between(own, proved, until, led, &connector.metrics))
 }
 
 /// What is wrong with the peer's certificate, if that ended a handshake.
@@ -366,11 +367,13 @@ fn certificate_fault(error: &LinkError) -> Option<CertificateFault> {
 /// The destination's side of a tunnel: its handshake, and whoever the certificate says.
 pub(crate) async fn take(
     tcp: TcpStream,
-    config: Arc<ServerConfig>,
     own: Arc<SpiffeId>,
+    identities: &Identities,
     limits: &Limits,
     metrics: &Metrics,
 ) -> Result<Box<Link>, Refusal> {
+    let trust = identities.trust(&own)?;
+    let config = identities.server(&own)?;
     let handshake = Unverified::accept(tcp, config);
     let new = timed(handshake, limits.handshake_timeout, metrics).await.map_err(|error| match error {
         None => Refusal::from(Reason::HandshakeTimeout),
@@ -382,7 +385,8 @@ pub(crate) async fn take(
     let proved = verify::peer_identity(Some(new.certificates()))
         .map_err(|error| Refusal::new(Reason::CertificateIdentity, error.to_string()))?;
     let until = verify::peer_until(Some(new.certificates()));
-    Ok(new.between(own, proved, until, metrics))
+    let led = identities.led(&trust, new.certificates());
+    Ok(new.between(own, proved, until, led, metrics))
 }
 
 /// The last hop: to the application, inside its namespace, with the client's address.

@@ -42,6 +42,8 @@ pub struct Control {
     pub certificates: watch::Receiver<Certificates>,
     /// What is wrong that no connection shows.
     pub condition: watch::Receiver<Condition>,
+    /// Where whoever finds something wrong says so.
+    pub health: Health,
     /// Where to say how workloads are.
     pub reports: ReportHandle,
     role: watch::Sender<Role>,
@@ -79,6 +81,7 @@ impl Control {
             role.subscribe(),
             surroundings.clone(),
             health.clone(),
+            published.subscribe(),
         );
         let snapshots = view.snapshots();
         let kept = snapshots.borrow().clone();
@@ -86,7 +89,7 @@ impl Control {
             node.adopt(kept);
         }
         let dial = surroundings.dial.clone();
-        let condition = health.subscribe();
+        let (condition, told) = (health.subscribe(), health.clone());
         let roots = node.roots().clone();
         let mut workloads = Workloads::new(identities, run_dir, roots, published, surroundings, health);
         if let Some(kept) = &kept {
@@ -108,6 +111,7 @@ impl Control {
             connection,
             certificates,
             condition,
+            health: told,
             reports,
             role,
             tasks,

@@ -103,6 +103,8 @@ one_label! {
     LimitLabels { limit: &'static str }
     /// Labels of `nodemesh_state_unsaved` and `nodemesh_state_damaged_total`.
     FileLabels { file: &'static str }
+    /// Labels of `nodemesh_kernel_map_entries` and `nodemesh_kernel_map_limit`.
+    MapLabels { map: &'static str }
     /// Labels of `nodemesh_view_info`.
     VersionLabels { version: String }
 }
@@ -134,6 +136,7 @@ pub struct Metrics {
     tunnels: Family<StateLabels, Gauge>,
     handshakes: Family<ResultLabels, Counter>,
     log_dropped: Counter,
+    log_unwritten: Counter,
     limit_hits: Family<LimitLabels, Counter>,
     certificates_failing: Gauge,
     unsaved: Family<FileLabels, Gauge>,
@@ -142,6 +145,8 @@ pub struct Metrics {
     clock_skew: Gauge<f64, AtomicU64>,
     open_files: Gauge,
     open_files_limit: Gauge,
+    map_entries: Family<MapLabels, Gauge>,
+    map_limit: Family<MapLabels, Gauge>,
 }
 
 impl Metrics {
@@ -167,6 +172,7 @@ impl Metrics {
             tunnels: Family::default(),
             handshakes: Family::default(),
             log_dropped: Counter::default(),
+            log_unwritten: Counter::default(),
             limit_hits: Family::default(),
             certificates_failing: Gauge::default(),
             unsaved: Family::default(),
@@ -175,6 +181,8 @@ impl Metrics {
             clock_skew: Gauge::default(),
             open_files: Gauge::default(),
             open_files_limit: Gauge::default(),
+            map_entries: Family::default(),
+            map_limit: Family::default(),
         };
         let mut registry = Registry::with_prefix("nodemesh");
         let m = &metrics;
@@ -220,6 +228,11 @@ impl Metrics {
             "Access log lines that the writer could not keep up with",
             m.log_dropped.clone(),
         );
+        registry.register(
+            "access_log_unwritten",
+            "Access log lines that could not be written, for want of room on the disk or the like",
+            m.log_unwritten.clone(),
+        );
         registry.register("limit_hits", "Times that a limit was hit", m.limit_hits.clone());
         registry.register(
             "certificates_failing",
@@ -249,6 +262,12 @@ impl Metrics {
         metrics.condition(&Condition::default());
         registry.register("open_files", "File descriptors that the agent has open", m.open_files.clone());
         registry.register("open_files_limit", "How many it may have", m.open_files_limit.clone());
+        registry.register(
+            "kernel_map_entries",
+            "Entries of the kernel programs' maps",
+            metrics.map_entries.clone(),
+        );
+        registry.register("kernel_map_limit", "How many entries they take", metrics.map_limit.clone());
         (Arc::new(metrics), registry)
     }
 
@@ -373,6 +392,18 @@ impl Metrics {
         self.open_files_limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
     }
 
+    /// Entries of a kernel map, and how many it takes.
+    pub fn kernel_map(&self, map: &'static str, entries: u64, limit: u64) {
+        let labels = MapLabels { map: map.trim_start_matches("kernel_map_") };
+        self.map_entries.get_or_create(&labels).set(i64::try_from(entries).unwrap_or(i64::MAX));
+        self.map_limit.get_or_create(&labels).set(i64::try_from(limit).unwrap_or(i64::MAX));
+    }
+
+    /// Access log lines that could not be written.
+    pub fn log_unwritten(&self) -> &Counter {
+        &self.log_unwritten
+    }
+
     /// Access log lines that were dropped.
     pub fn log_dropped(&self) -> &Counter {
         &self.log_dropped
@@ -487,6 +518,7 @@ mod tests {
     fn the_reference_is_generated(metrics: &Metrics, registry: &Registry) {
         metrics.active(Direction::Outbound);
         metrics.limit_hit("idle_tunnels");
+        metrics.kernel_map("kernel_map_destinations", 1, 65_536);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

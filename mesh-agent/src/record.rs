@@ -7,7 +7,7 @@
 
 use std::{
     fs::OpenOptions,
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     path::Path,
     sync::{Arc, MutexGuard, OnceLock},
     time::{Duration, Instant},
@@ -32,6 +32,9 @@ use crate::{
 /// Lines that wait for the writer at most: about 4 MiB.
 const QUEUE: usize = 8192;
 
+/// Bytes that are written at once.
+const TOGETHER: usize = 8192;
+
 /// How long lines gather before the writer looks again: waking it for each would cost more than writing does.
 const GATHER: Duration = Duration::from_millis(10);
 
@@ -49,19 +52,19 @@ enum Line {
 
 impl AccessLog {
     /// Appends to a file, or writes to standard output for `-`. The writer is a thread that ends with the last clone.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub fn open(path: &Path, metrics: Arc<Metrics>) -> io::Result<Self> {
         if path == Path::new("-") {
-            return Self::to(io::stdout());
+            return Self::to(io::stdout(), metrics);
         }
-        Self::to(OpenOptions::new().create(true).append(true).open(path)?)
+        Self::to(OpenOptions::new().create(true).append(true).open(path)?, metrics)
     }
 
     /// Writes to anything.
-    pub fn to(out: impl Write + Send + 'static) -> io::Result<Self> {
+    pub fn to(out: impl Write + Send + 'static, metrics: Arc<Metrics>) -> io::Result<Self> {
         let (lines, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new()
             .name("access-log".into())
-            .spawn(move || write(queue, BufWriter::new(out)))?;
+            .spawn(move || write(queue, Lines::new(out), &metrics))?;
         Ok(Self { lines })
     }
 
@@ -74,12 +77,12 @@ impl AccessLog {
     }
 }
 
-fn write(mut queue: mpsc::Receiver<Line>, mut out: impl Write) {
+fn write(mut queue: mpsc::Receiver<Line>, mut out: Lines<impl Write>, metrics: &Metrics) {
     let mut broken = false;
     while let Some(line) = queue.blocking_recv() {
         let mut flushed = None;
         let mut result = match line {
-            Line::Text(text) => out.write_all(text.as_bytes()),
+            Line::Text(text) => out.line(&text),
             Line::Flush(done) => {
                 flushed = Some(done);
                 Ok(())
@@ -88,10 +91,11 @@ fn write(mut queue: mpsc::Receiver<Line>, mut out: impl Write) {
         if result.is_ok() && (queue.is_empty() || flushed.is_some()) {
             result = out.flush();
         }
-        if let Err(error) = &result
-            && !broken
-        {
-            tracing::error!(%error, "the access log cannot be written");
+        if let Err(error) = &result {
+            if !broken {
+                tracing::error!(%error, "the access log cannot be written: lines are lost, and counted");
+            }
+            metrics.log_unwritten().inc_by(out.give_up());
         }
         broken = result.is_err();
         // A closed receiver has stopped waiting.
@@ -99,6 +103,53 @@ fn write(mut queue: mpsc::Receiver<Line>, mut out: impl Write) {
         if queue.is_empty() {
             std::thread::sleep(GATHER);
         }
+    }
+}
+
+/// Lines that are written many at a time, and of which is known how many were not. What is written of a line when the
+/// disk is full is ended as a line of its own, once there is room.
+#[derive(Debug)]
+struct Lines<W> {
+    out: W,
+    gathered: Vec<u8>,
+    /// How much of it is written.
+    written: usize,
+    torn: bool,
+}
+
+impl<W: Write> Lines<W> {
+    fn new(out: W) -> Self {
+        Self { out, gathered: Vec::with_capacity(TOGETHER), written: 0, torn: false }
+    }
+
+    fn line(&mut self, text: &str) -> io::Result<()> {
+        self.gathered.extend_from_slice(text.as_bytes());
+        if self.gathered.len() >= TOGETHER { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.torn && !self.gathered.is_empty() {
+            self.out.write_all(b"\n")?;
+            self.torn = false;
+        }
+        while self.written < self.gathered.len() {
+            match self.out.write(&self.gathered[self.written..]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => self.written += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        (self.written, _) = (0, self.gathered.clear());
+        self.out.flush()
+    }
+
+    /// Forgets what could not be written: how many lines, a torn one included.
+    fn give_up(&mut self) -> u64 {
+        let lost = self.gathered[self.written..].iter().filter(|byte| **byte == b'\n').count();
+        self.torn |= self.written > 0 && self.gathered[self.written - 1] != b'\n';
+        (self.written, _) = (0, self.gathered.clear());
+        lost as u64
     }
 }
 
@@ -294,4 +345,49 @@ struct Event<'a> {
     reason: Option<&'static str>,
     detail: Option<String>,
     view: Option<&'a str>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_that_a_full_disk_takes_are_counted() {
+        let (metrics, _) = Metrics::new();
+        let log = AccessLog::open(Path::new("/dev/full"), metrics.clone()).unwrap();
+        for _ in 0..500 {
+            log.lines.send(Line::Text("{\"a\":\"connection\"}\n".to_owned())).await.unwrap();
+        }
+        log.flush().await;
+        assert_eq!(metrics.log_unwritten().get(), 500);
+        assert_eq!(metrics.log_dropped().get(), 0, "that is another thing");
+    }
+
+    /// Takes so many bytes.
+    struct Disk(Vec<u8>, usize);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = bytes.len().min(self.1 - self.0.len());
+            self.0.extend_from_slice(&bytes[..n]);
+            if n == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(n) }
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_that_was_torn_does_not_spoil_the_next() {
+        let mut lines = Lines::new(Disk(vec![], 6));
+        for text in ["one\n", "two\n", "three\n"] {
+            lines.line(text).unwrap();
+        }
+        assert_eq!(lines.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(lines.give_up(), 2);
+        lines.out.1 = 100;
+        lines.line("four\n").unwrap();
+        lines.flush().unwrap();
+        assert_eq!(lines.out.0, b"one\ntw\nfour\n");
+    }
 }

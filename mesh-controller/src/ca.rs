@@ -35,7 +35,7 @@ const ROOT_TTL: Duration = Duration::from_secs(3650 * 24 * 3600);
 const ISSUING_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Certificates are good from some time before now: a clock that is five minutes behind must take them from one that is
 /// five minutes ahead, with room left.
-const CLOCK_TOLERANCE: Duration = Duration::from_secs(900);
+pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(900);
 /// Bytes of an uncompressed P-256 point, the only kind of key that is certified.
 const P256_POINT_LEN: usize = 65;
 /// Most roots in the bundle: every peer holds it, and each rotation adds one.
@@ -67,6 +67,22 @@ pub enum CaError {
     TooManyRoots {
         /// The file.
         path: PathBuf,
+    },
+    /// No root has this fingerprint.
+    #[error("no root, or more than one, begins with '{0}': write more of it; compare meshctl get roots")]
+    UnknownRoot(String),
+    /// It signs.
+    #[error("root {0} signs: make another first, with mesh-controller rotate-root")]
+    Signs(String),
+    /// An older one would still lead to it.
+    #[error(
+        "root {root} is certified by the older root {older}, which is still trusted: retire that one first"
+    )]
+    NotOldest {
+        /// What was to go.
+        root: String,
+        /// What has to go before.
+        older: String,
     },
     /// Making a certificate failed.
     #[error("cannot make a certificate: {0}")]
@@ -147,6 +163,13 @@ impl Authority {
         Ok(Self { dir, loaded: RwLock::new(Arc::new(loaded)) })
     }
 
+    /// Reads the authority below a state directory, which must have been made before.
+    pub fn existing(state_dir: &Path) -> Result<Self, CaError> {
+        let dir = state_dir.join("ca");
+        let loaded = load(&dir)?.ok_or_else(|| missing(&dir))?;
+        Ok(Self { dir, loaded: RwLock::new(Arc::new(loaded)) })
+    }
+
     /// Makes a new root and an issuing certificate below it; the older roots stay in the bundle.
     pub fn rotate_root(&self, now: SystemTime) -> Result<(), CaError> {
         let _lock = lock(&self.dir)?;
@@ -155,6 +178,17 @@ impl Authority {
             return Err(CaError::TooManyRoots { path: file(&self.dir) });
         }
         let next = rotated(&current, now)?;
+        self.put(save(&self.dir, &next)?);
+        Ok(())
+    }
+
+    /// Takes a root out of the bundle: what leads to it alone is refused from now on. Which: its SHA-256 in hex, or the
+    /// beginning of it. Only the oldest can go: each root certifies the next, and one whose elder is still trusted
+    /// would be trusted through it.
+    pub fn retire_root(&self, which: &str) -> Result<(), CaError> {
+        let _lock = lock(&self.dir)?;
+        let current = self.read()?;
+        let next = without(&current, which)?;
         self.put(save(&self.dir, &next)?);
         Ok(())
     }
@@ -311,6 +345,31 @@ fn renewed(current: &Loaded, now: SystemTime) -> Result<Stored, CaError> {
     Ok(Stored { issuing, issuing_key, ..current.stored.clone() })
 }
 
+/// The same authority without its oldest root, which has to be the one that is meant.
+fn without(current: &Loaded, which: &str) -> Result<Stored, CaError> {
+    let names: Vec<String> = current.roots.iter().map(|root| hex(&digest(root))).collect();
+    let mut meant = names.iter().filter(|name| !which.is_empty() && name.starts_with(which));
+    let (Some(root), None) = (meant.next(), meant.next()) else {
+        return Err(CaError::UnknownRoot(which.to_owned()));
+    };
+    if *root == names[0] {
+        return Err(CaError::Signs(root.clone()));
+    }
+    let oldest = names.last().expect("the file has a root");
+    if root != oldest {
+        return Err(CaError::NotOldest { root: root.clone(), older: oldest.clone() });
+    }
+    let mut next = current.stored.clone();
+    next.roots.pop();
+    // What the retired root has certified leads nowhere any more.
+    let gone = current.roots.last().and_then(|root| subject(root).ok());
+    next.crosses.retain(|pem| {
+        let issuer = certificate(pem).and_then(|der| Ok(parsed(&der)?.issuer().to_string()));
+        issuer.ok() != gone
+    });
+    Ok(next)
+}
+
 fn new_root(now: SystemTime) -> Result<(rcgen::Certificate, KeyPair), rcgen::Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let params = ca_params(root_name(&key), now, now + ROOT_TTL, BasicConstraints::Unconstrained);
@@ -434,6 +493,11 @@ pub fn validity(der: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), St
     let validity = parsed(der)?.validity().clone();
     let time = |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs());
     Ok((time(validity.not_before.timestamp()), time(validity.not_after.timestamp())))
+}
+
+/// A certificate's own name.
+pub fn subject(der: &CertificateDer<'_>) -> Result<String, String> {
+    Ok(parsed(der)?.subject().to_string())
 }
 
 /// Whether the newest root ends within a year: time to rotate, with what it may still sign in mind.
@@ -574,6 +638,30 @@ mod tests {
             }
             assert!(leads_to(&old_leaf.chain, &first_root, now()));
         }
+    }
+
+    #[test]
+    fn only_the_oldest_root_that_does_not_sign_is_retired_and_nothing_leads_to_it_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), now()).unwrap();
+        let name = |place: usize| hex(&digest(&authority.roots()[place]));
+        let error = authority.retire_root(&name(0)).unwrap_err().to_string();
+        assert!(error.contains("signs") && error.contains("rotate-root"), "{error}");
+        let oldest = authority.roots()[0].clone();
+        authority.rotate_root(now()).unwrap();
+        authority.rotate_root(now()).unwrap();
+        let error = authority.retire_root(&name(1)).unwrap_err().to_string();
+        assert!(error.contains(&format!("older root {}", name(2))), "{error}");
+        for wrong in ["", "xyz"] {
+            assert!(matches!(authority.retire_root(wrong), Err(CaError::UnknownRoot(_))), "{wrong}");
+        }
+        let kept = authority.roots()[1].clone();
+        authority.retire_root(&name(2)[..16]).unwrap();
+        assert_eq!(authority.roots().len(), 2);
+        let leaf = authority.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
+        assert!(leads_to(&leaf.chain, &authority.roots()[0], now()) && leads_to(&leaf.chain, &kept, now()));
+        assert!(!leads_to(&leaf.chain, &oldest, now()), "its cross certificate went with it");
+        assert_eq!(Authority::open(dir.path(), now()).unwrap().roots(), authority.roots());
     }
 
     #[test]

@@ -33,6 +33,7 @@ use crate::{
     ca::{self, Authority, CaError},
     clock::Clock,
     config::Config,
+    digest::{digest, hex},
     distribute::{Hub, SETTLE, World},
     generation::Generation,
     metrics::{DocumentLabels, DocumentState, Metrics},
@@ -42,7 +43,7 @@ use crate::{
         files::{FilesError, Source},
         ledger::Ledger,
     },
-    store::{self, StoreError},
+    store::{self, Part, StoreError},
     token::Tokens,
 };
 
@@ -50,6 +51,8 @@ use crate::{
 const AUTHORITY_POLL: Duration = Duration::from_millis(500);
 /// How often join tokens that have expired are removed.
 const TOKEN_SWEEP: Duration = Duration::from_secs(60);
+/// How often what could not be saved is tried again.
+const SAVE_RETRY: Duration = Duration::from_secs(10);
 /// Reports that wait to be taken; agents wait beyond it.
 const REPORT_QUEUE: usize = 256;
 /// How long the servers may take to end.
@@ -112,6 +115,7 @@ impl Controller {
         let parts = Parts::assemble(Settings::from(&config), source.subscribe(), clock)?;
         let running =
             Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
+        let source = source.telling(parts.metrics.unsaved.clone());
         let (answers, cancel) = (parts.answers(config.in_force, log), parts.cancel.clone());
         running.spawn("source", source.follow(cancel.clone()));
         running.spawn("admin", admin::serve(admin, answers, cancel));
@@ -215,8 +219,10 @@ impl Parts {
         store::private_dir(&state_dir)?;
         let authority = Arc::new(Authority::open(&state_dir, clock.now())?);
         let (generation, trouble) = Generation::begin(&state_dir);
+        let metrics = Arc::new(Metrics::default());
         if let Some(error) = trouble {
             tracing::error!(%error, "the count of starts");
+            metrics.unsaved.tried(Part::Generation, &Err::<(), _>(error));
         }
         let generation = Arc::new(generation);
         let tokens = Tokens::open(&state_dir)?;
@@ -224,7 +230,6 @@ impl Parts {
         let reports = Reports::load(&reports_file)?;
         let (tls_config, renew_at) = tls::server_config(&authority, &trust_domain, certificate_ttl, &clock)?;
 
-        let metrics = Arc::new(Metrics::default());
         let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (roots, roots_seen) = watch::channel(roots(&authority));
         let (report_sender, queue) = mpsc::channel(REPORT_QUEUE);
@@ -243,7 +248,7 @@ impl Parts {
         let api = Arc::new(Api {
             hub: hub.clone(),
             authority: authority.clone(),
-            generation,
+            generation: generation.clone(),
             tokens: tokens.clone(),
             limits: Default::default(),
             reports: report_sender,
@@ -263,7 +268,10 @@ impl Parts {
             roots,
             tls: tls_sender,
             renew_at,
+            generation,
+            metrics: metrics.clone(),
         };
+        upkeep.count_roots();
         Ok(Self { hub, authority, metrics, cancel, tasks, core, upkeep, api, tls })
     }
 
@@ -326,6 +334,8 @@ impl Core {
         let settle = tokio::time::sleep(SETTLE);
         tokio::pin!(settle);
         let mut settled = false;
+        let mut again = interval(SAVE_RETRY);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // Cancel-safe: a report that `recv` has taken is handled before the next turn.
             let report = tokio::select! {
@@ -333,6 +343,12 @@ impl Core {
                 () = &mut settle, if !settled => {
                     hub.settle();
                     settled = true;
+                    continue;
+                }
+                _ = again.tick() => {
+                    if self.metrics.unsaved.has(Part::Reports) {
+                        self.save().await;
+                    }
                     continue;
                 }
                 changed = self.ledger.changed() => match changed {
@@ -399,10 +415,15 @@ impl Core {
 
     async fn save(&self) {
         let (reports, file) = (self.reports.clone(), self.reports_file.clone());
-        match tokio::task::spawn_blocking(move || reports.save(&file)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::error!(%error, "reports of agents would not survive a restart"),
-            Err(error) => tracing::error!(%error, "saving the reports of agents failed"),
+        let saved = match tokio::task::spawn_blocking(move || reports.save(&file)).await {
+            Ok(saved) => saved.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let news = self.metrics.unsaved.tried(Part::Reports, &saved);
+        if let Err(error) = saved
+            && news
+        {
+            tracing::error!(%error, "reports of agents would not survive a restart");
         }
     }
 }
@@ -418,32 +439,45 @@ struct Upkeep {
     roots: watch::Sender<Arc<Vec<Vec<u8>>>>,
     tls: watch::Sender<Arc<ServerConfig>>,
     renew_at: SystemTime,
+    generation: Arc<Generation>,
+    metrics: Arc<Metrics>,
 }
 
 impl Upkeep {
+    fn count_roots(&self) {
+        let roots = self.authority.roots();
+        let ends = roots.iter().filter_map(|root| {
+            let (_, until) = ca::validity(root).ok()?;
+            Some((hex(&digest(root)[..8]), until))
+        });
+        self.metrics.roots(ends);
+    }
+
     async fn run(mut self, cancel: CancellationToken) {
         let mut poll = interval(AUTHORITY_POLL);
         let mut sweep = interval(TOKEN_SWEEP);
         for timer in [&mut poll, &mut sweep] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
-        let mut last_error = String::new();
         loop {
             // Cancel-safe: ticks hold nothing.
             tokio::select! {
                 () = cancel.cancelled() => return,
                 _ = poll.tick() => {
-                    let error = self.certificates().err().map(|it| it.to_string());
-                    let error = error.unwrap_or_default();
+                    let done = self.certificates();
                     // Said once, not twice a second.
-                    if !error.is_empty() && error != last_error {
+                    let news = self.metrics.unsaved.tried(Part::Authority, &done);
+                    if let Err(error) = done && news {
                         tracing::error!(%error, "certificates; what was in force stays");
                     }
-                    last_error = error;
                 }
                 _ = sweep.tick() => {
                     if let Err(error) = self.tokens.sweep(self.clock.now()) {
                         tracing::warn!(%error, "removing expired join tokens");
+                    }
+                    if self.metrics.unsaved.has(Part::Generation) {
+                        let kept = self.generation.keep(self.generation.number());
+                        self.metrics.unsaved.tried(Part::Generation, &kept);
                     }
                     if ca::ends_soon(&self.authority.roots(), self.clock.now()) {
                         tracing::warn!("the root ends within a year: mesh-controller rotate-root");
@@ -460,6 +494,7 @@ impl Upkeep {
         if reloaded || renewed {
             tracing::info!(roots = self.authority.roots().len(), "the certificate authority has changed");
             self.roots.send_replace(roots(&self.authority));
+            self.count_roots();
         }
         if reloaded || renewed || now >= self.renew_at {
             let (config, renew_at) =

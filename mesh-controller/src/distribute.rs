@@ -20,7 +20,10 @@ use mesh_core::{
     model::Name,
     version::Version,
     view::{Delta, Key, NodeView, Resource},
-    wire::{self, proto::ViewUpdate},
+    wire::{
+        self,
+        proto::{Condition as ProtoCondition, HeldCertificate, ViewUpdate},
+    },
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +37,10 @@ pub const KEPT: usize = 64;
 pub const SETTLE: Duration = Duration::from_secs(8);
 /// Longest error of an agent that is kept, characters.
 const MAX_ERROR: usize = 1000;
+/// Most problems, and most fills, of an agent that are kept.
+const MAX_LINES: usize = 32;
+/// Most certificates of an agent that are kept: four times what a node may have workloads.
+const MAX_HELD: usize = 4096;
 /// Longest version of an agent that is kept, characters.
 const MAX_AGENT_VERSION: usize = 100;
 
@@ -83,6 +90,57 @@ struct Agent {
     acked: Option<String>,
     error: Option<String>,
     since: Option<SystemTime>,
+    condition: Arc<Condition>,
+}
+
+/// How an agent is, as it says.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Condition {
+    /// What is wrong on its node.
+    pub problems: Vec<String>,
+    /// What it holds; `None` before it said so.
+    pub certificates: Option<Vec<Held>>,
+    /// How full what can become full is: name, entries, limit.
+    pub fills: Vec<(String, u64, u64)>,
+}
+
+/// A certificate that an agent holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Whose.
+    pub identity: String,
+    /// Its end; `None` while there is none.
+    pub expires: Option<SystemTime>,
+    /// The SHA-256 of the root that it leads to.
+    pub root: Option<[u8; 32]>,
+    /// Why there is no newer one.
+    pub error: Option<String>,
+}
+
+impl Condition {
+    /// What an agent said, cut to what is kept.
+    fn of(said: ProtoCondition) -> Self {
+        let cut = |text: String| text.chars().take(MAX_ERROR).collect::<String>();
+        let held = |it: HeldCertificate| Held {
+            identity: cut(it.identity),
+            expires: u64::try_from(it.expires_unix)
+                .ok()
+                .filter(|seconds| *seconds > 0)
+                .and_then(|seconds| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))),
+            root: it.root_sha256.try_into().ok(),
+            error: Some(cut(it.error)).filter(|error| !error.is_empty()),
+        };
+        Self {
+            problems: said.problems.into_iter().take(MAX_LINES).map(cut).collect(),
+            certificates: Some(said.certificates.into_iter().take(MAX_HELD).map(held).collect()),
+            fills: said
+                .fills
+                .into_iter()
+                .take(MAX_LINES)
+                .map(|it| (cut(it.what), it.entries, it.limit))
+                .collect(),
+        }
+    }
 }
 
 /// What `meshctl status` says of an agent.
@@ -102,6 +160,8 @@ pub struct AgentState {
     pub acked: Option<String>,
     /// Why it could not put the last one in force.
     pub error: Option<String>,
+    /// How it is, as it said last.
+    pub condition: Arc<Condition>,
 }
 
 impl Hub {
@@ -206,6 +266,7 @@ impl Hub {
             current: self.version(track.number),
             acked: track.agent.acked.clone(),
             error: track.agent.error.clone(),
+            condition: track.agent.condition.clone(),
         };
         nodes.iter().map(state).collect()
     }
@@ -366,6 +427,12 @@ impl Acks {
                 agent.error = Some(error.chars().take(MAX_ERROR).collect());
             }
         });
+    }
+
+    /// Takes what it says of itself.
+    pub fn condition(&self, said: ProtoCondition) {
+        let condition = Arc::new(Condition::of(said));
+        self.agent(|agent| agent.condition = condition);
     }
 
     /// Does something to the agent's state, unless a newer connection took over.

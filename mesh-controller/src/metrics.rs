@@ -1,12 +1,14 @@
 //! The controller's counters. Names are a contract: dashboards and alerts use them.
 
-use std::sync::atomic::AtomicU64;
+use std::{sync::atomic::AtomicU64, time::SystemTime};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+
+use crate::store::{Part, Unsaved};
 
 /// Whether a document is in force.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -82,6 +84,20 @@ pub enum Limit {
     requests,
 }
 
+/// A part of the state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PartLabels {
+    /// Which.
+    pub part: &'static str,
+}
+
+/// A root.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RootLabels {
+    /// The beginning of its SHA-256.
+    pub root: String,
+}
+
 /// All of them, registered.
 #[derive(Debug)]
 pub struct Metrics {
@@ -100,6 +116,10 @@ pub struct Metrics {
     pub limit_hits: Family<LimitLabels, Counter>,
     /// Connections that ended because a limit was hit before they were served.
     pub handshakes_refused: Counter,
+    /// What is in force and not on disk.
+    pub unsaved: Unsaved,
+    state_unsaved: Family<PartLabels, Gauge<u64, AtomicU64>>,
+    root_expiry: Family<RootLabels, Gauge<f64, AtomicU64>>,
     /// 1 once an agent has shown that this state was restored from an older one.
     pub restored: Gauge<u64, AtomicU64>,
 }
@@ -115,6 +135,8 @@ impl Default for Metrics {
         let handshakes_refused = Counter::default();
         let limit_hits = Family::default();
         let restored = Gauge::default();
+        let state_unsaved = Family::default();
+        let root_expiry = Family::default();
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
         registry.register("views_sent", "View updates sent to agents", views_sent.clone());
@@ -131,6 +153,12 @@ impl Default for Metrics {
             "1 once an agent has shown that the controller's state was restored from an older one",
             restored.clone(),
         );
+        registry.register(
+            "controller_state_unsaved",
+            "1 while the newest version of a part of the state is not on disk, or what is there cannot be used",
+            state_unsaved.clone(),
+        );
+        registry.register("root_expiry_seconds", "When a root expires, Unix time", root_expiry.clone());
         Self {
             registry,
             documents,
@@ -141,6 +169,9 @@ impl Default for Metrics {
             handshakes_refused,
             limit_hits,
             restored,
+            unsaved: Unsaved::default(),
+            state_unsaved,
+            root_expiry,
         }
     }
 }
@@ -151,8 +182,21 @@ impl Metrics {
         self.limit_hits.get_or_create(&LimitLabels { limit }).inc();
     }
 
+    /// These are the roots: the beginning of each one's SHA-256, and its end.
+    pub fn roots(&self, roots: impl Iterator<Item = (String, SystemTime)>) {
+        self.root_expiry.clear();
+        for (root, until) in roots {
+            let seconds = until.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+            self.root_expiry.get_or_create(&RootLabels { root }).set(seconds);
+        }
+    }
+
     /// The Prometheus text format.
     pub fn text(&self) -> String {
+        for part in Part::ALL {
+            let unsaved = u64::from(self.unsaved.has(part));
+            self.state_unsaved.get_or_create(&PartLabels { part: part.label() }).set(unsaved);
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a String never fails");
         text
@@ -172,11 +216,16 @@ mod tests {
         metrics.certificates_issued.get_or_create(&labels).inc();
         metrics.views_sent.inc();
         metrics.limit_hit(Limit::connections);
+        metrics.unsaved.tried(Part::Reports, &Err::<(), _>("no space"));
+        metrics.roots([("ab12".to_owned(), SystemTime::UNIX_EPOCH)].into_iter());
         let text = metrics.text();
         for line in [
             "nodemesh_documents{state=\"refused\"} 2",
             "nodemesh_agents_connected 0",
             "nodemesh_views_sent_total 1",
+            "nodemesh_controller_state_unsaved{part=\"reports\"} 1",
+            "nodemesh_controller_state_unsaved{part=\"kept\"} 0",
+            "nodemesh_root_expiry_seconds{root=\"ab12\"} 0.0",
             "nodemesh_certificates_issued_total{kind=\"workload\"} 1",
             "nodemesh_joins_total{result=\"ok\"} 1",
         ] {

@@ -55,10 +55,11 @@ impl std::fmt::Display for Warning {
     }
 }
 
-/// Looks through everything that is in force; by file, line and field.
-pub fn review(ledger: &Ledger) -> Vec<Warning> {
+/// Looks through everything that is in force; by file, line and field. `default_mode` is the controller's.
+pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
     let model = ledger.model();
-    let mut review = Review { ledger, workloads: by_namespace(&model), model: &model, found: vec![] };
+    let workloads = by_namespace(&model, default_mode);
+    let mut review = Review { ledger, workloads, model: &model, found: vec![] };
     for policy in model.policies.values() {
         review.policy(policy);
     }
@@ -72,12 +73,12 @@ pub fn review(ledger: &Ledger) -> Vec<Warning> {
 }
 
 /// The workloads as agents see them.
-fn by_namespace(model: &Model) -> BTreeMap<String, Vec<Arc<Workload>>> {
+fn by_namespace(model: &Model, default_mode: Mode) -> BTreeMap<String, Vec<Arc<Workload>>> {
     // Whose roots sign is no matter here.
     let trust_domain = TrustDomain::parse("cluster.local").expect("a name");
     let mesh = Arc::new(Mesh { trust_domain, roots: vec![] });
     let mut workloads: BTreeMap<String, Vec<Arc<Workload>>> = BTreeMap::new();
-    for workload in Common::new(model, mesh, &BTreeSet::new(), Mode::default()).workloads() {
+    for workload in Common::new(model, mesh, &BTreeSet::new(), default_mode).workloads() {
         workloads.entry(workload.name.namespace.clone()).or_default().push(workload.clone());
     }
     workloads
@@ -126,9 +127,38 @@ impl Review<'_> {
             let cure = "give it a rule; 'rules: [{}]' matches every connection";
             self.warn(&key, "spec.rules", "a Deny without rules matches nothing, so it does nothing", cure);
         }
+        self.denies_of_nobody(&key, policy, &selected);
         self.shadowed_rules(&key, policy);
         self.unknown_sources(&key, policy);
         self.ports_of_rules(&key, policy, &selected);
+    }
+
+    /// Deny rules by identity, of workloads that take plaintext, which has none.
+    fn denies_of_nobody(&mut self, key: &ObjectKey, policy: &Policy, selected: &[Arc<Workload>]) {
+        let permissive = |it: &&Arc<Workload>| it.enrolled && it.mode == Mode::Permissive;
+        let names: Vec<String> = selected.iter().filter(permissive).map(|it| it.name.to_string()).collect();
+        if policy.action != Action::Deny || names.is_empty() {
+            return;
+        }
+        let by_identity = |source: &mesh_core::model::Source| {
+            let traits = &source.any_of;
+            !(traits.identities.is_empty() && traits.namespaces.is_empty() && traits.trust_domains.is_empty())
+        };
+        for (rule, place) in policy.rules.iter().zip(0..) {
+            if rule.from.is_empty() || !rule.from.iter().all(by_identity) {
+                continue;
+            }
+            self.warn(
+                key,
+                &format!("spec.rules[{place}].from"),
+                format!(
+                    "it does not stop plaintext, which has no identity and which is taken by {}",
+                    names[..names.len().min(MAX_NAMES)].join(", ")
+                ),
+                "make them strict (label nodemesh.io/mode: strict), or deny notIdentities: \
+                 [\"spiffe://TRUST-DOMAIN/*\"] too",
+            );
+        }
     }
 
     fn shadowed_rules(&mut self, key: &ObjectKey, policy: &Policy) {
@@ -422,7 +452,7 @@ mod tests {
         let files = [(PathBuf::from("a.yaml"), Arc::new(FileContent::parse(&text)))].into();
         let ledger = Ledger::default().next(&files);
         assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
-        review(&ledger)
+        review(&ledger, Mode::default())
     }
 
     /// The shop's two workloads and more documents; expected: object, field, part of the reason, part of the cure.
@@ -460,6 +490,27 @@ mod tests {
             )],
         );
         check(&[policy("p", "action: Allow")], &[]);
+    }
+
+    #[test]
+    fn a_deny_by_identity_is_told_not_to_stop_plaintext_by_the_mode_in_force() {
+        let namespace = NAMESPACE.replace(", nodemesh.io/mode: strict", "");
+        let deny = |from: &str| policy("p", &format!("action: Deny, rules: [{{from: [{from}]}}]"));
+        let told = |from: &str, namespace: &str, mode| {
+            let documents = [namespace.to_owned(), workload("db", "10.0.0.2"), deny(from)].concat();
+            let files = [(PathBuf::from("a.yaml"), Arc::new(FileContent::parse(&documents)))].into();
+            let ledger = Ledger::default().next(&files);
+            assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
+            let warnings = review(&ledger, mode);
+            warnings.iter().filter(|it| it.reason.contains("does not stop plaintext")).count()
+        };
+        let by_identity = "{namespaces: [shop]}";
+        assert_eq!(told(by_identity, &namespace, Mode::Permissive), 1);
+        assert_eq!(told(by_identity, &namespace, Mode::Strict), 0);
+        assert_eq!(told(by_identity, NAMESPACE, Mode::Permissive), 0, "what manifests say wins");
+        for stops in ["{addressBlocks: [10.0.0.0/8]}", "{notNamespaces: [shop]}"] {
+            assert_eq!(told(stops, &namespace, Mode::Permissive), 0, "{stops}");
+        }
     }
 
     #[test]

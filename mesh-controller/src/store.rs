@@ -4,10 +4,12 @@
 //! either the old file or the new one, never a part.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// A file or directory of the state could not be used.
@@ -31,6 +33,79 @@ fn cure(error: &io::Error) -> &'static str {
             "; it has to belong to the controller's user, with mode 0700 (files: 0600)"
         }
         _ => "",
+    }
+}
+
+/// A part of the state, as metrics name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// The certificate authority.
+    Authority,
+    /// The count of starts.
+    Generation,
+    /// The last good versions of refused documents.
+    Kept,
+    /// What agents said of their workloads.
+    Reports,
+}
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Authority, Self::Generation, Self::Kept, Self::Reports];
+
+    /// The metric's label.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Authority => "authority",
+            Self::Generation => "generation",
+            Self::Kept => "kept",
+            Self::Reports => "reports",
+        }
+    }
+
+    fn says(self) -> &'static str {
+        match self {
+            Self::Authority => "the certificate authority's file",
+            Self::Generation => "the count of starts",
+            Self::Kept => "the last good versions of refused documents",
+            Self::Reports => "what agents said of their workloads",
+        }
+    }
+}
+
+/// What of the state is in force and not on disk. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Unsaved {
+    errors: Arc<Mutex<BTreeMap<Part, String>>>,
+}
+
+impl Unsaved {
+    /// A part was written, or was not. Returns whether that is news.
+    pub fn tried<E: std::fmt::Display>(&self, part: Part, result: &Result<(), E>) -> bool {
+        match result {
+            Ok(()) => self.errors().remove(&part).is_some(),
+            Err(error) => {
+                let error = error.to_string();
+                self.errors().insert(part, error.clone()).is_none_or(|before| before != error)
+            }
+        }
+    }
+
+    /// Whether a part is to be written again.
+    pub fn has(&self, part: Part) -> bool {
+        self.errors().contains_key(&part)
+    }
+
+    /// Each as a line with its cure.
+    pub fn problems(&self) -> Vec<String> {
+        let line = |(part, error): (&Part, &String)| {
+            format!("{}: not saved or not usable, what was in force stays: {error}", part.says())
+        };
+        self.errors().iter().map(line).collect()
+    }
+
+    fn errors(&self) -> MutexGuard<'_, BTreeMap<Part, String>> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -12,11 +12,13 @@ const FAULTS: &str = include_str!("../../docs/operate/faults.md");
 fn metrics() -> String {
     let (agent, registry) = mesh_agent::metrics::Metrics::new();
     agent.certificate_expiry("spiffe://td/ns/a/sa/b", Some(1.0));
+    agent.kernel_map("kernel_map_destinations", 1, 2);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     let controller = mesh_controller::metrics::Metrics::default();
     let state = mesh_controller::metrics::DocumentState::refused;
     controller.documents.get_or_create(&mesh_controller::metrics::DocumentLabels { state }).set(0);
+    controller.roots([("ab".to_owned(), std::time::SystemTime::now())].into_iter());
     text + &controller.text()
 }
 

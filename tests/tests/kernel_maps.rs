@@ -61,6 +61,27 @@ fn a_guard_that_does_not_fit_is_an_error_and_not_forgotten() {
 }
 
 #[test]
+fn a_map_says_how_full_it_is_before_it_is_full() {
+    let mut loaded = Loaded::new("fill");
+    let near = |maps: &Maps| -> Vec<&str> {
+        maps.fills().iter().filter(|fill| fill.is_near()).map(|fill| fill.what).collect()
+    };
+    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 - 100)).unwrap();
+    for ifindex in 1..MAX_WORKLOADS / 5 * 4 {
+        loaded.maps.guard(ifindex, &[], [0; 6], true).unwrap();
+    }
+    assert_eq!(near(&loaded.maps), Vec::<&str>::new());
+    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 + 100)).unwrap();
+    assert_eq!(near(&loaded.maps), ["kernel_map_destinations"]);
+    for ifindex in MAX_WORKLOADS / 5 * 4..=MAX_WORKLOADS / 5 * 4 + 4 {
+        loaded.maps.guard(ifindex, &["10.0.0.1".parse().unwrap()], [0; 6], true).unwrap();
+    }
+    assert_eq!(near(&loaded.maps), ["kernel_map_destinations", "kernel_map_guarded"]);
+    let sources = loaded.maps.fills().into_iter().find(|fill| fill.what == "kernel_map_sources").unwrap();
+    assert_eq!((sources.entries, sources.limit), (5, u64::from(MAX_WORKLOADS) * 4));
+}
+
+#[test]
 fn a_listener_is_led_to_for_as_long_as_it_lives() {
     let mut loaded = Loaded::new("listeners");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

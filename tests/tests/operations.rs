@@ -189,3 +189,62 @@ fn a_live_connection_is_shown_with_its_bytes_and_is_gone_when_it_ends() {
         });
     }
 }
+
+#[test]
+fn how_full_maps_are_is_counted_and_in_the_controllers_status() {
+    let world = World::shop().build().unwrap();
+    let agent = world.agent("a");
+    until("what was enrolled is counted", 2 * TIMEOUT, || {
+        let metrics = agent.metrics().map_err(|error| format!("{error:#}"))?;
+        let map = |map| {
+            ["entries", "limit"].map(|it| metrics.sum(&format!("nodemesh_kernel_map_{it}"), &[("map", map)]))
+        };
+        // Two workloads, each with an address of either family, and two directions.
+        let counted = [map("guarded"), map("sources"), map("listeners"), map("destinations")];
+        let expected = [[2.0, 1024.0], [4.0, 4096.0], [8.0, 4096.0], [6.0, 65536.0]];
+        holds(counted == expected, || format!("{counted:?}"))
+    });
+    until("the controller has heard of it", TIMEOUT, || {
+        let status = world.meshctl(&["--output", "json", "status"]).map_err(|error| format!("{error:#}"))?;
+        let status: Value = serde_json::from_str(&status.stdout).map_err(|error| error.to_string())?;
+        let fills = status["agents"][0]["fills"].as_array().cloned().unwrap_or_default();
+        let wanted = json!({"what": "kernel_map_listeners", "entries": 8, "limit": 4096});
+        holds(fills.contains(&wanted), || status.to_string())
+    });
+    assert!(world.meshctl(&["status"]).unwrap().stdout.contains("FULLEST"));
+}
+
+#[test]
+fn a_nodes_bundle_has_its_view_and_no_key() {
+    let world = World::shop().build().unwrap();
+    let agent = world.agent("a");
+    let file = world.directory().join("bundle.tar.gz");
+    let made = agent.meshctl(&["bundle", file.to_str().unwrap()]).unwrap();
+    assert!(made.success, "{made:?}");
+    let output = std::process::Command::new("tar").arg("-xzOf").arg(&file).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let all = output.stdout;
+    let has = |part: &[u8]| all.windows(part.len()).any(|window| window == part);
+    for part in ["\"policies\":[]", "shop/db", "kernel_map_destinations", "nodemesh_kernel_map_entries"] {
+        assert!(has(part.as_bytes()), "{part} is not in it");
+    }
+    let mut secrets: Vec<Vec<u8>> = vec![b"PRIVATE KEY".to_vec()];
+    secrets.push(fs::read(world.directory().join("token-a")).unwrap().trim_ascii().to_vec());
+    let mut folders = vec![agent.run_dir().to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let content: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap_or_default();
+            let Some(hex) = content["key_pkcs8"].as_str() else { continue };
+            let digit = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+            secrets.push(hex.as_bytes().to_vec());
+            secrets.push((0..hex.len()).step_by(2).map(digit).collect());
+        }
+    }
+    assert!(secrets.len() >= 8, "the node's key and its two workloads', each in two forms");
+    assert!(secrets.iter().all(|secret| !secret.is_empty() && !has(secret)), "a secret is in it");
+}

@@ -25,7 +25,7 @@ fn verified(name: &str) -> (String, String) {
 
 #[test]
 fn systemd_takes_the_units_without_a_complaint() {
-    for name in ["nodemesh-agent.service", "nodemesh-controller.service"] {
+    for name in ["nodemesh-agent.service", "nodemesh-agent@.service", "nodemesh-controller.service"] {
         let (_, said) = verified(name);
         assert!(!said.contains(name), "{said}");
     }
@@ -42,4 +42,27 @@ fn the_units_give_no_more_than_the_programs_keep() {
     assert_eq!(given, kept, "CAP_SETPCAP is what dropping takes; the rest is what stays");
     let (controller, _) = verified("nodemesh-controller.service");
     assert!(controller.lines().any(|line| line == "CapabilityBoundingSet="), "the controller needs none");
+}
+
+/// Two agents that replace each other share what is handed over, and nothing else.
+#[test]
+fn a_pair_of_agents_is_the_single_unit_in_two_control_groups() {
+    let [single, pair] = ["nodemesh-agent.service", "nodemesh-agent@.service"].map(|name| verified(name).0);
+    let settings = |text: &str| -> Vec<String> {
+        let wanted = |line: &&str| {
+            !line.is_empty() && !line.starts_with(['#', '[']) && !line.starts_with("Description=")
+        };
+        text.lines().filter(wanted).map(str::to_owned).collect()
+    };
+    let (single, mut pair) = (settings(&single), settings(&pair));
+    // A template's instances would be in a slice of their own, and not where the agent is told that it is.
+    pair.retain(|line| line != "Slice=system.slice");
+    assert_eq!(single, pair);
+    for line in [
+        "Environment=NODEMESH_AGENT_CGROUP=system.slice/%n/agent",
+        "RuntimeDirectory=nodemesh",
+        "RuntimeDirectoryPreserve=yes",
+    ] {
+        assert!(pair.iter().any(|it| it == line), "{line} is what a take-over rests on");
+    }
 }

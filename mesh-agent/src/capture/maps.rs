@@ -12,8 +12,15 @@ use aya::{
 };
 use mesh_ebpf::abi::{
     Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
-    MAX_DESTINATIONS, Mac, SourceKey,
+    MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS, Mac, ProbeKey, SourceKey,
 };
+
+use crate::health::Fill;
+
+/// More destinations than fit are captured all the same, with every other one, see [`Maps::set_destinations`].
+const SPLIT_MESH: &str =
+    "every connection, also to what is outside of the mesh, is captured beyond it; split the mesh";
+const SPLIT_NODE: &str = "workloads are not enrolled beyond it; put some on other nodes";
 
 /// The maps.
 pub struct Maps {
@@ -21,6 +28,7 @@ pub struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     guarded: HashMap<MapData, u32, Guarded>,
     sources: HashMap<MapData, SourceKey, u32>,
+    probes: HashMap<MapData, ProbeKey, u32>,
     config: Array<MapData, Config>,
     refused: PerCpuArray<MapData, u64>,
     agent_cgroups: [u64; 2],
@@ -46,6 +54,7 @@ impl Maps {
             listeners: take("LISTENERS")?.try_into()?,
             guarded: take("GUARDED")?.try_into()?,
             sources: take("SOURCES")?.try_into()?,
+            probes: take("PROBES")?.try_into()?,
             config: take("CONFIG")?.try_into()?,
             refused: take("REFUSED")?.try_into()?,
             agent_cgroups: [agent_cgroup, 0],
@@ -159,6 +168,26 @@ impl Maps {
     /// Veths that have a guard in force.
     pub fn guarded(&self) -> Vec<u32> {
         self.guarded.keys().filter_map(Result::ok).collect()
+    }
+
+    /// How full the maps are.
+    pub fn fills(&self) -> Vec<Fill> {
+        let fill = |what, entries: usize, limit, cure| Fill {
+            what,
+            entries: entries as u64,
+            limit: u64::from(limit),
+            cure,
+        };
+        let probes = self.probes.keys().filter_map(Result::ok).count();
+        let sources = self.sources.keys().filter_map(Result::ok).count();
+        vec![
+            fill("kernel_map_destinations", self.captured.len(), MAX_DESTINATIONS, SPLIT_MESH),
+            fill("kernel_map_guarded", self.guarded().len(), MAX_WORKLOADS, SPLIT_NODE),
+            fill("kernel_map_sources", sources, MAX_WORKLOADS * 4, SPLIT_NODE),
+            fill("kernel_map_listeners", self.listeners(), MAX_LISTENERS, SPLIT_NODE),
+            // The least recently used goes when it is full, and is entered again when it is needed: no cure is.
+            fill("kernel_map_probes", probes, MAX_PROBES, ""),
+        ]
     }
 
     /// Refusals by reason since the maps were made, over all CPUs.

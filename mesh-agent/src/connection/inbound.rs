@@ -31,6 +31,7 @@ use crate::{
         self, ResetOnDrop,
         tunnel::{Carried, Stopped},
     },
+    trust::Led,
     tunnel::{Event, Link, LinkError, lease},
 };
 
@@ -152,9 +153,14 @@ async fn handshake(
     let at = At::of(&accepted);
     let connector = &node.inner.connector;
     let own = view.identity(&at.workload.name).ok_or(Reason::DestinationUnknown)?;
-    let config = connector.identities.server(own)?;
-    let link =
-        connect::take(accepted.stream, config, own.clone(), &connector.limits, &connector.metrics).await?;
+    let link = connect::take(
+        accepted.stream,
+        own.clone(),
+        &connector.identities,
+        &connector.limits,
+        &connector.metrics,
+    )
+    .await?;
     Ok((link, at))
 }
 
@@ -191,7 +197,8 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
             Err(_) => return Box::pin(link.close(limits.ready_wait)).await,
         };
         drop(idle);
-        if link.has_expired() {
+        let withdrawn = node.view().is_ok_and(|view| !link.led().holds(&view.mesh().roots));
+        if link.has_expired() || withdrawn {
             // Nothing was taken: the source opens another, for which it needs a certificate that is valid.
             return Box::pin(link.close(limits.ready_wait)).await;
         }
@@ -215,7 +222,7 @@ fn unasked(at: &At, node: &Node, reason: Reason, detail: impl Into<std::borrow::
 async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<Box<Link>> {
     let wait = node.limits().ready_wait;
     let mut entry = begin(at, node);
-    let proved = Proved { identity: link.peer().clone(), open };
+    let proved = Proved { identity: link.peer().clone(), led: link.led().clone(), open };
     let asked = tokio::select! {
         asked = Box::pin(admit(&proved, at, node, &mut entry)) => asked,
         refusal = node.cut(&at.workload) => Err(refusal),
@@ -264,6 +271,7 @@ fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Box<Link>> {
 #[derive(Debug)]
 struct Proved {
     identity: SpiffeId,
+    led: Led,
     open: Open,
 }
 
@@ -302,6 +310,9 @@ fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Allowed, Ref
     let destination = authorize::destination(view, &at.workload.name)?;
     let (identity, address): (Option<&SpiffeId>, IpAddr) = match proved {
         Some(proved) => {
+            if !proved.led.holds(&view.mesh().roots) {
+                return Err(Refusal::new(Reason::CertificateUntrusted, proved.led.withdrawn()));
+            }
             identify::tunnel_source(view, at.from.ip(), &proved.identity, &proved.open)?;
             (Some(&proved.identity), proved.open.source.ip())
         }

@@ -50,11 +50,17 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
         }
         Way::Tunnel(lease) => lease,
     };
+    let led = lease.link.led().clone();
     let carried = Carried { flow: entry.flow(), direction: accepted.direction, wait };
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(app, &mut lease.link, carried) => carried,
         // The tunnel itself is reset, by being dropped.
-        refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => return Err(refusal.into()),
+        refusal = node.each_view(|view| {
+            if !led.holds(&view.mesh().roots) {
+                return Err(Refusal::new(Reason::PeerCertificateUntrusted, led.withdrawn()));
+            }
+            goes_on(view, &local.name, entry)
+        }) => return Err(refusal.into()),
     };
     let result = match stopped {
         Stopped::Finished => Ok(()),

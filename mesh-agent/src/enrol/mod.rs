@@ -31,6 +31,7 @@ use self::{
 use crate::{
     capture::{Kernel, Maps, Pins},
     connection::Node,
+    headroom::Headroom,
     identity::store::Identities,
     metrics::Metrics,
     view::report::{Enrolment, ReportHandle},
@@ -60,6 +61,8 @@ pub struct Enroller {
     pub data: Handle,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// How full the maps are is told here.
+    pub headroom: Headroom,
     /// Where the controller and the admin API hear of it.
     pub reports: ReportHandle,
     /// Where settings of namespaces from before enrolment are kept.
@@ -107,6 +110,8 @@ impl Enroller {
                 self.in_force.cancel();
             }
             self.count_refusals(&mut counted);
+            let maps = &self.maps;
+            self.headroom.maps(|| maps.fills());
             let wait = if complete { PROVE_INTERVAL } else { SEARCH_INTERVAL };
             tokio::select! {
                 // All branches are cancel-safe.

@@ -11,15 +11,16 @@ use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::{crypto::ring, server::danger::ClientCertVerifier, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{
     hex,
     schedule::{Life, Renewal, renew_at, rotate_at},
-    store::root_store,
     verify::{CertificateIdentityError, SpiffeClientVerifier, identity_of},
 };
+use crate::trust::root_store;
 
 /// The most certificates in a chain, and the most roots: more is not a mesh's.
 const MAX_CERTIFICATES: usize = 16;
@@ -169,6 +170,12 @@ impl Credential {
         let (leaf, intermediates) =
             self.certified.cert.split_first().expect("checked when the credential was made");
         verifier.verify_client_cert(leaf, intermediates, now).map(|_| ())
+    }
+
+    /// The SHA-256 of the root that it leads to, the first of these that does.
+    pub fn root(&self, roots: &[CertificateDer<'static>], now: OffsetDateTime) -> Option<[u8; 32]> {
+        let found = roots.iter().find(|root| self.check(std::slice::from_ref(*root), now).is_ok());
+        found.map(|root| Sha256::digest(root).into())
     }
 
     /// When to ask for the next one: in the second half of its life, soon when a root has come into the mesh since it

@@ -26,13 +26,13 @@ use super::{
     credential::{CredentialError, KeyRequest},
     hex,
     issue::{Issued, complete},
-    store::root_store,
     verify::{self, identity_of},
 };
 use crate::{
     config::HostPort,
     rpc::{self, CALL_TIMEOUT, EnrolmentClient},
     surroundings::{Clock, Surroundings},
+    trust::root_store,
 };
 
 /// Bytes of a token's secret.

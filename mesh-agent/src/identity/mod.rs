@@ -27,12 +27,8 @@ pub mod store;
 pub mod verify;
 pub mod workloads;
 
-use std::collections::BTreeMap;
-
-use mesh_core::{identity::SpiffeId, view::Snapshot};
+use mesh_core::view::Snapshot;
 use rustls_pki_types::CertificateDer;
-use serde::Serialize;
-use time::OffsetDateTime;
 
 /// Where the roots in force come from: the view's, once there is one.
 type Roots = Vec<CertificateDer<'static>>;
@@ -41,15 +37,4 @@ fn roots_of(snapshot: &Snapshot) -> Roots {
     snapshot.mesh().roots.iter().map(|root| CertificateDer::from(root.clone())).collect()
 }
 
-/// The certificates of this node's identities, its own among them; what is published for metrics and state.
-pub type Certificates = BTreeMap<SpiffeId, CertificateStatus>;
-
-/// How it stands with the certificate of one identity.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct CertificateStatus {
-    /// Until when the certificate in force is valid; `None` while there is none.
-    #[serde(serialize_with = "time::serde::rfc3339::option::serialize")]
-    pub expires: Option<OffsetDateTime>,
-    /// Why the last attempt at a newer one failed; `None` when it did not.
-    pub error: Option<String>,
-}
+pub use crate::health::{CertificateStatus, Certificates};

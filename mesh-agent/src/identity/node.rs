@@ -280,7 +280,8 @@ impl Node {
     }
 
     fn publish(&self, error: Option<String>) {
-        let status = CertificateStatus { expires: Some(self.credential.life().expires), error };
+        let root = self.credential.root(&self.roots, self.surroundings.clock.now());
+        let status = CertificateStatus { expires: Some(self.credential.life().expires), root, error };
         self.certificates.send_modify(|all| drop(all.insert(self.credential.id().clone(), status)));
     }
 }

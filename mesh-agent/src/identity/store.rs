@@ -15,7 +15,7 @@ use mesh_core::{
     refusal::Reason,
 };
 use rustls::{
-    CipherSuite, ClientConfig, RootCertStore, ServerConfig,
+    CipherSuite, ClientConfig, ServerConfig,
     crypto::{CryptoProvider, ring},
     sign::CertifiedKey,
     version::TLS13,
@@ -27,13 +27,17 @@ use super::{
     credential::not_after,
     verify::{self, SpiffeClientVerifier, SpiffeServerVerifier},
 };
-use crate::surroundings::Clock;
+use crate::{
+    surroundings::Clock,
+    trust::{Led, Trust, root_store},
+};
 
 /// The TLS configurations of one identity.
 #[derive(Debug, Clone)]
 struct Configs {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    trust: Arc<Trust>,
     expires: OffsetDateTime,
 }
 
@@ -65,7 +69,8 @@ impl Identities {
         let expires = not_after(certificate.end_entity_cert()?).map_err(verify::invalid)?;
         let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN], &self.clock)?;
         let server = server_config(certificate, roots, id.trust_domain(), &[ALPN], &self.clock)?;
-        let configs = Configs { client: Arc::new(client), server: Arc::new(server), expires };
+        let (client, server, trust) = (Arc::new(client), Arc::new(server), Trust::new(roots)?);
+        let configs = Configs { client, server, trust, expires };
         self.configs.write().expect("no holder of this lock panics").insert(id, configs);
         Ok(())
     }
@@ -80,6 +85,17 @@ impl Identities {
         Ok(self.configs(id)?.client)
     }
 
+    /// What peers of this identity have to lead to. Ask before [`Identities::client`] and [`Identities::server`]: roots
+    /// that are older than these say nothing that a newer view does not end.
+    pub fn trust(&self, id: &SpiffeId) -> Result<Arc<Trust>, Reason> {
+        Ok(self.configs(id)?.trust)
+    }
+
+    /// To which root the chain of a peer led that was taken just now.
+    pub fn led(&self, trust: &Arc<Trust>, chain: &[CertificateDer<'_>]) -> Led {
+        trust.led(chain, self.clock.now())
+    }
+
     /// For connections that this identity takes.
     pub fn server(&self, id: &SpiffeId) -> Result<Arc<ServerConfig>, Reason> {
         Ok(self.configs(id)?.server)
@@ -90,15 +106,6 @@ impl Identities {
         let valid = configs.get(id).filter(|found| self.clock.now() <= found.expires);
         valid.cloned().ok_or(Reason::NoCertificate)
     }
-}
-
-/// Roots as rustls wants them; fails when one of them is not a certificate.
-pub(crate) fn root_store(roots: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>, rustls::Error> {
-    let mut store = RootCertStore::empty();
-    for root in roots {
-        store.add(root.clone())?;
-    }
-    Ok(Arc::new(store))
 }
 
 /// TLS 1.3 with a client certificate, to a server of the trust domain.
@@ -180,5 +187,24 @@ mod tests {
         let (identities, id) = installed(-Duration::SECOND);
         assert_eq!(identities.client(&id).unwrap_err(), Reason::NoCertificate);
         assert_eq!(identities.server(&id).unwrap_err(), Reason::NoCertificate);
+    }
+
+    #[test]
+    fn a_chain_ends_with_its_own_root_and_not_with_another() {
+        let [old, new] =
+            [(); 2].map(|()| Authority::new().credential("spiffe://td/ns/shop/sa/web", Duration::HOUR));
+        let (old_root, new_root) = (old.bundle()[0].clone(), new.bundle()[0].clone());
+        let trust = Trust::new(&[new_root.clone(), old_root.clone()]).unwrap();
+        let now = OffsetDateTime::now_utc();
+        let only = |root: &CertificateDer<'_>| vec![root.to_vec()];
+        for (credential, own, other) in [(&old, &old_root, &new_root), (&new, &new_root, &old_root)] {
+            let led = trust.led(&credential.certified().cert, now);
+            assert!(led.holds(&only(own)) && !led.holds(&only(other)));
+            let alone = Trust::new(std::slice::from_ref(own)).unwrap().led(&credential.certified().cert, now);
+            assert!(alone.holds(&only(own)) && !alone.holds(&only(other)));
+        }
+        let unknown = trust.led(&[], now);
+        assert!(!unknown.holds(&only(&new_root)));
+        assert!(unknown.holds(&[old_root.to_vec(), new_root.to_vec()]));
     }
 }

@@ -190,10 +190,12 @@ impl Workloads {
             }
             Err(error) => error.to_string(),
         };
+        let now = self.surroundings.clock.now();
         let expires = slot.credential.as_ref().map(|credential| credential.life().expires);
+        let root = slot.credential.as_ref().and_then(|credential| credential.root(&self.roots, now));
         tracing::warn!(%id, %problem, ?expires, "no new certificate");
         slot.renewal.failed(Instant::now(), self.surroundings.chance.draw());
-        self.publish(id, CertificateStatus { expires, error: Some(problem) });
+        self.publish(id, CertificateStatus { expires, root, error: Some(problem) });
     }
 
     fn put_in_force(&mut self, id: &SpiffeId, credential: Credential) {
@@ -244,11 +246,12 @@ impl Workloads {
     fn insert(&mut self, credential: Credential) {
         let id = credential.id().clone();
         let expires = Some(credential.life().expires);
+        let root = credential.root(&self.roots, self.surroundings.clock.now());
         // The roots may have changed between the request and now, or while the agent was not running.
         let renewal =
             credential.renewal(&self.roots, self.surroundings.clock.now(), self.surroundings.chance.draw());
         self.slots.insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false });
-        self.publish(&id, CertificateStatus { expires, error: None });
+        self.publish(&id, CertificateStatus { expires, root, error: None });
     }
 
     /// Has every certificate checked against the new roots from now on, and asks for new ones where that is needed.

@@ -21,7 +21,10 @@ use super::{
     incoming::{Event, Incoming},
     tls::{self, LinkError, Tls},
 };
-use crate::metrics::{Counted, Metrics};
+use crate::{
+    metrics::{Counted, Metrics},
+    trust::Led,
+};
 
 /// A tunnel after its handshake, while nobody has said yet whose certificate it must be.
 #[derive(Debug)]
@@ -69,17 +72,18 @@ impl Unverified {
     }
 
     /// The tunnel of these two, by their certificates.
-    /// The tunnel is leased while the peer's certificate is valid, until `until`.
+    /// The tunnel is leased while the peer's certificate is valid, until `until`, and while its root is trusted.
     pub(crate) fn between(
         self,
         own: Arc<SpiffeId>,
         peer: SpiffeId,
         until: SystemTime,
+        led: Led,
         metrics: &Metrics,
     ) -> Box<Link> {
         let Self { tls, incoming, .. } = self;
         let counted = Counted::new(metrics.tunnels("busy"));
-        Box::new(Link { tls, incoming, own, peer, born: Instant::now(), until, counted })
+        Box::new(Link { tls, incoming, own, peer, born: Instant::now(), until, led, counted })
     }
 }
 
@@ -93,6 +97,7 @@ pub(crate) struct Link {
     peer: SpiffeId,
     born: Instant,
     until: SystemTime,
+    led: Led,
     counted: Counted,
 }
 
@@ -120,6 +125,11 @@ impl Link {
     /// Whether the certificate with which the peer proved who it is has run out.
     pub(crate) fn has_expired(&self) -> bool {
         SystemTime::now() > self.until
+    }
+
+    /// The root that the peer's certificate led to.
+    pub(crate) fn led(&self) -> &Led {
+        &self.led
     }
 
     /// Whether it could be leased now: no word from the peer, and it is still there.

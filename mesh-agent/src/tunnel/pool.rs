@@ -62,12 +62,18 @@ impl Pool {
         self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An idle tunnel between these two that is still alive.
-    pub(crate) fn checkout(&self, key: Key, own: &SpiffeId, peer: &SpiffeId) -> Option<Box<Link>> {
+    /// An idle tunnel between these two that is still alive, and whose peer led to one of these roots.
+    pub(crate) fn checkout(
+        &self,
+        key: Key,
+        own: &SpiffeId,
+        peer: &SpiffeId,
+        roots: &[Vec<u8>],
+    ) -> Option<Box<Link>> {
         loop {
             // Outside of the lock: looking at a tunnel can take a system call, dropping one does.
             let mut link = self.pop(key)?;
-            let may = link.is_between(own, peer) && !link.has_expired();
+            let may = link.is_between(own, peer) && !link.has_expired() && link.led().holds(roots);
             if may && !link.is_older_than(self.limits.tunnel_age) && link.is_quiet() {
                 link.count_as("busy", &self.metrics);
                 return Some(link);

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`state`] | the view held, and what an update makes of it: pure |
 //! | [`report`] | what the agent says of its workloads, sent as it changes and again after every reconnect |
+//! | [`said`] | what the agent says of itself, as it changes |
 //! | [`cache`] | the last view on tmpfs, for an agent that restarts while the controller is away |
 //!
 //! Invariant: a snapshot that was published stays in force until a good one replaces it, whatever the controller sends
@@ -11,6 +12,7 @@
 
 pub mod cache;
 pub mod report;
+mod said;
 pub mod state;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
@@ -29,9 +31,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Channel};
 
 pub use self::report::{Enrolment, ReportHandle, WorkloadState};
-use self::{cache::Cache, report::Cursor, state::ViewState};
+use self::{cache::Cache, report::Cursor, said::Said, state::ViewState};
 use crate::{
-    health::Health,
+    health::{Certificates, Health},
     rpc::{CALL_TIMEOUT, Connection, NodeClient, backoff, skew},
     run_dir::RunDir,
     surroundings::Surroundings,
@@ -72,6 +74,7 @@ pub struct View {
     role: watch::Receiver<Role>,
     surroundings: Surroundings,
     health: Health,
+    certificates: watch::Receiver<Certificates>,
 }
 
 /// How a stream ended.
@@ -94,6 +97,7 @@ impl View {
         role: watch::Receiver<Role>,
         surroundings: Surroundings,
         health: Health,
+        certificates: watch::Receiver<Certificates>,
     ) -> Self {
         let mut state = ViewState::new(node, trust_domain);
         let cache = Cache::new(run_dir, health.clone());
@@ -107,6 +111,7 @@ impl View {
             role,
             surroundings,
             health,
+            certificates,
         }
     }
 
@@ -226,6 +231,7 @@ impl View {
         let mut acks: VecDeque<proto::Ack> = VecDeque::new();
         let mut reports = self.reports.cursor();
         let mut role = self.role.clone();
+        let mut condition = Said::new(&self.health, &self.certificates);
         let reason = loop {
             let waiting = !acks.is_empty() || reports.is_behind();
             let owner = *role.borrow_and_update() == Role::Owner;
@@ -249,6 +255,11 @@ impl View {
                         }
                     }
                 },
+                () = condition.news(), if !waiting => {
+                    if let Ok(permit) = outgoing.try_reserve() {
+                        permit.send(message(Body::Condition(condition.say())));
+                    }
+                }
                 Ok(permit) = outgoing.reserve(), if waiting => {
                     if let Some(ack) = acks.pop_front() {
                         permit.send(message(Body::Ack(ack)));

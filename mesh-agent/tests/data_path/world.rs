@@ -151,9 +151,9 @@ impl Plan {
         }];
     }
 
-    pub(crate) fn snapshot(&self, version: &str) -> Arc<Snapshot> {
+    pub(crate) fn snapshot(&self, version: &str, ca: &Ca) -> Arc<Snapshot> {
         let trust_domain = TrustDomain::parse("td").expect("a trust domain");
-        let mesh = Resource::Mesh(Arc::new(Mesh { trust_domain, roots: vec![] }));
+        let mesh = Resource::Mesh(Arc::new(Mesh { trust_domain, roots: vec![ca.root.to_vec()] }));
         let view: NodeView = std::iter::once(mesh)
             .chain(self.workloads.iter().map(|w| Resource::Workload(Arc::new(w.clone()))))
             .chain(self.services.iter().map(|s| Resource::Service(Arc::new(s.clone()))))
@@ -178,8 +178,8 @@ impl Agent {
     fn new(name: &str, view: watch::Receiver<Option<Arc<Snapshot>>>, limits: Limits) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let log_path = dir.path().join("access.log");
-        let log = AccessLog::open(&log_path).expect("a log");
         let (identities, (metrics, _), drain) = (Arc::new(Identities::new()), Metrics::new(), Drain::new());
+        let log = AccessLog::open(&log_path, metrics.clone()).expect("a log");
         let node = Node::new(
             name.into(),
             view,
@@ -242,10 +242,10 @@ impl World {
     }
 
     pub(crate) fn with(plan: &Plan, at_source: Limits, at_destination: Limits) -> Self {
-        let (view, watched) = watch::channel(Some(plan.snapshot("1")));
+        let ca = Ca::new();
+        let (view, watched) = watch::channel(Some(plan.snapshot("1", &ca)));
         let source = Agent::new("node-a", watched.clone(), at_source);
         let destination = Agent::new("node-b", watched, at_destination);
-        let ca = Ca::new();
         ca.install(&source.identities, &identity("client"), &identity("client"));
         for account in ["web", "api"] {
             ca.install(&destination.identities, &identity(account), &identity(account));
@@ -254,7 +254,7 @@ impl World {
     }
 
     pub(crate) fn publish(&self, plan: &Plan, version: &str) {
-        self.view.send_replace(Some(plan.snapshot(version)));
+        self.view.send_replace(Some(plan.snapshot(version, &self.ca)));
     }
 
     /// An application of `web` that really listens, behind the destination's agent.

@@ -391,6 +391,8 @@ impl Node for Caller {
                             .map(|one| (one.workload, one.state, one.reason))
                             .collect(),
                     ),
+                    // What it says of itself is for people.
+                    Body::Condition(_) => continue,
                 };
                 caller.say(event);
             }

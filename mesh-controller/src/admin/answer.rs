@@ -37,8 +37,20 @@ pub struct Status {
 pub struct Root {
     /// Of the certificate's DER, hex; what join tokens end with.
     pub sha256: String,
+    /// Its name.
+    #[serde(default)]
+    pub subject: String,
+    /// Since when it is in use, RFC 3339.
+    #[serde(default)]
+    pub since: String,
     /// Its end, RFC 3339.
     pub not_after: String,
+    /// It signs; the others are only trusted.
+    #[serde(default)]
+    pub signs: bool,
+    /// How many certificates that agents hold lead to it.
+    #[serde(default)]
+    pub certificates: usize,
 }
 
 /// A node's agent.
@@ -60,6 +72,56 @@ pub struct AgentRow {
     pub in_sync: bool,
     /// Why it could not put the last one in force.
     pub error: Option<String>,
+    /// What is wrong on the node, as its agent says, each with its cure; empty when nothing is.
+    #[serde(default)]
+    pub problems: Vec<String>,
+    /// How full what can become full there is.
+    #[serde(default)]
+    pub fills: Vec<Fill>,
+}
+
+/// Something that can become full.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fill {
+    /// As metrics name it.
+    pub what: String,
+    /// How much is in it.
+    pub entries: u64,
+    /// How much fits.
+    pub limit: u64,
+}
+
+impl Fill {
+    /// How full it is.
+    pub fn percent(&self) -> u64 {
+        u64::try_from(u128::from(self.entries) * 100 / u128::from(self.limit.max(1))).unwrap_or(u64::MAX)
+    }
+}
+
+/// `GET /api/v1/certificates`, of one node with `?node=NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificates {
+    /// The roots that are trusted, the newest first; it signs.
+    pub roots: Vec<Root>,
+    /// What agents hold, by node and identity.
+    pub certificates: Vec<HeldCertificate>,
+    /// Nodes whose agents do not say now what they hold: they are away, or of an older version.
+    pub silent: Vec<String>,
+}
+
+/// A certificate that an agent holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldCertificate {
+    /// Whose.
+    pub identity: String,
+    /// The node.
+    pub node: String,
+    /// Its end, RFC 3339; nothing while there is none.
+    pub expires: Option<String>,
+    /// The SHA-256 of the root that it leads to, hex.
+    pub root: Option<String>,
+    /// Why there is no newer one.
+    pub error: Option<String>,
 }
 
 impl AgentRow {
@@ -74,6 +136,8 @@ impl AgentRow {
             acked_view: None,
             in_sync: false,
             error: None,
+            problems: Vec::new(),
+            fills: Vec::new(),
         }
     }
 }
@@ -249,6 +313,17 @@ pub struct PolicyRow {
     pub selected: Vec<String>,
     /// Its rules, a line each.
     pub rules: Vec<String>,
+}
+
+/// A line of `GET /api/v1/views`: what a node's view has beside the workloads and services, which are everybody's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnView {
+    /// The node.
+    pub node: String,
+    /// Its newest version; empty before its agent came.
+    pub version: String,
+    /// Keys of resources.
+    pub resources: Vec<String>,
 }
 
 /// `GET /api/v1/why`

@@ -31,8 +31,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use self::answer::{
-    AgentRow, Documents, Failure, LogLevel, PolicyRow, Root, ServicePortRow, ServiceRow, Setting, Status,
-    Why, WorkloadRow,
+    AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow, Root,
+    ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
 };
 use crate::{
     ca::{self, Authority},
@@ -70,9 +70,11 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/readyz", get(|| async { "ready\n" }))
         .route("/metrics", get(metrics))
         .route("/api/v1/status", get(status))
+        .route("/api/v1/certificates", get(certificates))
         .route("/api/v1/workloads", get(workloads))
         .route("/api/v1/services", get(services))
         .route("/api/v1/policies", get(policies))
+        .route("/api/v1/views", get(views))
         .route("/api/v1/why", get(why))
         .route("/api/v1/config", get(config))
         .route("/api/v1/log-level", get(log_level).put(set_log_level))
@@ -87,14 +89,10 @@ async fn metrics(State(admin): Shared) -> ([(&'static str, &'static str); 1], St
 
 async fn status(State(admin): Shared) -> Json<Status> {
     let world = admin.hub.world();
-    let root = |der: &rustls_pki_types::CertificateDer<'_>| Root {
-        sha256: hex(&digest(der)),
-        not_after: ca::validity(der).map_or_else(|error| error, |(_, until)| rfc3339(until)),
-    };
     Json(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         trust_domain: admin.trust_domain.to_string(),
-        roots: admin.authority.roots().iter().map(root).collect(),
+        roots: roots(&admin),
         problems: problems(&admin),
         agents: agents(&admin.hub, &world),
         documents: Documents {
@@ -103,6 +101,57 @@ async fn status(State(admin): Shared) -> Json<Status> {
             problems: world.ledger.refused().to_vec(),
         },
     })
+}
+
+/// The roots, with how many certificates lead to each.
+fn roots(admin: &Admin) -> Vec<Root> {
+    let conditions: Vec<_> = admin.hub.agents().into_iter().map(|agent| agent.condition).collect();
+    let held = || conditions.iter().filter_map(|it| it.certificates.as_ref()).flatten();
+    let root = |(place, der): (usize, &rustls_pki_types::CertificateDer<'_>)| {
+        let sha256 = digest(der);
+        let at = |time: fn((SystemTime, SystemTime)) -> SystemTime| {
+            ca::validity(der).map_or_else(|error| error, |times| rfc3339(time(times)))
+        };
+        Root {
+            sha256: hex(&sha256),
+            subject: ca::subject(der).unwrap_or_else(|error| error),
+            since: at(|(from, _)| from + ca::CLOCK_TOLERANCE),
+            not_after: at(|(_, until)| until),
+            signs: place == 0,
+            certificates: held().filter(|it| it.root == Some(sha256)).count(),
+        }
+    };
+    admin.authority.roots().iter().enumerate().map(root).collect()
+}
+
+/// What `certificates` is asked.
+#[derive(Debug, Deserialize)]
+struct OfNode {
+    node: Option<String>,
+}
+
+async fn certificates(State(admin): Shared, Query(of): Query<OfNode>) -> Json<Certificates> {
+    let world = admin.hub.world();
+    let agents = admin.hub.agents();
+    let wanted = |node: &str| of.node.as_deref().is_none_or(|of| of == node);
+    let says = |node: &str| {
+        agents.iter().any(|it| it.node == node && it.connected && it.condition.certificates.is_some())
+    };
+    let mut silent: Vec<String> = world.model.nodes().into_iter().map(str::to_owned).collect();
+    silent.extend(agents.iter().map(|agent| agent.node.clone()));
+    silent.sort();
+    silent.dedup();
+    silent.retain(|node| wanted(node) && !says(node));
+    let held = agents.iter().filter(|agent| wanted(&agent.node)).flat_map(|agent| {
+        agent.condition.certificates.iter().flatten().map(|it| HeldCertificate {
+            identity: it.identity.clone(),
+            node: agent.node.clone(),
+            expires: it.expires.map(rfc3339),
+            root: it.root.map(|root| hex(&root)),
+            error: it.error.clone(),
+        })
+    });
+    Json(Certificates { roots: roots(&admin), certificates: held.collect(), silent })
 }
 
 /// What is wrong with the controller itself.
@@ -116,6 +165,7 @@ fn problems(admin: &Admin) -> Vec<String> {
                 .to_owned(),
         );
     }
+    problems.extend(admin.metrics.unsaved.problems());
     problems
 }
 
@@ -140,6 +190,13 @@ fn agent(state: &AgentState) -> AgentRow {
         acked_view: state.acked.clone(),
         in_sync: state.connected && state.acked.as_ref() == Some(&state.current),
         error: state.error.clone(),
+        problems: state.condition.problems.clone(),
+        fills: state
+            .condition
+            .fills
+            .iter()
+            .map(|(what, entries, limit)| Fill { what: what.clone(), entries: *entries, limit: *limit })
+            .collect(),
     }
 }
 
@@ -217,6 +274,17 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
         rules: policy.rules.iter().map(ToString::to_string).collect(),
     };
     Json(world.common.policies().iter().map(row).collect())
+}
+
+/// What each node's view has beside what all have.
+async fn views(State(admin): Shared) -> Json<Vec<OwnView>> {
+    let world = admin.hub.world();
+    let own = |agent: AgentRow| OwnView {
+        resources: world.common.own(&agent.node).resources().map(|it| it.key().to_string()).collect(),
+        node: agent.node,
+        version: agent.current_view,
+    };
+    Json(agents(&admin.hub, &world).into_iter().map(own).collect())
 }
 
 /// What `why` is asked.

@@ -159,6 +159,7 @@ impl Watch {
                         return Status::unavailable("the controller is stopping");
                     }
                 }
+                Ok(Some(WatchRequest { body: Some(Body::Condition(said)) })) => acks.condition(said),
                 // A second Hello, or a word of a later version, says nothing here.
                 Ok(Some(WatchRequest { body: Some(Body::Hello(_)) | None })) => {}
                 Ok(None) => return Status::cancelled("the agent ended the watch"),

@@ -29,7 +29,10 @@ use super::{
     document,
     ledger::{FileContent, InForce, Ledger},
 };
-use crate::{digest::digest, store};
+use crate::{
+    digest::digest,
+    store::{self, Part, Unsaved},
+};
 
 /// Largest file that is read: a document is some hundred bytes, and parsing holds all of a file in memory.
 pub const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
@@ -301,6 +304,7 @@ pub struct Source {
     directory: Directory,
     kept_file: PathBuf,
     ledger: watch::Sender<Arc<Ledger>>,
+    unsaved: Unsaved,
 }
 
 impl Source {
@@ -315,6 +319,7 @@ impl Source {
             directory: Directory::open(root)?,
             kept_file,
             ledger: watch::channel(Arc::new(Ledger::remembering(kept))).0,
+            unsaved: Unsaved::default(),
         };
         source.look();
         Ok(source)
@@ -323,6 +328,17 @@ impl Source {
     /// What is in force, now and as it changes.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Ledger>> {
         self.ledger.subscribe()
+    }
+
+    /// The same, which says there what it could not save.
+    pub fn telling(mut self, unsaved: Unsaved) -> Self {
+        if self.unsaved.has(Part::Kept) {
+            let before = std::mem::replace(&mut self.unsaved, unsaved).problems().join("; ");
+            self.unsaved.tried(Part::Kept, &Err::<(), _>(before));
+        } else {
+            self.unsaved = unsaved;
+        }
+        self
     }
 
     /// Follows the directory until cancelled.
@@ -357,6 +373,9 @@ impl Source {
 
     fn look(&mut self) {
         let first = self.ledger.borrow().documents_accepted() == 0;
+        if self.unsaved.has(Part::Kept) {
+            self.keep(&self.ledger.borrow());
+        }
         if !self.directory.look() && !first {
             return;
         }
@@ -370,7 +389,9 @@ impl Source {
                 tracing::warn!(last_good_in_force = refused.last_good_in_force, "refused: {refused}");
             }
         }
-        self.keep(&before, &next);
+        if !before.kept().eq(next.kept()) {
+            self.keep(&next);
+        }
         tracing::info!(
             accepted = next.documents_accepted(),
             refused = next.documents_refused(),
@@ -379,15 +400,15 @@ impl Source {
         self.ledger.send_replace(Arc::new(next));
     }
 
-    fn keep(&self, before: &Ledger, next: &Ledger) {
-        if before.kept().eq(next.kept()) {
-            return;
-        }
-        let kept: Vec<&InForce> = next.kept().collect();
+    fn keep(&self, ledger: &Ledger) {
+        let kept: Vec<&InForce> = ledger.kept().collect();
         let written = serde_json::to_vec_pretty(&kept)
             .map_err(|error| error.to_string())
             .and_then(|bytes| store::replace(&self.kept_file, &bytes).map_err(|error| error.to_string()));
-        if let Err(error) = written {
+        let news = self.unsaved.tried(Part::Kept, &written);
+        if let Err(error) = written
+            && news
+        {
             tracing::error!(%error, "the last good versions of refused documents would not survive a restart");
         }
     }

@@ -19,12 +19,25 @@ const QUESTIONS: [(&str, &[&str]); 2] = [
             "/api/v1/workloads",
             "/api/v1/services",
             "/api/v1/policies",
+            "/api/v1/certificates",
+            "/api/v1/views",
             "/api/v1/config",
             "/api/v1/log-level",
             "/metrics",
         ],
     ),
-    ("agent", &["/api/v1/state", "/api/v1/config", "/api/v1/log-level", "/readyz", "/metrics"]),
+    (
+        "agent",
+        &[
+            "/api/v1/state",
+            "/api/v1/connections",
+            "/api/v1/view",
+            "/api/v1/config",
+            "/api/v1/log-level",
+            "/readyz",
+            "/metrics",
+        ],
+    ),
 ];
 /// What the kernel says of itself.
 const KERNEL: [&str; 3] = ["/proc/version", "/proc/meminfo", "/proc/sys/kernel/unprivileged_bpf_disabled"];

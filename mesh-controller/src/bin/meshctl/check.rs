@@ -7,13 +7,19 @@ use mesh_controller::{
     review::{self, Warning},
     source::files,
 };
+use mesh_core::model::Mode;
 
 use crate::{Output, print, show};
 
 /// Reads, prints, and says by the exit code whether it is good enough.
-pub(crate) fn check(output: Output, dir: &Path, strict: bool) -> anyhow::Result<ExitCode> {
+pub(crate) fn check(
+    output: Output,
+    dir: &Path,
+    strict: bool,
+    default_mode: Mode,
+) -> anyhow::Result<ExitCode> {
     let ledger = files::check(dir)?;
-    let mut warnings = review::review(&ledger);
+    let mut warnings = review::review(&ledger, default_mode);
     locate(&mut warnings);
     let checked = Checked {
         accepted: ledger.documents_accepted(),

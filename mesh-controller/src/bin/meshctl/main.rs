@@ -4,14 +4,18 @@
 mod ask;
 mod bundle;
 mod check;
+mod retire;
 mod show;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
-use mesh_controller::admin::answer::{
-    AgentState, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+use mesh_controller::{
+    admin::answer::{
+        AgentState, Certificates, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+    },
+    ca::Authority,
 };
 use serde::Serialize;
 
@@ -61,6 +65,18 @@ enum Command {
         /// Of which kind.
         #[arg(value_enum)]
         what: What,
+        /// Certificates: those of one node; without it, of all.
+        #[arg(long, value_name = "NAME")]
+        node: Option<String>,
+        /// Certificates: ask the agent of this machine instead of the controller, which may be away.
+        #[arg(long, conflicts_with = "node")]
+        local: bool,
+    },
+    /// Takes something out of use for good.
+    Retire {
+        /// Of which kind.
+        #[command(subcommand)]
+        what: Retire,
     },
     /// What happens to a connection, and why.
     Why {
@@ -107,6 +123,9 @@ enum Command {
         /// Exit code 1 also for warnings.
         #[arg(long)]
         strict: bool,
+        /// The controller's --default-mode: permissive or strict, where neither workload nor namespace says it.
+        #[arg(long, value_name = "MODE", default_value = "permissive")]
+        default_mode: mesh_core::model::Mode,
     },
 }
 
@@ -118,8 +137,26 @@ enum What {
     Services,
     /// Policies and the workloads that they select.
     Policies,
-    /// Certificates of this machine's workloads, as its agent has them.
+    /// The certificates that agents hold, and the roots that they lead to.
     Certificates,
+    /// The roots that are trusted, and how many certificates lead to each.
+    Roots,
+}
+
+#[derive(Debug, Subcommand)]
+enum Retire {
+    /// The oldest root: what leads to it alone is refused within a second, open connections included. Refused while an
+    /// agent holds such a certificate or does not say what it holds. Run it on the controller's machine, as its user.
+    Root {
+        /// Its SHA-256 in hex, or the beginning of it; `meshctl get roots` has them.
+        fingerprint: String,
+        /// The state directory of the controller.
+        #[arg(long, value_name = "DIR")]
+        state_dir: PathBuf,
+        /// Also while certificates lead to it, and without asking the controller.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -146,17 +183,17 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let agent = || Server::new(Who::Agent, &cli.agent);
     match &cli.command {
         Command::Status => print(cli.output, &ask()?.get::<Status>("/api/v1/status", &[])?, show::status)?,
-        Command::Get { what: What::Workloads } => {
+        Command::Get { what: What::Workloads, .. } => {
             print(cli.output, &ask()?.get::<Vec<WorkloadRow>>("/api/v1/workloads", &[])?, |it| {
                 show::workloads(it)
             })?;
         }
-        Command::Get { what: What::Services } => {
+        Command::Get { what: What::Services, .. } => {
             print(cli.output, &ask()?.get::<Vec<ServiceRow>>("/api/v1/services", &[])?, |it| {
                 show::services(it)
             })?;
         }
-        Command::Get { what: What::Policies } => {
+        Command::Get { what: What::Policies, .. } => {
             print(cli.output, &ask()?.get::<Vec<PolicyRow>>("/api/v1/policies", &[])?, |it| {
                 show::policies(it)
             })?;
@@ -165,8 +202,24 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             let question = [("source", source.as_str()), ("destination", destination.as_str())];
             print(cli.output, &ask()?.get::<Why>("/api/v1/why", &question)?, show::why)?;
         }
-        Command::Get { what: What::Certificates } => {
-            print(cli.output, &agent()?.get::<AgentState>("/api/v1/state", &[])?, show::certificates)?;
+        Command::Get { what: What::Certificates, local: true, .. } => {
+            print(cli.output, &agent()?.get::<AgentState>("/api/v1/state", &[])?, show::local_certificates)?;
+        }
+        Command::Get { what: What::Certificates, node, .. } => {
+            let question: Vec<_> = node.iter().map(|node| ("node", node.as_str())).collect();
+            let answer = ask()?.get::<Certificates>("/api/v1/certificates", &question)?;
+            print(cli.output, &answer, show::certificates)?;
+        }
+        Command::Get { what: What::Roots, .. } => {
+            let answer = ask()?.get::<Certificates>("/api/v1/certificates", &[])?;
+            print(cli.output, &answer.roots, |roots| show::roots(roots))?;
+        }
+        Command::Retire { what: Retire::Root { fingerprint, state_dir, force } } => {
+            if !force {
+                retire::may(&ask()?.get("/api/v1/certificates", &[])?, fingerprint)?;
+            }
+            Authority::existing(state_dir)?.retire_root(fingerprint)?;
+            print(Output::Table, &(), |()| "retired; a running controller takes it over\n".to_owned())?;
         }
         Command::Connections { workload, limit } => {
             let limit = limit.to_string();
@@ -194,7 +247,9 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);
             print(Output::Table, &(), |()| String::from_utf8_lossy(&script).into_owned())?;
         }
-        Command::Check { dir, strict } => return check::check(cli.output, dir, *strict),
+        Command::Check { dir, strict, default_mode } => {
+            return check::check(cli.output, dir, *strict, *default_mode);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,20 +4,22 @@ use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
-    AgentState, Checked, ConnectionEnd, Connections, Documents, PolicyRow, ServiceRow, Status, Why,
-    WorkloadRow,
+    AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow, Root,
+    ServiceRow, Status, Why, WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
     let mut text = format!("controller {}, trust domain {}\n", status.version, status.trust_domain);
     for root in &status.roots {
-        line(
-            &mut text,
-            format_args!("root {} until {}", &root.sha256[..16.min(root.sha256.len())], root.not_after),
-        );
+        line(&mut text, format_args!("root {} until {}", short(&root.sha256), root.not_after));
     }
     for problem in &status.problems {
         line(&mut text, format_args!("PROBLEM {problem}"));
+    }
+    for agent in &status.agents {
+        for problem in &agent.problems {
+            line(&mut text, format_args!("PROBLEM on {}: {problem}", agent.node));
+        }
     }
     text.push_str(&documents(&status.documents));
     text.push('\n');
@@ -35,10 +37,17 @@ pub(crate) fn status(status: &Status) -> String {
             agent.agent_version.clone(),
             agent.acked_view.clone().unwrap_or_default(),
             agent.current_view.clone(),
+            fullest(&agent.fills),
             agent.error.clone().unwrap_or_default(),
         ]
     });
-    text + &table(["NODE", "AGENT", "SINCE", "VERSION", "VIEW", "NEWEST", "ERROR"], agents)
+    text + &table(["NODE", "AGENT", "SINCE", "VERSION", "VIEW", "NEWEST", "FULLEST", "ERROR"], agents)
+}
+
+/// What is nearest to its limit.
+fn fullest(fills: &[Fill]) -> String {
+    let fullest = fills.iter().max_by_key(|fill| fill.percent());
+    fullest.map_or_else(String::new, |fill| format!("{} {} %", fill.what, fill.percent()))
 }
 
 pub(crate) fn documents(documents: &Documents) -> String {
@@ -79,7 +88,40 @@ pub(crate) fn workloads(rows: &[WorkloadRow]) -> String {
     table(["WORKLOAD", "NODE", "ADDRESSES", "IDENTITY", "MODE", "ENROLMENT", "REASON"], rows)
 }
 
-pub(crate) fn certificates(state: &AgentState) -> String {
+pub(crate) fn roots(roots: &[Root]) -> String {
+    let rows = roots.iter().map(|root| {
+        [
+            root.sha256.clone(),
+            root.subject.clone(),
+            root.since.clone(),
+            root.not_after.clone(),
+            if root.signs { "signs" } else { "trusted" }.to_owned(),
+            root.certificates.to_string(),
+        ]
+    });
+    table(["ROOT (SHA-256)", "SUBJECT", "IN USE SINCE", "VALID UNTIL", "USE", "CERTIFICATES"], rows)
+}
+
+pub(crate) fn certificates(answer: &Certificates) -> String {
+    let rows = answer.certificates.iter().map(|row| {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let root = text(&row.root);
+        let expires = row.expires.clone().unwrap_or_else(|| "none yet".to_owned());
+        [row.identity.clone(), row.node.clone(), expires, short(&root).to_owned(), text(&row.error)]
+    });
+    let mut text = roots(&answer.roots) + "\n";
+    text += &table(["IDENTITY", "NODE", "VALID UNTIL", "ROOT", "ERROR"], rows);
+    if !answer.silent.is_empty() {
+        line(&mut text, format_args!("not known now, their agents are away: {}", answer.silent.join(", ")));
+    }
+    text
+}
+
+fn short(sha256: &str) -> &str {
+    &sha256[..16.min(sha256.len())]
+}
+
+pub(crate) fn local_certificates(state: &AgentState) -> String {
     let rows = state.workloads.iter().map(|row| {
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let expires = row.certificate_expires.clone().unwrap_or_else(|| "none yet".to_owned());
