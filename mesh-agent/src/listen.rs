@@ -81,7 +81,7 @@ fn start(
     node: &Node,
 ) {
     if let Some(accepted) = accepted(stream, peer, direction, local) {
-        node.drain().spawn(connection::serve(accepted, node.clone()));
+        connection::spawn(accepted, node);
     }
 }
 

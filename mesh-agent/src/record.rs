@@ -167,7 +167,8 @@ pub(crate) struct Recorder {
 pub(crate) struct Entry {
     pub(crate) live: Registered,
     pub(crate) rule: Option<RuleRef>,
-    pub(crate) view: Option<Arc<mesh_core::view::Snapshot>>,
+    /// The version of the view that it was decided on; not the view, which would live as long as the connection.
+    pub(crate) view: Option<Arc<str>>,
     /// Its place among the node's connections. Here, and not on the way, to keep that small.
     pub(crate) place: Option<Box<Share<u64>>>,
     would_refuse: OnceLock<WouldRefuse>,
@@ -277,7 +278,7 @@ impl Entry {
             }),
             reason: reason(&self.result),
             detail,
-            view: self.view.as_ref().map(|view| view.version()),
+            view: self.view.as_deref(),
         };
         let mut line = serde_json::to_string(&event)?;
         line.push('\n');

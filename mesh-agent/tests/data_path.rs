@@ -7,7 +7,7 @@ mod world;
 use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
 use mesh_agent::{
-    connection::{Accepted, Direction, Limits, serve},
+    connection::{Accepted, Direction, Limits, serve_inbound, serve_outbound},
     metrics::AuditLabels,
 };
 use mesh_core::model::{Action, Enforcement, Mode, Policy, Rule, Source, Traits};
@@ -444,6 +444,32 @@ async fn plaintext_ends_at_both_nodes_when_the_destination_becomes_strict() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_view_does_not_live_as_long_as_the_connections_that_it_decided() {
+    let plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let mut tunnel = connect(world.outbound(web)).await;
+    let (mut tunnel_server, _) = accept(&app).await;
+    let mut plain = connect_from(STRANGER, web).await.unwrap();
+    let (mut plain_server, _) = accept(&app).await;
+    for (client, server) in [(&mut tunnel, &mut tunnel_server), (&mut plain, &mut plain_server)] {
+        server.write_all(b"hello").await.unwrap();
+        in_time(client.read_exact(&mut [0; 5])).await.unwrap();
+    }
+    let first = world.view();
+    world.publish(&plan, "2");
+    eventually(async || first.upgrade().is_none().then_some(())).await;
+    for client in [&mut tunnel, &mut plain] {
+        client.write_all(b"still").await.unwrap();
+    }
+    for server in [&mut tunnel_server, &mut plain_server] {
+        in_time(server.read_exact(&mut [0; 5])).await.unwrap();
+    }
+    drop((tunnel, tunnel_server, plain, plain_server));
+    assert!(world.source.log_of(1).await.iter().all(|line| line["view"] == "1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tunnel_ends_when_either_end_is_somebody_else_in_the_view() {
     for (changed, at_source) in [("client", "identity_mismatch"), ("web", "peer_identity_mismatch")] {
         let mut plan = Plan::default();
@@ -578,7 +604,10 @@ async fn a_connection_costs_no_more_memory_than_this() {
     let peer = stream.local_addr().unwrap();
     let workload = local("client", CLIENT);
     let accepted = Accepted { stream, peer, original: at, direction: Direction::Outbound, workload };
-    let future = serve(accepted, world.source.node.clone());
-    let size = size_of_val(&future);
-    assert!(size <= 3200, "the future of a connection has {size} bytes");
+    let outbound = size_of_val(&serve_outbound(accepted, world.source.node.clone()));
+    assert!(outbound <= 2400, "the future of a connection that is opened has {outbound} bytes");
+    let (stream, workload) = (connect(at).await, local("client", CLIENT));
+    let accepted = Accepted { stream, peer, original: at, direction: Direction::Inbound, workload };
+    let inbound = size_of_val(&serve_inbound(accepted, world.source.node.clone()));
+    assert!(inbound <= 3200, "the future of a tunnel with its connection has {inbound} bytes");
 }

@@ -159,7 +159,7 @@ pub enum Owner {
 #[derive(Debug)]
 pub struct Snapshot {
     node: String,
-    version: String,
+    version: Arc<str>,
     mesh: Arc<Mesh>,
     by_address: HashMap<IpAddr, Owner>,
     workloads: BTreeMap<Name, Arc<Workload>>,
@@ -228,7 +228,7 @@ impl Snapshot {
         }
         Ok(Self {
             node: node.to_owned(),
-            version: version.to_owned(),
+            version: version.into(),
             mesh,
             by_address,
             workloads,
@@ -245,7 +245,7 @@ impl Snapshot {
     }
 
     /// The version that the controller gave it.
-    pub fn version(&self) -> &str {
+    pub fn version(&self) -> &Arc<str> {
         &self.version
     }
 

@@ -58,7 +58,7 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
         Ok(Arrived { how: Arrival::Plaintext, view, turn }) => {
             drop(turn);
             let result = tokio::select! {
-                result = plaintext(&accepted, &view, node, &mut entry) => result,
+                result = plaintext(&accepted, view, node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
             };
             if result.is_ok() {
@@ -110,7 +110,7 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
     identify::not_a_loop(accepted)?;
     entry.place = Some(node.place(&accepted.workload)?);
     let view = node.view()?;
-    entry.view = Some(view.clone());
+    entry.view = Some(view.version().clone());
     let destination = authorize::destination(&view, &accepted.workload.name)?;
     entry.told().destination.identity = view.identity(&destination.name).cloned();
     let turn = node.inner.turns.wait(accepted.workload.id(), accepted.peer.ip()).await?;
@@ -123,11 +123,17 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
 }
 
 /// One plaintext connection.
-async fn plaintext(accepted: &Accepted, view: &Snapshot, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
+async fn plaintext(
+    accepted: &Accepted,
+    view: Arc<Snapshot>,
+    node: &Node,
+    entry: &mut Entry,
+) -> Result<(), Stop> {
     let (at, client) = (At::of(accepted), accepted.peer.ip());
     // May they? The address names the source for the log alone: nothing proves it.
     entry.told().source.workload = view.workload_at(client).map(|workload| workload.name.clone());
-    let Allowed { rule, would_refuse } = may(view, &at, None)?;
+    let Allowed { rule, would_refuse } = may(&view, &at, None)?;
+    drop(view); // the connection may outlive many
     entry.allowed(rule, would_refuse);
     let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
 
@@ -292,7 +298,7 @@ async fn admit(
         return Err(Refusal::new(Reason::OpenElsewhere, detail));
     }
     let view = node.view()?;
-    entry.view = Some(view.clone());
+    entry.view = Some(view.version().clone());
     entry.told().destination.identity = view.identity(&at.workload.name).cloned();
     entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
     let Allowed { rule, would_refuse } = may(&view, at, Some(proved))?;

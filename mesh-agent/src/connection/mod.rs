@@ -189,25 +189,34 @@ impl Node {
     }
 }
 
-/// Carries a captured connection to its end, and records how that was. Spawn it with [`Drain::spawn`].
-pub async fn serve(accepted: Accepted, node: Node) {
+/// Carries a captured connection to its end, in a task of its own, and records how that was.
+pub fn spawn(accepted: Accepted, node: &Node) {
+    // A task of its own kind for each direction: one for both would be as large as the larger of the two.
     match accepted.direction {
-        Direction::Outbound => {
-            let mut entry = node.inner.recorder.begin(Direction::Outbound, &accepted.workload.name);
-            entry.told().source.address = Some(accepted.peer);
-            entry.told().destination.address = Some(accepted.original);
-            // The story may be cut anywhere: what it leaves behind is reset here.
-            let result = tokio::select! {
-                result = outbound::serve(&accepted, &node, &mut entry) => result,
-                refusal = node.cut(&accepted.workload) => Err(refusal.into()),
-            };
-            if result.is_ok() {
-                socket::close(accepted.stream);
-            } else {
-                socket::reset(accepted.stream);
-            }
-            entry.finish(result);
-        }
-        Direction::Inbound => inbound::serve(accepted, &node).await,
+        Direction::Outbound => drop(node.drain().spawn(serve_outbound(accepted, node.clone()))),
+        Direction::Inbound => drop(node.drain().spawn(serve_inbound(accepted, node.clone()))),
     }
+}
+
+/// Carries a connection that a workload opens.
+pub async fn serve_outbound(accepted: Accepted, node: Node) {
+    let mut entry = node.inner.recorder.begin(Direction::Outbound, &accepted.workload.name);
+    entry.told().source.address = Some(accepted.peer);
+    entry.told().destination.address = Some(accepted.original);
+    // The story may be cut anywhere: what it leaves behind is reset here.
+    let result = tokio::select! {
+        result = outbound::serve(&accepted, &node, &mut entry) => result,
+        refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+    };
+    if result.is_ok() {
+        socket::close(accepted.stream);
+    } else {
+        socket::reset(accepted.stream);
+    }
+    entry.finish(result);
+}
+
+/// Carries what arrives at a workload: one connection, or a tunnel with one after another.
+pub async fn serve_inbound(accepted: Accepted, node: Node) {
+    inbound::serve(accepted, &node).await;
 }

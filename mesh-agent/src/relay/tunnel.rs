@@ -156,14 +156,8 @@ impl From<Broken> for Stopped {
 async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Broken> {
     let mut turns = Turns::default();
     if carried.direction == Direction::Inbound {
-        let mut accept = BytesMut::with_capacity(HEADER_LEN);
-        Control::Accept.encode(&mut accept);
-        tls.push(&accept)?;
-        // It goes with the application's first bytes, if those come soon.
-        match tokio::time::timeout(ACCEPT_WAIT, app.readable()).await {
-            Ok(ready) => _ = ready?,
-            Err(_) => tls.flush().await?,
-        }
+        // Boxed, so that its timer is not a part of every connection for as long as that lasts.
+        Box::pin(say_accept(app, tls)).await?;
     }
     loop {
         let closed = app.readable().await?;
@@ -204,6 +198,18 @@ async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Bro
         }
         turns.took().await;
     }
+}
+
+/// ACCEPT, which goes with the application's first bytes if those come soon.
+async fn say_accept(app: &Socket<'_>, tls: &Tls) -> Result<(), Broken> {
+    let mut accept = BytesMut::with_capacity(HEADER_LEN);
+    Control::Accept.encode(&mut accept);
+    tls.push(&accept)?;
+    match tokio::time::timeout(ACCEPT_WAIT, app.readable()).await {
+        Ok(ready) => drop(ready?),
+        Err(_) => tls.flush().await?,
+    }
+    Ok(())
 }
 
 /// Tunnel to application, up to the peer's last word.

@@ -12,12 +12,12 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use mesh_agent::{
-    connection::{Accepted, Direction, Limits, Local, Node, serve},
+    connection::{Accepted, Direction, Limits, Local, Node, spawn},
     drain::Drain,
     identity::store::Identities,
     metrics::{ConnectionLabels, Metrics},
@@ -253,6 +253,11 @@ impl World {
         Self { source, destination, ca, view, client: local("client", CLIENT) }
     }
 
+    /// The view that is in force, without keeping it.
+    pub(crate) fn view(&self) -> Weak<Snapshot> {
+        self.view.borrow().as_ref().map(Arc::downgrade).expect("there is always one")
+    }
+
     pub(crate) fn publish(&self, plan: &Plan, version: &str) {
         self.view.send_replace(Some(plan.snapshot(version, &self.ca)));
     }
@@ -296,7 +301,7 @@ impl World {
                     () = drain.draining() => return,
                 };
                 let accepted = Accepted { stream, peer, original, direction, workload: workload.clone() };
-                drain.spawn(serve(accepted, node.clone()));
+                spawn(accepted, &node);
             }
         });
     }

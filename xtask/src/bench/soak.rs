@@ -27,13 +27,22 @@ pub(super) struct Arguments {
     /// New connections a second, each with one request.
     #[arg(long, default_value_t = 400)]
     rate: u64,
-    /// Idle connections that stay open all the time. Each takes two descriptors at two of four agents.
+    /// Idle connections that stay open all the time. Each takes two descriptors at two of six agents.
     #[arg(long, default_value_t = 10_000)]
     idle: usize,
 }
 
-/// Threads that make connections.
-const CHURNERS: u64 = 4;
+/// Clients and servers, with their nodes. So many because an agent gives a workload half of its descriptors at most.
+const PAIRS: [(&str, &str, &str, &str); 6] = [
+    ("one", "a", "store-1", "b"),
+    ("two", "a", "store-2", "b"),
+    ("three", "c", "store-3", "d"),
+    ("four", "c", "store-4", "d"),
+    ("five", "e", "store-5", "f"),
+    ("six", "e", "store-6", "f"),
+];
+/// Threads that make connections, one for each pair.
+const CHURNERS: u64 = PAIRS.len() as u64;
 /// Time between two looks at the agents.
 const LOOK: Duration = Duration::from_secs(10);
 /// The first part of the churn, as a share: memory may still grow to what the load needs.
@@ -45,20 +54,17 @@ const LOOSE_DESCRIPTORS: usize = 600;
 
 /// Runs it.
 pub(super) fn soak(arguments: &Arguments) -> Result<()> {
-    let world = step("Start a world of four nodes", || {
-        World::builder()
-            .node("a")
-            .node("b")
-            .node("c")
-            .node("d")
-            .workload("soak/left", "a")
-            .workload("soak/store", "b")
-            .workload("soak/right", "c")
-            .workload("soak/stock", "d")
-            .build()
+    let world = step("Start a world of six nodes", || {
+        let mut world = World::builder();
+        for node in ["a", "b", "c", "d", "e", "f"] {
+            world = world.node(node);
+        }
+        for (client, at, server, to) in PAIRS {
+            world = world.workload(&format!("soak/{client}"), at).workload(&format!("soak/{server}"), to);
+        }
+        world.build()
     })?;
-    let pairs =
-        [("left", "store"), ("right", "stock")].map(|(from, to)| (world.workload(from), world.workload(to)));
+    let pairs = PAIRS.map(|(client, _, server, _)| (world.workload(client), world.workload(server)));
     let directory = world.directory().to_owned();
     let mut applications = vec![];
     for (_, server) in &pairs {
@@ -86,7 +92,7 @@ pub(super) fn soak(arguments: &Arguments) -> Result<()> {
 }
 
 /// New connections at a steady rate, until the time is over.
-fn churn(world: &World, pairs: &[(Workload, Workload); 2], arguments: &Arguments) -> Result<Vec<Look>> {
+fn churn(world: &World, pairs: &[(Workload, Workload)], arguments: &Arguments) -> Result<Vec<Look>> {
     let stop = Arc::new(AtomicBool::new(false));
     let done = Arc::new(AtomicU64::new(0));
     let between = Duration::from_secs(1) * u32::try_from(CHURNERS)? / u32::try_from(arguments.rate.max(1))?;
