@@ -136,7 +136,7 @@ impl NodeState {
             node: node.to_owned(),
             agent_version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
-            view_version: snapshot.map(|snapshot| snapshot.version().to_string()),
+            view_version: snapshot.map(|snapshot| snapshot.version().to_owned()),
             controller_connected: *connection == Connection::Open,
             controller_error: match connection {
                 Connection::Open => None,

@@ -313,6 +313,24 @@ async fn frames_that_are_broken_or_out_of_turn_end_their_tunnel_alone() {
     siege.lift().await;
 }
 
+/// Not hostile, but TLS as another library speaks it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_may_change_its_keys_and_have_ours_changed() {
+    let siege = Siege::lay(&Plan::default(), Limits::default()).await;
+    let mut rogue = Rogue::client(&siege.world, siege.web).await;
+    rogue.say(&open(siege.web.port())).await;
+    assert_eq!(rogue.hear().await.expect("an answer"), Control::Accept);
+    for _ in 0..5 {
+        rogue.change_keys();
+        rogue.say(&data(b"x")).await;
+        let mut answer = data(b"?");
+        in_time(rogue.stream.read_exact(&mut answer)).await.expect("an answer under the next key");
+        assert_eq!(answer, data(b"x"));
+    }
+    drop(rogue);
+    siege.lift().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tunnel_that_breaks_within_a_frame_is_counted() {
     let siege = Siege::lay(&Plan::default(), Limits::default()).await;

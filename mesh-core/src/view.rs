@@ -245,8 +245,13 @@ impl Snapshot {
     }
 
     /// The version that the controller gave it.
-    pub fn version(&self) -> &Arc<str> {
+    pub fn version(&self) -> &str {
         &self.version
+    }
+
+    /// The same, for whoever keeps it longer than the view.
+    pub fn shared_version(&self) -> Arc<str> {
+        self.version.clone()
     }
 
     /// What the whole mesh shares.

@@ -110,7 +110,7 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
     identify::not_a_loop(accepted)?;
     entry.place = Some(node.place(&accepted.workload)?);
     let view = node.view()?;
-    entry.view = Some(view.version().clone());
+    entry.view = Some(view.shared_version());
     let destination = authorize::destination(&view, &accepted.workload.name)?;
     entry.told().destination.identity = view.identity(&destination.name).cloned();
     let turn = node.inner.turns.wait(accepted.workload.id(), accepted.peer.ip()).await?;
@@ -298,7 +298,7 @@ async fn admit(
         return Err(Refusal::new(Reason::OpenElsewhere, detail));
     }
     let view = node.view()?;
-    entry.view = Some(view.version().clone());
+    entry.view = Some(view.shared_version());
     entry.told().destination.identity = view.identity(&at.workload.name).cloned();
     entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
     let Allowed { rule, would_refuse } = may(&view, at, Some(proved))?;

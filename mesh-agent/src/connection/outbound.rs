@@ -29,7 +29,7 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     let _place = local.admit(node.limits().max_connections_per_workload)?;
     let opened = {
         let view = node.view()?; // one version until the way is open
-        entry.view = Some(view.version().clone());
+        entry.view = Some(view.shared_version());
         let identity = identify::source(accepted, &view, &mut entry.told().source)?;
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.

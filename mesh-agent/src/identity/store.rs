@@ -28,6 +28,7 @@ use super::{
     verify::{self, SpiffeClientVerifier, SpiffeServerVerifier},
 };
 use crate::{
+    secrets::ToTunnel,
     surroundings::Clock,
     trust::{Led, Trust, root_store},
 };
@@ -67,8 +68,11 @@ impl Identities {
         roots: &[CertificateDer<'static>],
     ) -> Result<(), rustls::Error> {
         let expires = not_after(certificate.end_entity_cert()?).map_err(verify::invalid)?;
-        let client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN], &self.clock)?;
-        let server = server_config(certificate, roots, id.trust_domain(), &[ALPN], &self.clock)?;
+        let mut client = client_config(certificate.clone(), roots, id.trust_domain(), &[ALPN], &self.clock)?;
+        let mut server = server_config(certificate, roots, id.trust_domain(), &[ALPN], &self.clock)?;
+        // The tunnel's record layer is its own.
+        (client.enable_secret_extraction, server.enable_secret_extraction) = (true, true);
+        (client.key_log, server.key_log) = (Arc::new(ToTunnel), Arc::new(ToTunnel));
         let (client, server, trust) = (Arc::new(client), Arc::new(server), Trust::new(roots)?);
         let configs = Configs { client, server, trust, expires };
         self.configs.write().expect("no holder of this lock panics").insert(id, configs);
@@ -125,7 +129,6 @@ pub fn client_config(
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.enable_sni = false;
     config.resumption = rustls::client::Resumption::disabled();
-    config.enable_secret_extraction = true; // for the tunnel's record layer
     Ok(config)
 }
 
@@ -145,7 +148,6 @@ pub fn server_config(
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    config.enable_secret_extraction = true; // for the tunnel's record layer
     Ok(config)
 }
 

@@ -7,7 +7,7 @@ use std::{io, sync::Arc};
 
 use mesh_core::frame::ALPN;
 use rustls::{
-    ClientConfig, CommonState, Error, ExtractedSecrets, HandshakeKind, ServerConfig,
+    ClientConfig, CommonState, Error, ExtractedSecrets, HandshakeKind, ServerConfig, Side,
     client::{ClientConnectionData, UnbufferedClientConnection},
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus},
@@ -16,9 +16,10 @@ use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 
 use super::{
-    records::{Records, Secrets},
+    records::Records,
     tls::{LinkError, read_some},
 };
+use crate::secrets::TrafficSecrets;
 
 /// What a handshake may take at most: our own are 2 KB, and rustls takes messages of 64 KB.
 const MAX_HANDSHAKE: usize = 80 * 1024;
@@ -41,12 +42,12 @@ pub(super) async fn connect(
     config: Arc<ClientConfig>,
     to: ServerName<'static>,
 ) -> Result<Shaken, LinkError> {
-    Handshake::new(UnbufferedClientConnection::new(config, to)?).run(tcp).await
+    Handshake::new(UnbufferedClientConnection::new(config, to)?, Side::Client).run(tcp).await
 }
 
 /// The destination's side.
 pub(super) async fn accept(tcp: &TcpStream, config: Arc<ServerConfig>) -> Result<Shaken, LinkError> {
-    Handshake::new(UnbufferedServerConnection::new(config)?).run(tcp).await
+    Handshake::new(UnbufferedServerConnection::new(config)?, Side::Server).run(tcp).await
 }
 
 /// What both sides of rustls have, by other types.
@@ -54,7 +55,8 @@ trait Session {
     type Data;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
     fn common(&self) -> &CommonState;
-    fn secrets(self) -> Result<(ExtractedSecrets, Secrets), Error>;
+    /// The suite and the sequence numbers that the records begin with.
+    fn agreed(self) -> Result<ExtractedSecrets, Error>;
 }
 
 impl Session for UnbufferedClientConnection {
@@ -65,9 +67,8 @@ impl Session for UnbufferedClientConnection {
     fn common(&self) -> &CommonState {
         self
     }
-    fn secrets(self) -> Result<(ExtractedSecrets, Secrets), Error> {
-        self.dangerous_into_kernel_connection()
-            .map(|(extracted, kernel)| (extracted, Secrets::Client(kernel)))
+    fn agreed(self) -> Result<ExtractedSecrets, Error> {
+        self.dangerous_into_kernel_connection().map(|(agreed, _)| agreed)
     }
 }
 
@@ -79,14 +80,15 @@ impl Session for UnbufferedServerConnection {
     fn common(&self) -> &CommonState {
         self
     }
-    fn secrets(self) -> Result<(ExtractedSecrets, Secrets), Error> {
-        self.dangerous_into_kernel_connection()
-            .map(|(extracted, kernel)| (extracted, Secrets::Server(kernel)))
+    fn agreed(self) -> Result<ExtractedSecrets, Error> {
+        self.dangerous_into_kernel_connection().map(|(agreed, _)| agreed)
     }
 }
 
 struct Handshake<S> {
     session: S,
+    side: Side,
+    secrets: TrafficSecrets,
     incoming: Vec<u8>,
     /// How many bytes of `incoming` rustls may see: whole records.
     shown: usize,
@@ -104,8 +106,9 @@ enum Need {
 }
 
 impl<S: Session> Handshake<S> {
-    fn new(session: S) -> Self {
-        Self { session, incoming: vec![], shown: 0, outgoing: vec![] }
+    fn new(session: S, side: Side) -> Self {
+        let secrets = TrafficSecrets::default();
+        Self { session, side, secrets, incoming: vec![], shown: 0, outgoing: vec![] }
     }
 
     async fn run(mut self, tcp: &TcpStream) -> Result<Shaken, LinkError> {
@@ -136,12 +139,14 @@ impl<S: Session> Handshake<S> {
         }
         let chain = common.peer_certificates().unwrap_or_default();
         let certificates = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-        let (extracted, secrets) = self.session.secrets()?;
-        Ok(Shaken { records: Records::new(extracted, secrets)?, certificates, rest: self.incoming })
+        let records = Records::new(&self.session.agreed()?, self.side, self.secrets)?;
+        Ok(Shaken { records, certificates, rest: self.incoming })
     }
 
     fn turn(&mut self) -> Result<Need, LinkError> {
-        let UnbufferedStatus { discard, state } = self.session.process(&mut self.incoming[..self.shown]);
+        let Self { session, incoming, shown, .. } = self;
+        let UnbufferedStatus { discard, state } =
+            self.secrets.hear(|| session.process(&mut incoming[..*shown]));
         let need = match state? {
             ConnectionState::EncodeTlsData(data) => {
                 encode(data, &mut self.outgoing)?;

@@ -2,19 +2,18 @@
 //! that the bytes are in anyway.
 //!
 //! Stands apart from rustls' own record layer because that copies every byte two times more and keeps a buffer in
-//! every idle connection (docs/adr/0011-record-layer.md has the figures). Handshake, certificates, secrets and their
-//! updates stay rustls' ([`KernelConnection`]), the AEADs are ring's; here are sequence numbers, types and lengths.
+//! every idle connection (docs/adr/0011-record-layer.md has the figures). Handshake and certificates stay rustls', the
+//! AEADs are ring's; here are sequence numbers, types and lengths, and in [`crate::secrets`] the keys.
 //!
 //! Invariants: a nonce is used once, as sequence numbers only grow and a key is replaced long before its limit;
 //! nothing is handed on before its tag was verified; every error is final, told to the peer by an alert.
 
 use ring::aead::{
-    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce,
 };
-use rustls::{
-    AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage,
-    client::ClientConnectionData, kernel::KernelConnection, server::ServerConnectionData,
-};
+use rustls::{AlertDescription, ConnectionTrafficSecrets, Error, ExtractedSecrets, InvalidMessage, Side};
+
+use crate::secrets::{Secret, TrafficSecrets};
 
 /// Content type, version, length.
 pub(super) const RECORD_HEADER: usize = 5;
@@ -41,29 +40,14 @@ const NEW_SESSION_TICKET: u8 = 4;
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
 
-/// Both directions of a session, and the secrets that the next keys come from.
+/// Both directions of a session.
 #[derive(Debug)]
 pub(super) struct Records {
     seal: Half,
     open: Half,
-    secrets: Secrets,
+    side: Side,
     /// The peer asked for a KeyUpdate: it goes out before the next record, however often it asked.
     owes_update: bool,
-}
-
-/// Where the keys come from.
-pub(super) enum Secrets {
-    Client(KernelConnection<ClientConnectionData>),
-    Server(KernelConnection<ServerConnectionData>),
-}
-
-impl std::fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Client(_) => "Client",
-            Self::Server(_) => "Server",
-        })
-    }
 }
 
 /// What a record was.
@@ -78,13 +62,19 @@ pub(super) enum Opened {
 }
 
 impl Records {
-    pub(super) fn new(extracted: ExtractedSecrets, secrets: Secrets) -> Result<Self, Error> {
-        Ok(Self {
-            seal: Half::new(extracted.tx)?,
-            open: Half::new(extracted.rx)?,
-            secrets,
-            owes_update: false,
-        })
+    /// Of a session whose handshake has ended: its cipher suite and sequence numbers, and what its keys come from.
+    pub(super) fn new(agreed: &ExtractedSecrets, side: Side, secrets: TrafficSecrets) -> Result<Self, Error> {
+        let TrafficSecrets { client, server } = secrets;
+        let (seal, open) = match side {
+            Side::Client => (client, server),
+            Side::Server => (server, client),
+        };
+        let half = |(sequence, suite): &(u64, ConnectionTrafficSecrets), secret: Option<Secret>| {
+            let secret =
+                secret.ok_or_else(|| Error::General("the handshake told no traffic secret".into()))?;
+            Half::new(algorithm(suite)?, secret, *sequence)
+        };
+        Ok(Self { seal: half(&agreed.tx, seal)?, open: half(&agreed.rx, open)?, side, owes_update: false })
     }
 
     /// How many bytes the record at the start of these has, header included; `None` if that cannot be said yet.
@@ -107,14 +97,12 @@ impl Records {
             (ALERT, &[_, description]) => Err(Error::AlertReceived(AlertDescription::from(description))),
             (ALERT, _) => Err(InvalidMessage::MissingData("AlertMessagePayload").into()),
             (HANDSHAKE, &[a, b, c, d, asks @ 0..=1]) if [a, b, c, d] == KEY_UPDATE => {
-                self.open = Half::new(self.secrets.next_open()?)?;
+                self.open.update()?;
                 self.owes_update |= asks == 1;
                 Ok(Opened::Nothing)
             }
             // We resume nothing, so a server's tickets are of no use.
-            (HANDSHAKE, [NEW_SESSION_TICKET, ..]) if matches!(self.secrets, Secrets::Client(_)) => {
-                Ok(Opened::Nothing)
-            }
+            (HANDSHAKE, [NEW_SESSION_TICKET, ..]) if self.side == Side::Client => Ok(Opened::Nothing),
             _ => Err(InvalidMessage::UnexpectedMessage("after the handshake").into()),
         }
     }
@@ -126,7 +114,7 @@ impl Records {
         if self.owes_update || self.seal.sequence >= KEY_LIMIT {
             let [a, b, c, d] = KEY_UPDATE;
             at = self.seal.seal(HANDSHAKE, &[a, b, c, d, 0], out)?;
-            self.seal = Half::new(self.secrets.next_seal()?)?;
+            self.seal.update()?;
             self.owes_update = false;
         }
         Ok(at + self.seal.seal(APPLICATION_DATA, plain, &mut out[at..])?)
@@ -157,19 +145,13 @@ pub(super) fn alert_for(error: &Error) -> Option<AlertDescription> {
     }
 }
 
-impl Secrets {
-    fn next_seal(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
-        match self {
-            Self::Client(kernel) => kernel.update_tx_secret(),
-            Self::Server(kernel) => kernel.update_tx_secret(),
-        }
-    }
-
-    fn next_open(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
-        match self {
-            Self::Client(kernel) => kernel.update_rx_secret(),
-            Self::Server(kernel) => kernel.update_rx_secret(),
-        }
+/// The AEAD of the suite that was agreed on.
+fn algorithm(suite: &ConnectionTrafficSecrets) -> Result<&'static Algorithm, Error> {
+    match suite {
+        ConnectionTrafficSecrets::Aes128Gcm { .. } => Ok(&AES_128_GCM),
+        ConnectionTrafficSecrets::Aes256Gcm { .. } => Ok(&AES_256_GCM),
+        ConnectionTrafficSecrets::Chacha20Poly1305 { .. } => Ok(&CHACHA20_POLY1305),
+        _ => Err(Error::General("a cipher suite that records are not made for".into())),
     }
 }
 
@@ -177,25 +159,22 @@ impl Secrets {
 #[derive(Debug)]
 struct Half {
     key: LessSafeKey,
-    iv: [u8; 12],
+    iv: [u8; NONCE_LEN],
     sequence: u64,
+    secret: Secret,
 }
 
 impl Half {
-    fn new((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Self, Error> {
-        let of = |algorithm: &'static Algorithm, key: &[u8], iv: &[u8]| -> Option<Self> {
-            let key = LessSafeKey::new(UnboundKey::new(algorithm, key).ok()?);
-            Some(Self { key, iv: iv.try_into().ok()?, sequence })
-        };
-        let half = match &secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => of(&AES_128_GCM, key.as_ref(), iv.as_ref()),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => of(&AES_256_GCM, key.as_ref(), iv.as_ref()),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
-                of(&CHACHA20_POLY1305, key.as_ref(), iv.as_ref())
-            }
-            _ => None,
-        };
-        half.ok_or_else(|| Error::General("a cipher suite that records are not made for".into()))
+    fn new(algorithm: &'static Algorithm, secret: Secret, sequence: u64) -> Result<Self, Error> {
+        let (key, iv) = secret.key(algorithm)?;
+        Ok(Self { key: LessSafeKey::new(key), iv, sequence, secret })
+    }
+
+    /// The next key (RFC 8446 §7.2); records are counted anew.
+    fn update(&mut self) -> Result<(), Error> {
+        let algorithm = self.key.algorithm();
+        *self = Self::new(algorithm, self.secret.next(algorithm)?, 0)?;
+        Ok(())
     }
 
     /// RFC 8446 §5.3: the sequence number, left-padded, xor the IV. Fails instead of using one again.
@@ -248,16 +227,58 @@ impl Half {
 
 #[cfg(test)]
 mod tests {
-    use ring::aead::NONCE_LEN;
-
     use super::*;
 
     fn halves() -> (Half, Half) {
-        let half = || {
-            let key = LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &[7; 16]).unwrap());
-            Half { key, iv: [9; NONCE_LEN], sequence: 0 }
-        };
+        let half = || Half::new(&AES_128_GCM, Secret::new(&[7; 32]).unwrap(), 0).unwrap();
         (half(), half())
+    }
+
+    /// The two ends of a session.
+    fn session(algorithm: &'static Algorithm) -> (Records, Records) {
+        let end = |side, seal: u8, open: u8| {
+            let half = |byte| Half::new(algorithm, Secret::new(&[byte; 48]).unwrap(), 0).unwrap();
+            Records { seal: half(seal), open: half(open), side, owes_update: false }
+        };
+        (end(Side::Client, 1, 2), end(Side::Server, 2, 1))
+    }
+
+    /// Seals, and opens all that this became at the other end.
+    fn carry(from: &mut Records, to: &mut Records, text: &[u8]) -> usize {
+        let mut sealed = vec![0; Records::room(text.len())];
+        let n = from.seal(text, &mut sealed).unwrap();
+        let (mut at, mut records) = (0, 0);
+        while at < n {
+            let len = Records::record_len(&sealed[at..n]).unwrap().unwrap();
+            if let Opened::Data(data) = to.open(&mut sealed[at..at + len]).unwrap() {
+                assert_eq!(&sealed[at + RECORD_HEADER..][..data], text);
+            }
+            (at, records) = (at + len, records + 1);
+        }
+        records
+    }
+
+    #[test]
+    fn a_key_is_replaced_before_its_limit_and_when_the_peer_asks() {
+        for algorithm in [&AES_128_GCM, &AES_256_GCM, &CHACHA20_POLY1305] {
+            let (mut client, mut server) = session(algorithm);
+            assert_eq!(carry(&mut client, &mut server, b"under the first key"), 1);
+            client.seal.sequence = KEY_LIMIT;
+            server.open.sequence = KEY_LIMIT;
+            assert_eq!(carry(&mut client, &mut server, b"a KeyUpdate goes before"), 2);
+            assert_eq!((client.seal.sequence, server.open.sequence), (1, 1));
+            assert_eq!(carry(&mut server, &mut client, b"the other way is as it was"), 1);
+            // The peer asks for the same of us, however often: one goes out.
+            for _ in 0..3 {
+                let mut asks = [0; 64];
+                let n = client.seal.seal(HANDSHAKE, &[KEY_UPDATE[0], 0, 0, 1, 1], &mut asks).unwrap();
+                client.seal.update().unwrap();
+                assert_eq!(server.open(&mut asks[..n]), Ok(Opened::Nothing));
+            }
+            assert_eq!(carry(&mut server, &mut client, b"as asked"), 2);
+            assert_eq!(carry(&mut server, &mut client, b"once"), 1);
+            assert_eq!(carry(&mut client, &mut server, b"under the fifth key"), 1);
+        }
     }
 
     #[test]

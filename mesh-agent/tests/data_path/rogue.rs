@@ -108,6 +108,12 @@ impl Rogue {
         Ok(Self { stream: stream.into() })
     }
 
+    /// Changes its keys with the next bytes, and asks for the same of the agent (RFC 8446 §4.6.3).
+    pub(crate) fn change_keys(&mut self) {
+        let TlsStream::Client(stream) = &mut self.stream else { panic!("a rogue that dialled") };
+        stream.get_mut().1.refresh_traffic_keys().expect("TLS 1.3 can");
+    }
+
     /// Sends bytes inside of the tunnel.
     pub(crate) async fn say(&mut self, bytes: &[u8]) {
         // An agent that has had enough may be gone before the last byte.
