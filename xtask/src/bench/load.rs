@@ -51,7 +51,7 @@ pub(super) fn applications(server: &Workload, directory: &Path) -> Result<Vec<Pr
             "user root; worker_processes 1; daemon off; pid {own}/server.pid; error_log {own}/server.err;
 events {{ worker_connections 9000; }}
 http {{
-  access_log off; sendfile on; tcp_nodelay on; keepalive_requests 1000000000; keepalive_timeout 3600;
+  access_log off; sendfile on; tcp_nodelay on; keepalive_requests 1000000000; keepalive_timeout 1d;
   server {{
     listen {HTTP} backlog=8192; root {}; send_timeout 3600s;
     location / {{ return 200 \"{ANSWER}\\n\"; }}
