@@ -10,7 +10,8 @@
 use libfuzzer_sys::fuzz_target;
 use mesh_ebpf::{
     abi::{Address, FLAG_STRICT, Guarded},
-    capture, guard,
+    capture::{self, Holder},
+    guard,
     packet::{ETH_LEN, Network, TCP_LEN, Tcp, Transport, V4_LEN, V6_LEN, hop_by_hop_carries_icmp},
     reset,
 };
@@ -41,8 +42,12 @@ impl Known<'_> {
     fn listener(&self) -> bool {
         self.bit(4)
     }
-    fn taken(&self) -> bool {
-        self.bit(5)
+    fn held_by(&self) -> Holder {
+        match (self.bit(5), self.bit(6)) {
+            (true, _) => Holder::Connection,
+            (false, true) => Holder::TimeWait,
+            (false, false) => Holder::Nobody,
+        }
     }
 }
 
@@ -74,8 +79,8 @@ impl capture::Facts for Known<'_> {
     fn listener_ready(&self) -> bool {
         self.listener()
     }
-    fn taken(&self) -> bool {
-        self.bit(5)
+    fn holder(&self) -> Holder {
+        self.held_by()
     }
     fn probe(&self) -> bool {
         self.nodes()
@@ -167,7 +172,7 @@ fn leaves(workload: Guarded, packet: &Packet<'_>, known: Known<'_>) {
     }
     if capture::outbound(tcp, &known) == capture::Outbound::ToAgent {
         let tcp = tcp.expect("only TCP is captured");
-        assert!(if tcp.opens() { known.mesh() && known.listener() } else { known.taken() });
+        assert!(if tcp.opens() { known.mesh() && known.listener() } else { known.held_by() != Holder::Nobody });
     }
 }
 
@@ -179,7 +184,7 @@ fn arrives(workload: Guarded, packet: &Packet<'_>, known: Known<'_>) {
         assert_ne!(at_node, guard::Verdict::Pass, "a fragment may hide an opening");
         assert!(matches!(at_pod, capture::Inbound::Drop(_)));
     }
-    if tcp.is_some_and(Tcp::opens) && !known.nodes() && !known.taken() {
+    if tcp.is_some_and(Tcp::opens) && !known.nodes() && known.held_by() != Holder::Connection {
         assert_ne!(at_pod, capture::Inbound::Pass, "an opening that goes around the agent");
     }
     if let capture::Inbound::Reset(_) = at_pod {
