@@ -172,7 +172,11 @@ fn leaves(workload: Guarded, packet: &Packet<'_>, known: Known<'_>) {
     }
     if capture::outbound(tcp, &known) == capture::Outbound::ToAgent {
         let tcp = tcp.expect("only TCP is captured");
-        assert!(if tcp.opens() { known.mesh() && known.listener() } else { known.held_by() != Holder::Nobody });
+        assert!(if tcp.opens() {
+            known.mesh() && known.listener()
+        } else {
+            known.held_by() != Holder::Nobody
+        });
     }
 }
 
