@@ -18,11 +18,11 @@ pub struct Trust {
     roots: Vec<(CertificateDer<'static>, Arc<RootCertStore>)>,
 }
 
-/// To which of these roots a chain led; `None`: to one of them, nobody knows which.
+/// To which of these roots a chain led: to more than one by a cross certificate. None of them: nobody knows to which.
 #[derive(Debug, Clone)]
 pub struct Led {
     trust: Arc<Trust>,
-    root: Option<usize>,
+    roots: Box<[usize]>,
 }
 
 impl Trust {
@@ -33,24 +33,25 @@ impl Trust {
         Ok(Arc::new(Self { roots: roots.iter().map(each).collect::<Result<_, rustls::Error>>()? }))
     }
 
-    /// The root that this chain leads to, the newest of them; the chain led to one of them in its handshake.
+    /// The roots that this chain leads to, the newest first; the chain led to one of them in its handshake.
     pub fn led(self: &Arc<Self>, chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Led {
-        let root = match self.roots.len() {
-            1 => Some(0),
-            _ => self.roots.iter().position(|(_, root)| leads(chain, root, now)),
+        let all = 0..self.roots.len();
+        let roots = match self.roots.as_slice() {
+            [_] => all.collect(),
+            each => all.filter(|root| leads(chain, &each[*root].1, now)).collect(),
         };
-        Led { trust: self.clone(), root }
+        Led { trust: self.clone(), roots }
     }
 }
 
 impl Led {
-    /// Whether its root is among these. Where nobody knows which it is, all that it may be have to be.
+    /// Whether a root of its is among these. Where nobody knows which those are, all that they may be have to be.
     pub fn holds(&self, roots: &[Vec<u8>]) -> bool {
         let among = |root: &CertificateDer<'_>| roots.iter().any(|other| other.as_slice() == root.as_ref());
-        match self.root {
-            Some(root) => among(&self.trust.roots[root].0),
-            None => self.trust.roots.iter().all(|(root, _)| among(root)),
+        if self.roots.is_empty() {
+            return self.trust.roots.iter().all(|(root, _)| among(root));
         }
+        self.roots.iter().any(|root| among(&self.trust.roots[*root].0))
     }
 
     /// What ended it, for a person.
@@ -60,7 +61,7 @@ impl Led {
             let digest: [u8; 32] = Sha256::digest(&self.trust.roots[root].0).into();
             digest[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>()
         };
-        let root = self.root.map_or_else(|| "one of several".to_owned(), name);
+        let root = self.roots.first().map_or_else(|| "one of several".to_owned(), |root| name(*root));
         format!("the root that it led to, {root}, was withdrawn")
     }
 }

@@ -142,9 +142,9 @@ impl Found {
     }
 }
 
-/// Whether an address is still on an interface of the namespace.
-pub fn still_has(namespace: &Namespace, address: IpAddr) -> bool {
-    matches!(namespace.enter(addresses), Ok(Ok(list)) if list.iter().any(|(found, _)| *found == address))
+/// Whether an address is still on an interface of the namespace; an error is no answer.
+pub fn still_has(namespace: &Namespace, address: IpAddr) -> io::Result<bool> {
+    Ok(namespace.enter(addresses)??.iter().any(|(found, _)| *found == address))
 }
 
 /// Addresses of the calling thread's namespace with their interfaces, loopback and link-local ones apart.

@@ -243,7 +243,7 @@ impl Enrolled {
     ) -> anyhow::Result<Vec<&'static str>> {
         for address in self.addresses() {
             anyhow::ensure!(
-                still_has(&self.local.namespace, *address),
+                still_has(&self.local.namespace, *address)?,
                 "the namespace no longer has {address}"
             );
         }

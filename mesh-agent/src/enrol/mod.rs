@@ -220,6 +220,11 @@ impl Enroller {
                         self.metrics.repaired(what);
                     }
                 }
+                Err(error) if lacks_descriptors(&error) => {
+                    present.whole = false;
+                    let error = format!("{error:#}");
+                    tracing::warn!(workload = %name, error, "cannot look: raise LimitNOFILE of the agent's service");
+                }
                 Err(error) => {
                     tracing::warn!(workload = %name, error = format!("{error:#}"), "lost; looking for it anew");
                     lost.push(name.clone());
@@ -306,6 +311,13 @@ impl Enroller {
             self.metrics.kernel_refused(reason.label(), total.saturating_sub(before));
         }
     }
+}
+
+/// Whether something could not be looked at for want of descriptors, which says nothing of the workload.
+fn lacks_descriptors(error: &anyhow::Error) -> bool {
+    let of_system =
+        |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
+    error.chain().filter_map(of_system).any(|code| code == libc::EMFILE || code == libc::ENFILE)
 }
 
 /// Gives back what loading the programs and the first enrolments took: glibc keeps it otherwise, a quarter of what an
