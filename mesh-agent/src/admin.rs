@@ -4,7 +4,7 @@
 //! is for strangers either.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -20,7 +20,7 @@ use axum::{
 use mesh_core::{
     identity::SpiffeId,
     model::{Name, Policy, Service, Workload},
-    view::Snapshot,
+    view::{Demand, Snapshot},
 };
 use mesh_settings::{InForce, admin::Limits, log::LogFilter};
 use prometheus_client::registry::Registry;
@@ -88,6 +88,10 @@ pub struct NodeState {
     pub problems: Vec<String>,
     /// How full is what can become full.
     pub fills: Vec<Fill>,
+    /// The view has what was asked for, not the whole mesh.
+    pub by_demand: bool,
+    /// Addresses of the mesh that connections use, or have used lately.
+    pub addresses_asked: usize,
     /// The enrolled workloads of this node, by name.
     pub workloads: Vec<WorkloadStatus>,
 }
@@ -144,6 +148,8 @@ impl NodeState {
             },
             problems: Vec::new(),
             fills: Vec::new(),
+            by_demand: snapshot.is_some_and(|snapshot| snapshot.demand().is_some()),
+            addresses_asked: 0,
             workloads: snapshot
                 .map(|snapshot| snapshot.local().map(|local| workload(snapshot, &local.name)).collect())
                 .unwrap_or_default(),
@@ -207,6 +213,11 @@ async fn state(State(shared): State<Shared>) -> Json<NodeState> {
 #[derive(Debug, Serialize)]
 struct View<'a> {
     version: &'a str,
+    /// What it is bounded by, if it is one by demand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    demand: Option<&'a Demand>,
+    /// Addresses that were asked for and are not of the mesh.
+    nobody: BTreeSet<IpAddr>,
     trust_domain: String,
     workloads: Vec<&'a Workload>,
     services: Vec<&'a Service>,
@@ -219,6 +230,8 @@ async fn view(State(shared): State<Shared>) -> Response {
     };
     Json(View {
         version: view.version(),
+        demand: view.demand(),
+        nobody: view.nobody().collect(),
         trust_domain: view.mesh().trust_domain.to_string(),
         workloads: view.workloads().map(AsRef::as_ref).collect(),
         services: view.services().map(AsRef::as_ref).collect(),

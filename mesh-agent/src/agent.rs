@@ -8,7 +8,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use mesh_core::view::Snapshot;
+use mesh_core::{model::Workload, view::Snapshot};
 use mesh_settings::{InForce, log::LogFilter};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
@@ -25,13 +25,13 @@ use crate::{
     connection::{Limits, Node},
     control::Control,
     drain::Drain,
-    enrol::Enroller,
+    enrol::{Enroller, hold::Holds},
     headroom::Headroom,
     health::{Condition, Fill},
     identity::{Certificates, store::Identities},
     live::Connections,
     metrics::Metrics,
-    net::{cgroup, netns::Namespace},
+    net::{cgroup, netns::Namespace, sysctl},
     ownership::{self, Ownership},
     privileges,
     record::AccessLog,
@@ -39,10 +39,13 @@ use crate::{
     run_dir::RunDir,
     surroundings::Surroundings,
     view::{Enrolment, ReportHandle, Role},
+    wants::{Known, Wants},
 };
 
 /// Runs an agent until SIGTERM or SIGINT, and its connections on until they end or the deadline cuts them.
 pub fn run(config: &Config, log_filter: LogFilter) -> anyhow::Result<()> {
+    // Before anything enters another namespace.
+    sysctl::make_writable()?;
     // Before there is any socket or thread.
     let agent_cgroup = cgroup::enter(&config.cgroup)?;
     Namespace::of_agent().context("cannot open the node's own network namespace")?;
@@ -89,8 +92,16 @@ async fn serve(
         .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?;
     let node = {
         let _inside = data.enter();
-        let (name, view) = (config.node.clone(), control.snapshots.clone());
-        Node::new(name, view, identities.clone(), metrics.clone(), log.clone(), limits(), Drain::new())
+        let known = Known { view: control.snapshots.clone(), wants: control.wants.clone() };
+        Node::new(
+            config.node.clone(),
+            known,
+            identities.clone(),
+            metrics.clone(),
+            log.clone(),
+            limits(config.stalled_memory),
+            Drain::new(),
+        )
     };
     if !alone {
         // Not before there is something to serve with: until then the old one goes on as if we were not here.
@@ -101,6 +112,10 @@ async fn serve(
     }
     let in_force = CancellationToken::new();
     let headroom = Headroom::new(metrics.clone(), control.health.clone());
+    let holds = match config.hold_new {
+        Duration::ZERO => None,
+        limit => Some(Holds::new(limit).context("cannot follow the node's links")?),
+    };
     let enroller = Enroller {
         kernel,
         maps,
@@ -111,6 +126,7 @@ async fn serve(
         metrics: metrics.clone(),
         headroom: headroom.clone(),
         reports: control.reports.clone(),
+        holds,
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),
     };
@@ -118,7 +134,7 @@ async fn serve(
     let listener = admin::listen(config.admin_listen).await?;
     let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
     let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
-    tokio::spawn(headroom.watch_files(stop.clone()));
+    tokio::spawn(headroom.watch(node.stalled().clone(), stop.clone()));
     tokio::spawn(follow(observed.clone(), metrics, stop.clone()));
     tracing::info!(node = config.node, admin = %SocketAddr::to_string(&config.admin_listen), "agent started");
 
@@ -244,11 +260,12 @@ impl Told {
 }
 
 /// The limits, with as many connections as there are descriptors for.
-fn limits() -> Limits {
-    match getrlimit(Resource::RLIMIT_NOFILE) {
+fn limits(stalled_memory: usize) -> Limits {
+    let limits = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((descriptors, _)) => Limits::with_descriptors(descriptors),
         Err(_) => Limits::default(),
-    }
+    };
+    Limits { stalled_memory, ..limits }
 }
 
 /// Two descriptors a connection at each agent: as many as the system lets us have.
@@ -272,6 +289,7 @@ struct State {
     certificates: watch::Receiver<Certificates>,
     condition: watch::Receiver<Condition>,
     reports: ReportHandle,
+    wants: Arc<Wants>,
     connections: Arc<Connections>,
 }
 
@@ -286,6 +304,7 @@ impl State {
             certificates: control.certificates.clone(),
             condition: control.condition.clone(),
             reports: control.reports.clone(),
+            wants: control.wants.clone(),
             connections: node.connections().clone(),
         }
     }
@@ -296,12 +315,15 @@ impl Observed for State {
         let view =
             self.snapshots.borrow().clone().ok_or("no view of the mesh yet: is the controller reachable?")?;
         let reports = self.reports.all();
-        let undecided = |name| {
-            !reports
-                .get(name)
-                .is_some_and(|report| matches!(report.enrolment, Enrolment::Enrolled | Enrolment::Failed))
+        // A pod may be on its way up or down for as long as it takes: that it was looked for is enough.
+        let undecided = |workload: &&Arc<Workload>| match reports.get(&workload.name) {
+            None => true,
+            Some(report) if workload.uid.is_empty() => {
+                !matches!(report.enrolment, Enrolment::Enrolled | Enrolment::Failed)
+            }
+            Some(_) => false,
         };
-        match view.local().find(|workload| undecided(&workload.name)) {
+        match view.local().find(undecided) {
             Some(workload) => Err(format!("{} is not enrolled yet", workload.name)),
             None => Ok(()),
         }
@@ -331,10 +353,14 @@ impl Observed for State {
         NodeState {
             problems: condition.problems(),
             fills: condition.fills.into_values().collect::<Vec<Fill>>(),
+            addresses_asked: self.wants.len(),
             ..NodeState::new(&self.node, view.as_deref(), &connection, &certificates, &self.reports.all())
         }
     }
 }
+
+/// How often what changes with connections is counted.
+const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Keeps the metrics of the control side true.
 async fn follow(state: Arc<State>, metrics: Arc<Metrics>, stop: CancellationToken) {
@@ -343,10 +369,14 @@ async fn follow(state: Arc<State>, metrics: Arc<Metrics>, stop: CancellationToke
     let mut certificates = state.certificates.clone();
     let mut condition = state.condition.clone();
     let mut shown: Vec<String> = Vec::new();
+    let mut timer = tokio::time::interval(COUNT_INTERVAL);
+    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         if let Some(view) = snapshots.borrow_and_update().as_ref() {
             metrics.view(view.version());
+            metrics.view_size(view);
         }
+        metrics.addresses_asked(state.wants.len());
         metrics.controller_connected(*connection.borrow_and_update() == Connection::Open);
         metrics.condition(&condition.borrow_and_update());
         let current = certificates.borrow_and_update().clone();
@@ -366,7 +396,7 @@ async fn follow(state: Arc<State>, metrics: Arc<Metrics>, stop: CancellationToke
             Ok(()) = connection.changed() => {}
             Ok(()) = certificates.changed() => {}
             Ok(()) = condition.changed() => {}
-            else => return,
+            _ = timer.tick() => {}
         }
     }
 }

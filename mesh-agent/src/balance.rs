@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -15,43 +15,103 @@ use mesh_core::{
 /// Endpoints whose load is remembered; at the limit the ones without a connection are forgotten, and start over as
 /// unmeasured.
 const MAX_ENDPOINTS: usize = 65_536;
+/// Clients whose endpoint is remembered; at the limit those whose time is over are forgotten, and then all: they come to
+/// the same endpoint again unless others have come.
+const MAX_STAYS: usize = 65_536;
 
 /// The loads of all endpoints that this node's workloads connect to.
 #[derive(Debug)]
 pub struct Balancer {
     epoch: Instant,
     loads: Mutex<HashMap<SocketAddr, Load>>,
+    stays: Mutex<HashMap<Client, Stay>>,
+}
+
+/// A client of a service that lets each stay with its endpoint: where it connects from, and to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Client {
+    /// The workload.
+    pub local: u64,
+    /// Its address.
+    pub address: IpAddr,
+    /// The service's address and port.
+    pub asked: SocketAddr,
+}
+
+/// The endpoint of a client, and until when.
+#[derive(Debug, Clone, Copy)]
+struct Stay {
+    endpoint: SocketAddr,
+    until: Duration,
 }
 
 impl Balancer {
     /// Nothing is known of any endpoint.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { epoch: Instant::now(), loads: Mutex::default() })
+        Arc::new(Self { epoch: Instant::now(), loads: Mutex::default(), stays: Mutex::default() })
     }
 
     /// Picks one of these endpoints for one attempt; `None` if there is none.
     pub fn pick(self: &Arc<Self>, endpoints: &[&Endpoint]) -> Option<(usize, Attempt)> {
-        let address = |endpoint: &Endpoint| SocketAddr::new(endpoint.address, endpoint.port);
-        let mut loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = balance::pick(&self.known(endpoints), self.epoch.elapsed(), rand::random())?;
+        Some((index, self.attempt(address_of(endpoints[index]))))
+    }
+
+    /// The same for a client that stays with its endpoint: the one that it has, or else the one that is settled.
+    /// Endpoints that refused lately are passed over, if there are others.
+    pub fn pick_for(self: &Arc<Self>, client: &Client, endpoints: &[&Endpoint]) -> Option<(usize, Attempt)> {
+        let now = self.epoch.elapsed();
+        let serving = balance::serving(&self.known(endpoints), now);
+        let addresses: Vec<_> = serving.iter().map(|index| address_of(endpoints[*index])).collect();
+        let stay = self.stays.lock().unwrap_or_else(PoisonError::into_inner).get(client).copied();
+        let kept = stay.filter(|stay| now < stay.until);
+        let kept = kept.and_then(|stay| addresses.iter().position(|at| *at == stay.endpoint));
+        let chosen = kept.or_else(|| balance::settled(client.address, &addresses))?;
+        Some((serving[chosen], self.attempt(addresses[chosen])))
+    }
+
+    /// A client has connected: it stays where it is for so long.
+    pub fn stays(&self, client: Client, attempt: &Attempt, long: Duration) {
+        let now = self.epoch.elapsed();
+        let mut stays = self.stays.lock().unwrap_or_else(PoisonError::into_inner);
+        if stays.len() >= MAX_STAYS && !stays.contains_key(&client) {
+            stays.retain(|_, stay| now < stay.until);
+            if stays.len() >= MAX_STAYS {
+                stays.clear();
+            }
+        }
+        stays.insert(client, Stay { endpoint: attempt.address, until: now + long });
+    }
+
+    fn attempt(self: &Arc<Self>, address: SocketAddr) -> Attempt {
+        let mut loads = self.loads();
         if loads.len() >= MAX_ENDPOINTS {
             loads.retain(|_, load| load.active > 0);
         }
-        let known: Vec<Load> =
-            endpoints.iter().map(|e| loads.get(&address(e)).copied().unwrap_or_default()).collect();
-        let index = balance::pick(&known, self.epoch.elapsed(), rand::random())?;
-        let address = address(endpoints[index]);
         loads.entry(address).or_default().active += 1;
         drop(loads);
-        Some((index, Attempt { balancer: self.clone(), address, began: Instant::now() }))
+        Attempt { balancer: self.clone(), address, began: Instant::now() }
     }
 
     fn with(&self, address: SocketAddr, change: impl FnOnce(&mut Load, Duration)) {
         let now = self.epoch.elapsed();
-        let mut loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(load) = loads.get_mut(&address) {
+        if let Some(load) = self.loads().get_mut(&address) {
             change(load, now);
         }
     }
+
+    fn known(&self, endpoints: &[&Endpoint]) -> Vec<Load> {
+        let loads = self.loads();
+        endpoints.iter().map(|it| loads.get(&address_of(it)).copied().unwrap_or_default()).collect()
+    }
+
+    fn loads(&self) -> MutexGuard<'_, HashMap<SocketAddr, Load>> {
+        self.loads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn address_of(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::new(endpoint.address, endpoint.port)
 }
 
 /// A connection of an endpoint, from its first attempt to its end.
@@ -90,7 +150,7 @@ mod tests {
     #[test]
     fn an_endpoint_that_failed_is_passed_over() {
         let endpoint = |port| Endpoint {
-            workload: Name::new("shop", "web"),
+            workload: Some(Name::new("shop", "web")),
             address: "10.0.0.1".parse().unwrap(),
             port,
         };
@@ -103,5 +163,40 @@ mod tests {
             assert_ne!(balancer.pick(&[&a, &b]).unwrap().0, index);
         }
         assert!(balancer.pick(&[]).is_none());
+    }
+
+    #[test]
+    fn a_client_stays_while_its_endpoint_is_there_and_takes_connections() {
+        let endpoint = |n: u8| Endpoint { workload: None, address: [10, 0, 0, n].into(), port: 80 };
+        let all: Vec<Endpoint> = (1..=8).map(endpoint).collect();
+        let balancer = Balancer::new();
+        let address = [10, 1, 0, 1].into();
+        let client = Client { local: 1, address, asked: SocketAddr::from(([10, 96, 0, 1], 80)) };
+        let pick = |endpoints: &[&Endpoint]| {
+            let (index, attempt) = balancer.pick_for(&client, endpoints).unwrap();
+            (endpoints[index].clone(), attempt)
+        };
+        // Where it comes to first depends on nothing that another agent would not know.
+        let every: Vec<_> = all.iter().collect();
+        let (first, _) = pick(&every);
+        assert_eq!(
+            Balancer::new().pick_for(&client, &every).unwrap().0,
+            balancer.pick_for(&client, &every).unwrap().0
+        );
+
+        // It is remembered where it is, though others come that would have been its own.
+        let others: Vec<_> = all.iter().filter(|it| **it != first).collect();
+        let (second, attempt) = pick(&others);
+        balancer.stays(client, &attempt, Duration::from_secs(60));
+        assert_eq!(pick(&every).0, second);
+        // One that refuses is left, and if it was remembered still it is asked again when all refuse.
+        attempt.failed();
+        assert_ne!(pick(&every).0, second);
+        assert_eq!(pick(&[&second]).0, second);
+        // When its time is over, it is as if it was new.
+        attempt.connected();
+        balancer.stays(client, &attempt, Duration::ZERO);
+        assert_eq!(pick(&every).0, first);
+        assert!(balancer.pick_for(&client, &[]).is_none());
     }
 }

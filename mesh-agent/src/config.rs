@@ -5,6 +5,7 @@
 use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Command, FromArgMatches};
+use mesh_core::view::MAX_ASKED;
 use mesh_settings::{InForce, Settings};
 
 /// What the variables of the agent's settings begin with.
@@ -112,13 +113,22 @@ pub struct Config {
     /// The join token; read only when this node has no valid certificate.
     #[arg(long, value_name = "FILE")]
     pub join_token_file: Option<PathBuf>,
+    /// In Kubernetes, in the place of a join token: the projected service-account token of this pod, with the audience
+    /// `nodemesh`; read again whenever this node has no valid certificate.
+    #[arg(long, value_name = "FILE", requires = "roots", conflicts_with = "join_token_file")]
+    pub join_service_account_token: Option<PathBuf>,
+    /// The roots of the mesh, PEM, of which the controller has to lead to one while this node has no certificate: key
+    /// `roots.pem` of the ConfigMap `nodemesh-roots`. Read again as it changes.
+    #[arg(long, value_name = "FILE", requires = "join_service_account_token")]
+    pub roots: Option<PathBuf>,
     /// Keys, certificates and the last view; has to be on a tmpfs, so that keys never reach a disk.
     #[arg(long, value_name = "DIR", default_value = "/run/nodemesh")]
     pub run_dir: PathBuf,
     /// Where programs and maps are pinned; a folder of a bpf file system.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
     pub bpffs: PathBuf,
-    /// The agent's own control group, by which the kernel's guard knows the agent's sockets.
+    /// The agent's own control group, by which the kernel's guard knows the agent's sockets; `.` for the one that it was
+    /// started in, which in a container is its own.
     #[arg(long, value_name = "NAME", default_value = "nodemesh-agent")]
     pub cgroup: String,
     /// Metrics, health and state over HTTP.
@@ -131,6 +141,19 @@ pub struct Config {
     /// finish once there is one. A supervisor has to grant both, one after the other.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     pub drain_deadline: Duration,
+    /// Most memory for bytes that wait for readers who do not read: of workloads of this node and of their peers. A reader
+    /// has as much of it as is left for all others; connections that need more are ended.
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
+    pub stalled_memory: usize,
+    /// Addresses of the mesh that a workload may have in use or have used lately, each way: what it costs the node and the
+    /// controller to know them, where the mesh is larger than the controller's `--whole-views-up-to`. A workload that uses
+    /// more gives up what it has not used for longest.
+    #[arg(long, value_name = "COUNT", default_value_t = 8192, value_parser = at_least_one)]
+    pub addresses_per_workload: usize,
+    /// How long at most what a new pod sends is held until the pod is captured, or known to be outside of the mesh; a pod
+    /// that is known to be strict is held until it is captured. `0s` holds nothing. For nodes of Kubernetes: every new veth of the node is taken for a pod's.
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
+    pub hold_new: Duration,
     /// What the log says: `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,mesh_agent::enrol=debug`.
     /// `RUST_LOG` wins over it; `meshctl log-level` changes it while the agent runs.
     #[arg(long, value_name = "FILTER", default_value = "info")]
@@ -138,6 +161,11 @@ pub struct Config {
     /// All of the above as they were given, each with where it comes from.
     #[arg(skip)]
     pub in_force: Vec<InForce>,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let found = text.parse().ok().filter(|count| (1..=MAX_ASKED).contains(count));
+    found.ok_or_else(|| format!("'{text}' is not a number from 1 to {MAX_ASKED}"))
 }
 
 /// A host, by name or address, and a port.
@@ -187,6 +215,28 @@ impl fmt::Display for HostPort {
             write!(f, "{}:{}", self.host, self.port)
         }
     }
+}
+
+/// A text is not a size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{0}' is not a size: write a number of KiB, MiB or GiB, as in 256MiB, at least 1MiB and at most 1024GiB"
+)]
+pub struct SizeError(String);
+
+/// Reads `1024KiB`, `256MiB`, `2GiB`, in bytes.
+pub fn parse_size(text: &str) -> Result<usize, SizeError> {
+    let bad = || SizeError(text.to_owned());
+    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(digits);
+    let bits = match unit {
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return Err(bad()),
+    };
+    let bytes = number.parse::<usize>().ok().and_then(|number| number.checked_mul(1 << bits));
+    bytes.filter(|bytes| (1 << 20..=1 << 40).contains(bytes)).ok_or_else(bad)
 }
 
 /// A text is not a duration.
@@ -257,6 +307,17 @@ mod tests {
         };
         assert_eq!(uninstall.bpffs, PathBuf::from("/sys/fs/bpf/x"));
         assert_eq!(uninstall.run_dir, None);
+    }
+
+    #[test]
+    fn sizes_are_a_number_and_a_unit() {
+        for (text, bytes) in [("1024KiB", 1 << 20), ("256MiB", 256 << 20), ("2GiB", 2 << 30)] {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for text in ["", "1", "MiB", "1MB", "-1MiB", "0MiB", "1023KiB", "1025GiB", "99999999999999999999GiB"]
+        {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
     }
 
     #[test]

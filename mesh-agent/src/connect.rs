@@ -14,15 +14,15 @@ use std::{
 use mesh_core::{
     frame::Open,
     identity::SpiffeId,
-    model::{Endpoint, Workload},
+    model::{Choice, Endpoint, Workload},
     refusal::Reason,
-    route::{self, Route, Transport},
+    route::{self, Reached, Route, Transport},
     view::Snapshot,
 };
 use tokio::{io::Interest, net::TcpStream};
 
 use crate::{
-    balance::{Attempt, Balancer},
+    balance::{Attempt, Balancer, Client},
     drain::Drain,
     identity::{
         store::Identities,
@@ -72,6 +72,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) app: &'a TcpStream,
     /// Its own end, as the application knows it.
     pub(crate) address: SocketAddr,
+    /// What it asks for.
+    pub(crate) asked: SocketAddr,
     /// What it was decided on.
     pub(crate) view: &'a Snapshot,
 }
@@ -128,7 +130,7 @@ impl Connector {
             }
             Route::Service { service, endpoints } => {
                 entry.told().destination.service = Some(service.name.clone());
-                self.any_of(ask, &endpoints, &mut first, entry).await
+                self.any_of(ask, &service.choice, &endpoints, &mut first, entry).await
             }
         }
     }
@@ -136,20 +138,40 @@ impl Connector {
     async fn any_of(
         &self,
         ask: &Ask<'_>,
+        choice: &Choice,
         endpoints: &[Endpoint],
         first: &mut First,
         entry: &mut Entry,
     ) -> Result<Opened, Stop> {
         let mut untried: Vec<&Endpoint> = endpoints.iter().collect();
         let mut last = Refusal::from(Reason::NoEndpoint);
+        let client = Client { local: ask.local.id(), address: ask.address.ip(), asked: ask.asked };
+        let stays = choice.affinity.map(|seconds| (client, Duration::from_secs(seconds.into())));
         for _ in 0..self.limits.endpoint_attempts {
-            let Some((index, attempt)) = self.balancer.pick(&untried) else { break };
+            let picked = match stays {
+                Some((client, _)) => self.balancer.pick_for(&client, &untried),
+                None => self.balancer.pick(&untried),
+            };
+            let Some((index, attempt)) = picked else { break };
             let endpoint = untried.swap_remove(index);
             let to = SocketAddr::new(endpoint.address, endpoint.port);
-            let Some(workload) = ask.view.workload(&endpoint.workload) else { continue };
-            match self.reach(ask, workload, to, first, entry).await {
+            let reached = match route::reached(ask.view, endpoint) {
+                None => continue,
+                Some(Reached::Workload(workload)) => self.reach(ask, &workload, to, first, entry).await,
+                Some(Reached::Outside) => {
+                    // What an endpoint that was tried before had for a name is not this one's.
+                    entry.told().destination.workload = None;
+                    entry.told().destination.identity = None;
+                    entry.told().destination.address = Some(to);
+                    self.plaintext(ask, to, first, entry).await
+                }
+            };
+            match reached {
                 Ok(way) => {
                     attempt.connected();
+                    if let Some((client, long)) = stays {
+                        self.balancer.stays(client, &attempt, long);
+                    }
                     return Ok(Opened { way, attempt: Some(Box::new(attempt)) });
                 }
                 Err(Miss::NotTaken(refusal)) => {
@@ -445,7 +467,8 @@ fn refused(reason: Option<Reason>) -> Miss {
             Reason::LimitConnections
             | Reason::AgentStopping
             | Reason::ViewMissing
-            | Reason::DestinationUnknown,
+            | Reason::DestinationUnknown
+            | Reason::SourceUnanswered,
         ) => Miss::NotTaken(Refusal::new(Reason::PeerRefused, label)),
         _ => Miss::Final(Refusal::new(Reason::PeerRefused, label).into()),
     }

@@ -26,7 +26,8 @@ use crate::{
     rpc::Connection,
     run_dir::RunDir,
     surroundings::Surroundings,
-    view::{ReportHandle, Role, View},
+    view::{ReportHandle, Role, View, cache::Cache},
+    wants::Wants,
 };
 
 /// The control side of a running agent.
@@ -46,6 +47,8 @@ pub struct Control {
     pub health: Health,
     /// Where to say how workloads are.
     pub reports: ReportHandle,
+    /// Where to say which addresses connections use.
+    pub wants: Arc<Wants>,
     role: watch::Sender<Role>,
     tasks: JoinSet<()>,
     shutdown: CancellationToken,
@@ -74,10 +77,11 @@ impl Control {
         let trust_domain = node.trust_domain().clone();
 
         let role = watch::Sender::new(role);
+        let wants = Wants::new(config.addresses_per_workload);
         let view = View::new(
             &config.node,
             trust_domain.clone(),
-            run_dir.clone(),
+            Cache::new(run_dir.clone(), health.clone(), wants.clone()),
             role.subscribe(),
             surroundings.clone(),
             health.clone(),
@@ -113,6 +117,7 @@ impl Control {
             condition,
             health: told,
             reports,
+            wants,
             role,
             tasks,
             shutdown,

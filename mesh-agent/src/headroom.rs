@@ -12,11 +12,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     health::{Fill, Health},
     metrics::Metrics,
+    stalled::Stalled,
 };
 
 /// How often is looked: counting descriptors reads a directory with an entry for each, counting a map all its keys.
 const LOOK: Duration = Duration::from_secs(10);
-const RAISE: &str = "connections are refused beyond it; raise LimitNOFILE of the agent's service";
+const RAISE_FILES: &str = "connections are refused beyond it; raise LimitNOFILE of the agent's service";
+const RAISE_STALLED: &str = "connections that stall are ended beyond it; raise --stalled-memory, or find who does not read: \
+                             meshctl connections";
 
 /// Where it is told.
 #[derive(Debug, Clone)]
@@ -33,8 +36,8 @@ impl Headroom {
         Self { metrics, health, due: None }
     }
 
-    /// Counts descriptors until it is told to stop.
-    pub async fn watch_files(self, stop: CancellationToken) {
+    /// Counts descriptors, and what waits for readers, until it is told to stop.
+    pub async fn watch(self, stalled: Arc<Stalled>, stop: CancellationToken) {
         let mut timer = interval(LOOK);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -43,10 +46,13 @@ impl Headroom {
                 () = stop.cancelled() => return,
                 _ = timer.tick() => {}
             }
+            let (entries, limit) = (stalled.waiting() as u64, stalled.most() as u64);
+            self.metrics.stalled_buffers(entries, limit);
+            self.health.filled(&[Fill { what: "stalled_buffers", entries, limit, cure: RAISE_STALLED }]);
             let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { continue };
             let Ok(open) = fs::read_dir("/proc/self/fd").map(|all| all.count() as u64) else { continue };
             self.metrics.open_files(open, limit);
-            self.health.filled(&[Fill { what: "open_files", entries: open, limit, cure: RAISE }]);
+            self.health.filled(&[Fill { what: "open_files", entries: open, limit, cure: RAISE_FILES }]);
         }
     }
 
@@ -75,7 +81,8 @@ mod tests {
         let stop = CancellationToken::new();
         let health = Health::default();
         let told = health.subscribe();
-        let watching = tokio::spawn(Headroom::new(metrics, health).watch_files(stop.clone()));
+        let watching =
+            tokio::spawn(Headroom::new(metrics, health).watch(Arc::new(Stalled::new(7)), stop.clone()));
         let counted = || {
             let mut text = String::new();
             prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
@@ -89,6 +96,10 @@ mod tests {
         }
         assert!(counted().0 > 2 && counted().1 > counted().0, "{:?}", counted());
         assert!(told.borrow().fills["open_files"].entries > 2);
+        assert_eq!(
+            (told.borrow().fills["stalled_buffers"].entries, told.borrow().fills["stalled_buffers"].limit),
+            (0, 7)
+        );
         stop.cancel();
         watching.await.unwrap();
     }

@@ -12,8 +12,9 @@
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
 //! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`] | what the steps stand on; how near limits are; the connections that live now |
-//! | 8 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`trust`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; to which root a peer's certificate led |
-//! | 9 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`], [`secrets`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from |
+//! | 8 | [`wants`] | the addresses that connections use, and what the controller is asked for |
+//! | 9 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`trust`], [`stalled`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; to which root a peer's certificate led; what waits for readers |
+//! | 10 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`], [`secrets`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from |
 
 pub mod admin;
 pub mod agent;
@@ -44,7 +45,9 @@ pub mod relay;
 pub mod rpc;
 pub mod run_dir;
 pub mod secrets;
+pub mod stalled;
 pub mod surroundings;
 pub mod trust;
 pub mod tunnel;
 pub mod view;
+pub mod wants;

@@ -49,6 +49,11 @@ pub struct Limits {
     pub handshakes_total: usize,
     /// Idle tunnels that one source may keep to one workload: 512, eight ports' worth of [`Limits::idle_per_key`].
     pub idle_per_source: usize,
+    /// Most memory for what waits for readers who do not read, see [`crate::stalled`]: 256 MiB, 3196 buffers.
+    pub stalled_memory: usize,
+    /// How long a connection waits to be told whose an address is that the view does not know: 2 s, of which a round trip
+    /// to the controller is a hundredth. While the controller has been away for longer, it does not wait.
+    pub answer_wait: Duration,
     /// Endpoints of a service that are tried for one connection: 3.
     pub endpoint_attempts: usize,
 }
@@ -88,6 +93,8 @@ impl Default for Limits {
             handshakes_per_workload: 1024,
             handshakes_total: 4096,
             idle_per_source: 512,
+            stalled_memory: 256 << 20,
+            answer_wait: Duration::from_secs(2),
             endpoint_attempts: 3,
         }
     }

@@ -1,6 +1,6 @@
 //! `mesh-agent`: runs the agent of a node, takes it off the machine, or tells what the machine's kernel has.
 
-use mesh_agent::{agent, capture::doctor, config::Invocation, enrol::uninstall};
+use mesh_agent::{agent, capture::doctor, config::Invocation, enrol::uninstall, net::sysctl};
 use mesh_settings::log;
 
 fn main() -> anyhow::Result<()> {
@@ -12,6 +12,7 @@ fn main() -> anyhow::Result<()> {
         Invocation::Run(config) => agent::run(&config, log::start(&config.log_level)?),
         Invocation::Uninstall(what) => {
             log::start("info")?;
+            sysctl::make_writable()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(uninstall::uninstall(&what.bpffs, what.run_dir.as_deref(), &what.cgroup))
         }

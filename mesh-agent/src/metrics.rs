@@ -7,6 +7,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use mesh_core::view::Snapshot;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -68,6 +69,13 @@ pub struct DirectionLabels {
     pub direction: Direction,
 }
 
+/// Labels of `nodemesh_view_entries`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabels {
+    /// `workload`, `service`, `policy` or `nobody`.
+    pub kind: &'static str,
+}
+
 /// Labels of `nodemesh_bytes_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ByteLabels {
@@ -88,11 +96,37 @@ macro_rules! one_label {
     )*};
 }
 
+/// How the hold of a new pod ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HoldOutcome {
+    /// It is captured.
+    Captured,
+    /// It is not meant to be.
+    Outside,
+    /// It took too long to know.
+    Limit,
+    /// Its veth is gone.
+    Gone,
+}
+
+impl HoldOutcome {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::Outside => "outside",
+            Self::Limit => "limit",
+            Self::Gone => "gone",
+        }
+    }
+}
+
 one_label! {
     /// Labels of `nodemesh_kernel_refused_total`.
     ReasonLabels { reason: String }
     /// Labels of `nodemesh_repairs_total`.
     WhatLabels { what: String }
+    /// Labels of `nodemesh_holds_total`.
+    OutcomeLabels { outcome: &'static str }
     /// Labels of `nodemesh_certificate_expiry_seconds`.
     IdentityLabels { identity: String }
     /// Labels of `nodemesh_tunnels`.
@@ -130,7 +164,11 @@ pub struct Metrics {
     unprotected: Gauge,
     enrolled: Gauge,
     repairs: Family<WhatLabels, Counter>,
+    holds: Family<OutcomeLabels, Counter>,
     view: Family<VersionLabels, Gauge>,
+    view_entries: Family<KindLabels, Gauge>,
+    addresses_asked: Gauge,
+    plaintext_unanswered: Counter,
     controller_connected: Gauge,
     certificate_expiry: Family<IdentityLabels, Gauge<f64, AtomicU64>>,
     tunnels: Family<StateLabels, Gauge>,
@@ -145,6 +183,8 @@ pub struct Metrics {
     clock_skew: Gauge<f64, AtomicU64>,
     open_files: Gauge,
     open_files_limit: Gauge,
+    stalled_buffers: Gauge,
+    stalled_buffers_limit: Gauge,
     map_entries: Family<MapLabels, Gauge>,
     map_limit: Family<MapLabels, Gauge>,
 }
@@ -166,7 +206,11 @@ impl Metrics {
             unprotected: Gauge::default(),
             enrolled: Gauge::default(),
             repairs: Family::default(),
+            holds: Family::default(),
             view: Family::default(),
+            view_entries: Family::default(),
+            addresses_asked: Gauge::default(),
+            plaintext_unanswered: Counter::default(),
             controller_connected: Gauge::default(),
             certificate_expiry: Family::default(),
             tunnels: Family::default(),
@@ -181,6 +225,8 @@ impl Metrics {
             clock_skew: Gauge::default(),
             open_files: Gauge::default(),
             open_files_limit: Gauge::default(),
+            stalled_buffers: Gauge::default(),
+            stalled_buffers_limit: Gauge::default(),
             map_entries: Family::default(),
             map_limit: Family::default(),
         };
@@ -209,6 +255,27 @@ impl Metrics {
             "repairs",
             "Pieces of capture that were missing and were put back",
             m.repairs.clone(),
+        );
+        registry.register(
+            "holds",
+            "New pods whose first packets were held, by how that ended",
+            m.holds.clone(),
+        );
+        registry.register(
+            "view_entries",
+            "What the view in force has: workloads, services, policies, and addresses that are nobody's",
+            m.view_entries.clone(),
+        );
+        registry.register(
+            "addresses_asked",
+            "Addresses of the mesh that connections use or have used lately: what a view by demand is made of",
+            m.addresses_asked.clone(),
+        );
+        registry.register(
+            "plaintext_unanswered",
+            "Connections of permissive workloads that went on in plaintext, as nobody had said in time whether their \
+             destination is of the mesh",
+            m.plaintext_unanswered.clone(),
         );
         registry.register("view_info", "1 for the version of the view in force", m.view.clone());
         registry.register(
@@ -262,6 +329,12 @@ impl Metrics {
         metrics.condition(&Condition::default());
         registry.register("open_files", "File descriptors that the agent has open", m.open_files.clone());
         registry.register("open_files_limit", "How many it may have", m.open_files_limit.clone());
+        registry.register(
+            "stalled_buffers",
+            "Buffers (82 KiB) that wait for readers who do not read",
+            m.stalled_buffers.clone(),
+        );
+        registry.register("stalled_buffers_limit", "How many may wait", m.stalled_buffers_limit.clone());
         registry.register(
             "kernel_map_entries",
             "Entries of the kernel programs' maps",
@@ -319,6 +392,11 @@ impl Metrics {
         self.enrolled.set(workloads as i64);
     }
 
+    /// The hold of a new pod has ended.
+    pub fn held(&self, outcome: HoldOutcome) {
+        self.holds.get_or_create(&OutcomeLabels { outcome: outcome.label() }).inc();
+    }
+
     /// A missing piece of capture was put back.
     pub fn repaired(&self, what: &str) {
         self.repairs.get_or_create(&WhatLabels { what: what.to_owned() }).inc();
@@ -328,6 +406,28 @@ impl Metrics {
     pub fn view(&self, version: &str) {
         self.view.clear();
         self.view.get_or_create(&VersionLabels { version: version.to_owned() }).set(1);
+    }
+
+    /// What the view in force has.
+    pub fn view_size(&self, view: &Snapshot) {
+        let set = |kind, count: usize| {
+            let gauge = self.view_entries.get_or_create(&KindLabels { kind });
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        };
+        set("workload", view.workloads().count());
+        set("service", view.services().count());
+        set("policy", view.policies().count());
+        set("nobody", view.nobody().count());
+    }
+
+    /// Addresses that connections use or have used lately.
+    pub fn addresses_asked(&self, count: usize) {
+        self.addresses_asked.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Connections that went on in plaintext, as nobody had said in time whether their destination is of the mesh.
+    pub fn plaintext_unanswered(&self) -> &Counter {
+        &self.plaintext_unanswered
     }
 
     /// Whether the controller's stream is open.
@@ -390,6 +490,12 @@ impl Metrics {
     pub fn open_files(&self, open: u64, limit: u64) {
         self.open_files.set(i64::try_from(open).unwrap_or(i64::MAX));
         self.open_files_limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
+    }
+
+    /// Buffers that wait for readers, and how many may.
+    pub fn stalled_buffers(&self, waiting: u64, limit: u64) {
+        self.stalled_buffers.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        self.stalled_buffers_limit.set(i64::try_from(limit).unwrap_or(i64::MAX));
     }
 
     /// Entries of a kernel map, and how many it takes.
@@ -519,6 +625,8 @@ mod tests {
         metrics.active(Direction::Outbound);
         metrics.limit_hit("idle_tunnels");
         metrics.kernel_map("kernel_map_destinations", 1, 65_536);
+        metrics.view_entries.get_or_create(&KindLabels { kind: "workload" }).set(1);
+        metrics.held(HoldOutcome::Captured);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

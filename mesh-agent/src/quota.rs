@@ -37,6 +37,11 @@ impl<K: Eq + Hash + Copy> Quota<K> {
         self.take_if(holder, |held, taken| held < all.saturating_sub(taken))
     }
 
+    /// What all holders have together.
+    pub fn all(&self) -> usize {
+        self.held().all
+    }
+
     fn take_if(self: &Arc<Self>, holder: K, may: impl FnOnce(usize, usize) -> bool) -> Option<Share<K>> {
         let mut held = self.held();
         if !may(held.by.get(&holder).copied().unwrap_or(0), held.all) {

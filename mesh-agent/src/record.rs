@@ -172,6 +172,7 @@ pub(crate) struct Entry {
     /// Its place among the node's connections. Here, and not on the way, to keep that small.
     pub(crate) place: Option<Box<Share<u64>>>,
     would_refuse: OnceLock<WouldRefuse>,
+    unanswered: bool,
     recorder: Recorder,
     began: Instant,
     result: Result<(), Stop>,
@@ -189,6 +190,7 @@ impl Recorder {
             view: None,
             place: None,
             would_refuse: OnceLock::new(),
+            unanswered: false,
             recorder: self.clone(),
             began: Instant::now(),
             result: Err(Failure::Dropped.into()),
@@ -207,6 +209,11 @@ impl Entry {
     /// Bytes can flow.
     pub(crate) fn opened(&self) {
         self.told().open = true;
+    }
+
+    /// Which way it goes.
+    pub(crate) fn direction(&self) -> Direction {
+        self.live.direction
     }
 
     /// Its bytes.
@@ -243,6 +250,12 @@ impl Entry {
         }
     }
 
+    /// It goes on in plaintext though it may be to the mesh: nobody has said in time what its destination is.
+    pub(crate) fn unanswered(&mut self) {
+        self.unanswered = true;
+        self.recorder.metrics.plaintext_unanswered().inc();
+    }
+
     /// The rule that refused, or else the one that allowed.
     fn deciding_rule(&self) -> Option<&RuleRef> {
         match &self.result {
@@ -269,6 +282,7 @@ impl Entry {
             transport: transport_label(told.transport),
             rule: self.deciding_rule().map(ToString::to_string),
             would_refuse: self.would_refuse.get(),
+            unanswered: self.unanswered,
             bytes_sent,
             bytes_received,
             outcome: outcome(&self.result),
@@ -339,6 +353,8 @@ struct Event<'a> {
     transport: &'static str,
     rule: Option<String>,
     would_refuse: Option<&'a WouldRefuse>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unanswered: bool,
     bytes_sent: u64,
     bytes_received: u64,
     outcome: &'static str,

@@ -22,7 +22,7 @@ pub struct Trust {
 #[derive(Debug, Clone)]
 pub struct Led {
     trust: Arc<Trust>,
-    roots: Box<[usize]>,
+    roots: Arc<[usize]>,
 }
 
 impl Trust {

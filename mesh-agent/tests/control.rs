@@ -87,6 +87,7 @@ fn mesh(roots: Vec<Vec<u8>>) -> Resource {
 fn workload(name: &str, node: &str) -> Resource {
     Resource::Workload(Arc::new(Workload {
         name: Name::new("shop", name),
+        uid: String::new(),
         node: node.into(),
         service_account: name.into(),
         addresses: vec![],
@@ -145,6 +146,109 @@ async fn a_token_that_cannot_be_used_is_refused_with_its_cure() {
     node.start(&fake).await.stop().await;
     std::fs::remove_file(node.file("node.json")).unwrap();
     check(Some(fake.token("n1")), "the token was used").await;
+}
+
+/// The files of a pod: its token, and the roots of the mesh.
+fn pod(node: &Node, fake: &Fake, token: &str) -> Config {
+    let [token_file, roots_file] = ["pod-token", "roots.pem"].map(|name| node.scratch.path().join(name));
+    std::fs::write(&token_file, token).unwrap();
+    std::fs::write(&roots_file, fake.roots_pem()).unwrap();
+    let config = node.config(fake);
+    Config { join_service_account_token: Some(token_file), roots: Some(roots_file), ..config }
+}
+
+async fn start_pod(node: &Node, config: &Config) -> Result<Control, NodeError> {
+    let (identities, surroundings) = (node.identities.clone(), Surroundings::default());
+    Control::start(config, identities, Role::Owner, surroundings, CancellationToken::new()).await
+}
+
+#[tokio::test]
+async fn a_pods_token_joins_where_the_controller_leads_to_a_root_of_the_file() {
+    let (mut fake, node) = (Fake::start().await, Node::new());
+    let config = pod(&node, &fake, "good");
+    soon(start_pod(&node, &config)).await.unwrap().stop().await;
+    let joins = fake.drain().iter().filter(|event| matches!(event, Event::Join { .. })).count();
+    assert_eq!(joins, 1);
+    std::fs::remove_file(config.join_service_account_token.as_ref().unwrap()).unwrap();
+    soon(start_pod(&node, &config)).await.unwrap().stop().await;
+    assert!(!fake.drain().iter().any(|event| matches!(event, Event::Join { .. })), "it has a certificate");
+}
+
+#[tokio::test]
+async fn a_pod_waits_for_what_comes_by_itself_and_not_for_what_somebody_has_to_put_right() {
+    let (mut fake, node) = (Fake::start().await, Node::new());
+    let mut config = pod(&node, &fake, "denied: another node");
+    let error = soon(start_pod(&node, &config)).await.unwrap_err().to_string();
+    assert!(error.contains("refused the join: denied: another node"), "{error}");
+
+    // An expired token: the next one is in the same file. Roots that are not there yet: so are they.
+    let (token, roots) = (config.join_service_account_token.clone().unwrap(), config.roots.clone().unwrap());
+    std::fs::write(&token, "expired").unwrap();
+    let start = tokio::spawn({
+        let (identities, config) = (node.identities.clone(), config.clone());
+        async move {
+            let shutdown = CancellationToken::new();
+            Control::start(&config, identities, Role::Owner, Surroundings::default(), shutdown).await
+        }
+    });
+    let joined = |event: Event| matches!(event, Event::Join { .. }).then_some(());
+    for _ in 0..3 {
+        soon(fake.expect(joined)).await;
+    }
+    std::fs::write(&token, "good").unwrap();
+    soon(start).await.unwrap().unwrap().stop().await;
+
+    // A chain that leads to none of the roots is one of another controller, or the file is old.
+    let other = Fake::start().await;
+    std::fs::write(&roots, other.roots_pem()).unwrap();
+    config.run_dir = node.scratch.path().join("run-2");
+    fake.drain();
+    let start = tokio::spawn({
+        let (identities, config) = (node.identities.clone(), config.clone());
+        async move {
+            let shutdown = CancellationToken::new();
+            Control::start(&config, identities, Role::Owner, Surroundings::default(), shutdown).await
+        }
+    });
+    soon(fake.refused_handshake()).await;
+    assert!(fake.drain().is_empty(), "the token must not reach somebody else");
+    std::fs::write(&roots, [other.roots_pem(), fake.roots_pem()].concat()).unwrap();
+    soon(start).await.unwrap().unwrap().stop().await;
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_had_anew_with_the_pods_token() {
+    let (mut fake, node) = (Fake::start().await, Node::new());
+    fake.set_leaf_life(time::Duration::seconds(2));
+    let config = pod(&node, &fake, "good");
+    let control = soon(start_pod(&node, &config)).await.unwrap();
+    fake.refuse_renewals(true);
+    fake.drain();
+    let joined = |event: Event| matches!(event, Event::Join { .. }).then_some(());
+    soon(fake.expect(joined)).await;
+    fake.set_leaf_life(time::Duration::HOUR);
+    let mut certificates = control.certificates.clone();
+    let lasts = |all: &mesh_agent::identity::Certificates| {
+        let in_a_while = time::OffsetDateTime::now_utc() + time::Duration::MINUTE;
+        all.values().any(|it| it.expires.is_some_and(|expires| expires > in_a_while))
+    };
+    soon(certificates.wait_for(lasts)).await.unwrap();
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_that_leads_to_no_root_of_the_file_counts_as_lost() {
+    let (mut fake, node) = (Fake::start().await, Node::new());
+    let config = pod(&node, &fake, "good");
+    soon(start_pod(&node, &config)).await.unwrap().stop().await;
+    // While it was away its root was replaced, and taken from the bundle.
+    fake.add_root();
+    fake.drop_first_root();
+    std::fs::write(config.roots.as_ref().unwrap(), fake.roots_pem()).unwrap();
+    fake.drain();
+    let control = soon(start_pod(&node, &config)).await.unwrap();
+    soon(fake.hello()).await;
+    control.stop().await;
 }
 
 #[tokio::test]

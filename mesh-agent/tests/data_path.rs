@@ -10,7 +10,7 @@ use mesh_agent::{
     connection::{Accepted, Direction, Limits, serve_inbound, serve_outbound},
     metrics::AuditLabels,
 };
-use mesh_core::model::{Action, Enforcement, Mode, Policy, Rule, Source, Traits};
+use mesh_core::model::{Action, Distribution, Enforcement, Mode, Place, Policy, Rule, Source, Traits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
 
@@ -517,6 +517,65 @@ async fn a_service_with_a_refusing_endpoint_serves_every_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_keeps_its_endpoint_until_it_refuses() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let (api, other) = world.api().await;
+    plan.service(&[("web", web), ("api", api)]);
+    plan.services[0].choice.affinity = Some(3600);
+    world.publish(&plan, "2");
+    let to = world.outbound(VIP.parse().unwrap());
+    let (app, other) = (echo(app), echo(other));
+    for i in 0..20u32 {
+        let sent = pattern(2000, i);
+        assert!(ask(to, &sent).await.unwrap() == sent);
+    }
+    let serves = async |from: usize, n: usize| {
+        let lines = world.source.log_of(from + n).await;
+        let all: std::collections::BTreeSet<_> =
+            lines[from..].iter().map(|line| line["destination"]["workload"].to_string()).collect();
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.into_iter().next().unwrap()
+    };
+    let first = serves(0, 20).await;
+    let gone = if first.contains("web") { app } else { other };
+    gone.abort();
+    assert!(gone.await.unwrap_err().is_cancelled());
+    for i in 0..20u32 {
+        let sent = pattern(2000, i);
+        assert!(ask(to, &sent).await.unwrap() == sent);
+    }
+    assert_ne!(serves(20, 20).await, first);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_of_its_node_alone_leads_to_endpoints_of_the_clients_node_or_nowhere() {
+    let mut plan = Plan::default();
+    let world = World::new(&plan);
+    let (web, app) = world.web().await;
+    let (api, other) = world.api().await;
+    echo(app);
+    echo(other);
+    plan.service(&[("web", web), ("api", api)]);
+    let place = |node: &str| Place { node: node.into(), zone: String::new() };
+    plan.services[0].choice.distribution = Distribution::OnlySameNode;
+    plan.services[0].choice.places = [(web.ip(), place("elsewhere")), (api.ip(), place("node"))].into();
+    world.publish(&plan, "2");
+    let to = world.outbound(VIP.parse().unwrap());
+    for i in 0..20u32 {
+        let sent = pattern(2000, i);
+        assert!(ask(to, &sent).await.unwrap() == sent);
+    }
+    let lines = world.source.log_of(20).await;
+    assert!(lines.iter().all(|line| line["destination"]["workload"] == "shop/api"), "{lines:?}");
+    plan.services[0].choice.places.remove(&api.ip());
+    world.publish(&plan, "3");
+    assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(world.source.log_of(21).await[20]["reason"], "no_endpoint");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_destination_outside_of_the_mesh_is_reached_in_plaintext() {
     let world = World::new(&Plan::default());
     let outside = listen(&SocketAddr::new(ip("127.0.7.7"), 0));
@@ -548,6 +607,71 @@ async fn a_workload_has_no_more_connections_than_it_may() {
     let _server = accept(&app).await;
     assert_eq!(ask(to, b"x").await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     assert_eq!(world.source.log_of(1).await[0]["reason"], "limit_connections");
+}
+
+/// Who does not read.
+#[derive(Clone, Copy, PartialEq)]
+enum Idler {
+    Client,
+    Server,
+}
+
+/// There is room for eight buffers, of which one reader has four: a fifth connection that it does not read is ended, with
+/// the reason, and others are served.
+async fn a_reader_that_does_not_read_costs_only_itself(idler: Idler, client_address: &str) {
+    let little_room = Limits { stalled_memory: 8 * 84 * 1024, ..Limits::default() };
+    let world = World::with(&Plan::default(), Limits::default(), little_room);
+    let (web, app) = world.web().await;
+    let way = |to| if client_address == CLIENT { world.outbound(to) } else { to };
+    let to = way(web);
+    let waiting = || world.destination.node.stalled().waiting();
+    let open = async || {
+        let client = connect_from(client_address, to).await.expect("captured");
+        let (server, _) = accept(&app).await;
+        if idler == Idler::Client { (server, client) } else { (client, server) }
+    };
+    let mut held = vec![];
+    for n in 1..=4 {
+        let (writer, reader) = open().await;
+        while waiting() < n {
+            fill(&writer).await;
+        }
+        held.push((writer, reader));
+    }
+    let (writer, reader) = open().await;
+    let error = loop {
+        if let Err(error) = try_fill(&writer).await {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    is_reset(&reader).await;
+    let line = world.destination.log_of(1).await.remove(0);
+    assert_eq!((&line["reason"], &line["step"]), (&"limit_stalled".into(), &"relay".into()), "{line}");
+    assert_eq!(waiting(), 4);
+
+    let (api, echoes) = world.api().await;
+    echo(echoes);
+    let request = pattern(4 << 20, 1);
+    assert!(ask_from(client_address, way(api), &request).await.expect("served") == request);
+    drop(held);
+    eventually(async || (waiting() == 0).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_application_that_does_not_read_costs_only_itself() {
+    a_reader_that_does_not_read_costs_only_itself(Idler::Server, CLIENT).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_does_not_read_costs_only_itself() {
+    a_reader_that_does_not_read_costs_only_itself(Idler::Client, CLIENT).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_of_plaintext_that_do_not_read_cost_only_themselves() {
+    a_reader_that_does_not_read_costs_only_itself(Idler::Server, STRANGER).await;
+    a_reader_that_does_not_read_costs_only_itself(Idler::Client, STRANGER).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -610,4 +734,101 @@ async fn a_connection_costs_no_more_memory_than_this() {
     let accepted = Accepted { stream, peer, original: at, direction: Direction::Inbound, workload };
     let inbound = size_of_val(&serve_inbound(accepted, world.source.node.clone()));
     assert!(inbound <= 3400, "the future of a tunnel with its connection has {inbound} bytes");
+}
+
+/// A plan by demand in which nothing is known of these.
+fn without(accounts: &[&str]) -> Plan {
+    let mut plan = Plan { by_demand: true, ..Plan::default() };
+    plan.workloads.retain(|workload| !accounts.iter().any(|account| workload.name == name(account)));
+    plan
+}
+
+/// Waits until an agent asks for an address.
+async fn asked(agent: &Agent, address: &str) {
+    let wanted = mesh_core::wire::addresses([&ip(address)]).remove(0);
+    eventually(async || agent.wants.all().contains(&wanted).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_connection_waits_for_the_answer_and_is_encrypted() {
+    let world = World::new(&Plan::default());
+    world.publish_at_source(&without(&["web"]), "2");
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    let exchange = tokio::spawn(async move { ask(to, b"hello").await });
+    asked(&world.source, WEB).await;
+    world.publish_at_source(&Plan { by_demand: true, ..Plan::default() }, "3");
+    assert_eq!(in_time(exchange).await.unwrap().unwrap(), b"hello");
+    let line = &world.source.log_of(1).await[0];
+    assert_eq!((&line["transport"], &line["view"]), (&"tunnel".into(), &"3".into()), "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_an_answer_a_strict_source_is_refused_and_a_permissive_one_goes_on_in_plaintext() {
+    let soon = Limits { answer_wait: Duration::from_millis(50), ..Limits::default() };
+    let mut plan = without(&["web"]);
+    let world = World::with(&Plan::default(), soon, Limits::default());
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    world.publish_at_source(&plan, "2");
+    assert_eq!(ask(to, b"hello").await.unwrap(), b"hello");
+    let line = &world.source.log_of(1).await[0];
+    assert_eq!((&line["transport"], &line["unanswered"]), (&"plaintext".into(), &true.into()), "{line}");
+    assert_eq!(world.source.metrics.plaintext_unanswered().get(), 1);
+    plan.workload("client").mode = Mode::Strict;
+    world.publish_at_source(&plan, "3");
+    ask(to, b"hello").await.unwrap_err();
+    let line = &world.source.log_of(2).await[1];
+    assert_eq!(line["reason"], "destination_unanswered", "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_asked_for_and_refused_without_an_answer() {
+    let soon = Limits { answer_wait: Duration::from_secs(1), ..Limits::default() };
+    let world = World::with(&Plan::default(), Limits::default(), soon);
+    world.publish_at_destination(&without(&["client"]), "2");
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    ask(to, b"hello").await.unwrap_err();
+    let line = &world.destination.log_of(1).await[0];
+    assert_eq!(line["reason"], "source_unanswered", "{line}");
+    let exchange = tokio::spawn(async move { ask(to, b"hello").await });
+    asked(&world.destination, "127.0.0.1").await;
+    world.publish_at_destination(&Plan { by_demand: true, ..Plan::default() }, "3");
+    assert_eq!(in_time(exchange).await.unwrap().unwrap(), b"hello");
+    let line = &world.destination.log_of(2).await[1];
+    assert_eq!((&line["outcome"], &line["transport"]), (&"ok".into(), &"tunnel".into()), "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plaintext_from_whom_nobody_knows_does_not_wait_for_an_answer_once_it_speaks() {
+    let slow = Limits { answer_wait: PATIENCE * 2, ..Limits::default() };
+    let world = World::with(&Plan::default(), Limits::default(), slow);
+    world.publish_at_destination(&without(&["client"]), "2");
+    let (web, app) = world.web().await;
+    echo(app);
+    assert_eq!(ask_from(STRANGER, web, b"hello").await.unwrap(), b"hello");
+    assert_eq!(world.destination.log_of(1).await[0]["transport"], "plaintext");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_goes_on_while_the_view_has_nothing_to_say_of_its_ends() {
+    let world = World::new(&Plan::default());
+    let (web, app) = world.web().await;
+    let mut client = connect(world.outbound(web)).await;
+    let (mut server, _) = accept(&app).await;
+    world.publish_at_source(&without(&["web"]), "2");
+    world.publish_at_destination(&without(&["client"]), "2");
+    // What would end it is looked at again once both agents have seen another view.
+    let mut plan = without(&["client"]);
+    client.write_all(b"ping").await.unwrap();
+    let mut got = [0; 4];
+    in_time(server.read_exact(&mut got)).await.unwrap();
+    plan.policies = vec![Policy::new(name("closed"), Action::Allow, vec![])];
+    world.publish_at_destination(&plan, "3");
+    is_reset(&client).await;
+    assert_eq!(world.destination.log_of(1).await[0]["reason"], "policy_not_allowed");
 }

@@ -1,11 +1,19 @@
-//! The certificate authority: a root and an issuing certificate, kept in one file that only we can read, and the
-//! signing of requests.
+//! The certificate authority: a root and an issuing certificate, kept in one file that only we can read or in a Secret
+//! that several controllers share, and the signing of requests. Or an issuing certificate that is mounted.
 //!
 //! One file holds all of it, so that a crash leaves the old state or the new one. What cannot be read is an error, and
 //! never a new root: a mesh whose root changes by accident refuses every connection.
 //!
+//! | module | what |
+//! |---|---|
+//! | [`keep`] | where the state is kept, and how two write to it |
+//! | [`mounted`] | an issuing certificate of somebody else's |
+//!
 //! A rotated root keeps its predecessors in the bundle, and its own key is also certified by each of them (a cross
 //! certificate), so that a peer which has not heard of the new root yet accepts what leads to it.
+
+mod keep;
+mod mounted;
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +21,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use mesh_core::identity::SpiffeId;
+use futures_util::FutureExt;
+use kube::Client;
+use mesh_core::{identity::SpiffeId, model::Name};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData,
@@ -23,10 +33,9 @@ use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyD
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::{
-    digest::{digest, hex},
-    store::{self, StoreError},
-};
+use self::keep::Keep;
+pub use self::keep::KeepError;
+use crate::digest::{digest, hex};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// How long a root lives.
@@ -40,6 +49,10 @@ pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(900);
 const P256_POINT_LEN: usize = 65;
 /// Most roots in the bundle: every peer holds it, and each rotation adds one.
 const MAX_ROOTS: usize = 8;
+/// How often a change is done again because somebody else wrote meanwhile.
+const MAX_CONFLICTS: usize = 10;
+/// A mounted issuing certificate that has less left is renewed too late, or not at all.
+const MOUNTED_SHORT: Duration = Duration::from_secs(3600);
 /// Version of the file's form.
 const FORMAT: u32 = 1;
 
@@ -48,25 +61,50 @@ const FORMAT: u32 = 1;
 pub enum CaError {
     /// The state cannot be read or written.
     #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The file is damaged.
+    Keep(#[from] KeepError),
+    /// What is kept is damaged.
     #[error(
-        "the certificate authority's file {path} is damaged: {reason}; restore it from a backup (only if there is \
+        "the certificate authority in {place} is damaged: {reason}; restore it from a backup (only if there is \
          none, and every node shall join anew, move it away)"
     )]
     Damaged {
-        /// The file.
-        path: PathBuf,
+        /// The file or Secret.
+        place: String,
         /// What is wrong.
         reason: String,
     },
+    /// What is mounted is damaged.
+    #[error("the issuer mounted at {dir} cannot be used: {reason}")]
+    Mounted {
+        /// Where.
+        dir: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It is not ours to change.
+    #[error("the issuer is mounted from {0}: renew it, and its roots, where it is made")]
+    NotOurs(PathBuf),
+    /// Somebody else's authority has taken the place of the one in force.
+    #[error(
+        "{place} holds another authority, which has no root with the one in force in common: put back the one with the \
+         root {root}, or start all controllers anew and let every node join anew"
+    )]
+    Another {
+        /// The file or Secret.
+        place: String,
+        /// The newest root in force.
+        root: String,
+    },
+    /// Others write all the time.
+    #[error("{0} was changed by others {MAX_CONFLICTS} times while we tried: try again")]
+    Contended(String),
     /// No more roots fit.
     #[error(
-        "{path} has {MAX_ROOTS} roots already: remove those from it that no certificate leads to any more"
+        "{place} has {MAX_ROOTS} roots already: remove those from it that no certificate leads to any more"
     )]
     TooManyRoots {
-        /// The file.
-        path: PathBuf,
+        /// The file or Secret.
+        place: String,
     },
     /// No root has this fingerprint.
     #[error("no root, or more than one, begins with '{0}': write more of it; compare meshctl get roots")]
@@ -98,6 +136,9 @@ pub enum SignError {
     /// Another kind of key.
     #[error("the certificate request has a key that is not of P-256")]
     Key,
+    /// The issuing certificate has run out.
+    #[error("the issuing certificate has ended: renew it; compare meshctl get roots")]
+    Ended,
     /// Making the certificate failed.
     #[error("cannot make the certificate: {0}")]
     Make(rcgen::Error),
@@ -130,7 +171,8 @@ struct Stored {
 /// The authority's state, ready to sign.
 #[derive(Debug)]
 struct Loaded {
-    stored: Stored,
+    /// What is kept; nothing of what is mounted.
+    stored: Option<Stored>,
     roots: Vec<CertificateDer<'static>>,
     /// The issuing certificate and the cross certificates.
     intermediates: Vec<CertificateDer<'static>>,
@@ -140,80 +182,170 @@ struct Loaded {
     digest: [u8; 32],
 }
 
+/// Where an authority is.
+#[derive(Clone)]
+pub enum Place {
+    /// Below a state directory.
+    Directory(PathBuf),
+    /// In a Secret.
+    Secret(Client, Name),
+    /// In a directory that somebody else fills.
+    Mounted(PathBuf),
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Directory(dir) => f.debug_tuple("Directory").field(dir).finish(),
+            Self::Secret(_, name) => f.debug_tuple("Secret").field(name).finish(),
+            Self::Mounted(dir) => f.debug_tuple("Mounted").field(dir).finish(),
+        }
+    }
+}
+
+/// Where it comes from, as far as it changes.
+#[derive(Debug)]
+enum Home {
+    Kept(Keep),
+    Mounted(PathBuf),
+}
+
+impl From<Place> for Home {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::Directory(state_dir) => Self::Kept(Keep::Directory(state_dir.join("ca"))),
+            Place::Secret(client, name) => Self::Kept(Keep::Secret(client, name)),
+            Place::Mounted(dir) => Self::Mounted(dir),
+        }
+    }
+}
+
 /// The certificate authority of a running controller.
 #[derive(Debug)]
 pub struct Authority {
-    dir: PathBuf,
+    home: Home,
     loaded: RwLock<Arc<Loaded>>,
 }
 
 impl Authority {
-    /// Reads the authority below a state directory; makes it if it was never made.
-    pub fn open(state_dir: &Path, now: SystemTime) -> Result<Self, CaError> {
-        let dir = state_dir.join("ca");
-        store::private_dir(&dir)?;
-        let _lock = lock(&dir)?;
-        let loaded = match load(&dir)? {
-            Some(loaded) => loaded,
-            None => {
-                tracing::info!(dir = %dir.display(), "making a new certificate authority");
-                save(&dir, &first(now)?)?
+    /// Reads the authority; makes it if it was never made.
+    pub async fn open(place: Place, now: SystemTime) -> Result<Self, CaError> {
+        let home = Home::from(place);
+        let loaded = match &home {
+            Home::Mounted(dir) => load_mounted(dir)?,
+            Home::Kept(keep) => {
+                change(keep, |current| match current {
+                    Some(_) => Ok(None),
+                    None => {
+                        tracing::info!(place = %keep, "making a new certificate authority");
+                        first(now).map(Some)
+                    }
+                })
+                .await?
             }
         };
-        Ok(Self { dir, loaded: RwLock::new(Arc::new(loaded)) })
+        Ok(Self { home, loaded: RwLock::new(Arc::new(loaded)) })
     }
 
-    /// Reads the authority below a state directory, which must have been made before.
-    pub fn existing(state_dir: &Path) -> Result<Self, CaError> {
-        let dir = state_dir.join("ca");
-        let loaded = load(&dir)?.ok_or_else(|| missing(&dir))?;
-        Ok(Self { dir, loaded: RwLock::new(Arc::new(loaded)) })
+    /// The same below a state directory, which waits for nothing.
+    pub fn open_in(state_dir: &Path, now: SystemTime) -> Result<Self, CaError> {
+        at_once(Self::open(Place::Directory(state_dir.to_owned()), now))
+    }
+
+    /// Reads the authority, which must have been made before.
+    pub async fn existing(place: Place) -> Result<Self, CaError> {
+        let home = Home::from(place);
+        let loaded = read(&home).await?;
+        Ok(Self { home, loaded: RwLock::new(Arc::new(loaded)) })
     }
 
     /// Makes a new root and an issuing certificate below it; the older roots stay in the bundle.
-    pub fn rotate_root(&self, now: SystemTime) -> Result<(), CaError> {
-        let _lock = lock(&self.dir)?;
-        let current = self.read()?;
-        if current.stored.roots.len() >= MAX_ROOTS {
-            return Err(CaError::TooManyRoots { path: file(&self.dir) });
-        }
-        let next = rotated(&current, now)?;
-        self.put(save(&self.dir, &next)?);
+    pub async fn rotate_root(&self, now: SystemTime) -> Result<(), CaError> {
+        let keep = self.keep()?;
+        let rotated = |current: &Loaded| match current.roots.len() {
+            0..MAX_ROOTS => rotated(current, now).map(Some),
+            _ => Err(CaError::TooManyRoots { place: keep.to_string() }),
+        };
+        self.put(change(keep, existing(keep, rotated)).await?);
+        Ok(())
+    }
+
+    /// Makes a new issuing certificate below the same root, whatever is left of the old one; what was signed stays valid.
+    pub async fn rotate_issuing(&self, now: SystemTime) -> Result<(), CaError> {
+        let keep = self.keep()?;
+        self.put(change(keep, existing(keep, |current| renewed(current, now).map(Some))).await?);
         Ok(())
     }
 
     /// Takes a root out of the bundle: what leads to it alone is refused from now on. Which: its SHA-256 in hex, or the
     /// beginning of it. Only the oldest can go: each root certifies the next, and one whose elder is still trusted
     /// would be trusted through it.
-    pub fn retire_root(&self, which: &str) -> Result<(), CaError> {
-        let _lock = lock(&self.dir)?;
-        let current = self.read()?;
-        let next = without(&current, which)?;
-        self.put(save(&self.dir, &next)?);
+    pub async fn retire_root(&self, which: &str) -> Result<(), CaError> {
+        let keep = self.keep()?;
+        self.put(change(keep, existing(keep, |current| without(current, which).map(Some))).await?);
         Ok(())
     }
 
-    /// Makes a new issuing certificate once half of the old one's life is over; `true` if it did.
-    pub fn renew_issuing(&self, now: SystemTime) -> Result<bool, CaError> {
-        let (from, until) = self.loaded().issuing_times;
-        if now < from + until.duration_since(from).unwrap_or_default() / 2 {
+    /// Makes a new issuing certificate once half of the old one's life is over; `true` if it did, or somebody else had.
+    pub async fn renew_issuing(&self, now: SystemTime) -> Result<bool, CaError> {
+        let Home::Kept(keep) = &self.home else {
+            let loaded = self.loaded();
+            if mounted::ends_within(&loaded, MOUNTED_SHORT, now) {
+                tracing::warn!("the mounted issuing certificate ends within an hour, and is not renewed");
+            }
+            return Ok(false);
+        };
+        if !is_half_over(&self.loaded(), now) {
             return Ok(false);
         }
-        let _lock = lock(&self.dir)?;
-        let current = self.read()?;
-        let next = renewed(&current, now)?;
-        self.put(save(&self.dir, &next)?);
+        let renewed = |current: &Loaded| match is_half_over(current, now) {
+            true => renewed(current, now).map(Some),
+            false => Ok(None),
+        };
+        self.put(change(keep, existing(keep, renewed)).await?);
         Ok(true)
     }
 
-    /// Takes over what another process (`rotate-root`) has changed; `true` if it had.
-    pub fn reload(&self) -> Result<bool, CaError> {
-        let bytes = store::read(&file(&self.dir))?.ok_or_else(|| missing(&self.dir))?;
-        if digest(&bytes) == self.loaded().digest {
+    /// Takes over what another process (`rotate-root`, another controller, whoever fills the mounted directory) has
+    /// changed; `true` if it had. A Secret that is gone is made again, as it is in force here.
+    pub async fn reload(&self) -> Result<bool, CaError> {
+        let current = self.loaded();
+        let next =
+            match &self.home {
+                Home::Mounted(dir) => load_mounted(dir)?,
+                Home::Kept(keep @ Keep::Secret(..)) => change(keep, |found| match (found, &current.stored) {
+                    (None, Some(stored)) => {
+                        tracing::warn!(place = %keep, "the certificate authority was gone; it is put back");
+                        Ok(Some(stored.clone()))
+                    }
+                    _ => Ok(None),
+                })
+                .await?,
+                Home::Kept(Keep::Directory(_)) => read(&self.home).await?,
+            };
+        if next.digest == current.digest {
             return Ok(false);
         }
-        self.put(read(&self.dir, &bytes)?);
+        if let Home::Kept(keep) = &self.home
+            && !next.roots.iter().any(|root| current.roots.contains(root))
+        {
+            let root = hex(&digest(&current.roots[0]));
+            return Err(CaError::Another { place: keep.to_string(), root });
+        }
+        self.put(next);
         Ok(true)
+    }
+
+    /// Others may have it too, and change it.
+    pub fn is_shared(&self) -> bool {
+        !matches!(self.home, Home::Kept(Keep::Directory(_)))
+    }
+
+    fn keep(&self) -> Result<&Keep, CaError> {
+        match &self.home {
+            Home::Kept(keep) => Ok(keep),
+            Home::Mounted(dir) => Err(CaError::NotOurs(dir.clone())),
+        }
     }
 
     /// All roots, the newest first.
@@ -240,6 +372,9 @@ impl Authority {
         let key = request.public_key;
         if key.algorithm() != &PKCS_ECDSA_P256_SHA256 || key.der_bytes().len() != P256_POINT_LEN {
             return Err(SignError::Key);
+        }
+        if self.loaded().issuing_times.1 <= now {
+            return Err(SignError::Ended);
         }
         self.leaf(&key, id, ttl, now).map_err(SignError::Make)
     }
@@ -278,10 +413,6 @@ impl Authority {
         Ok(Issued { chain, not_after })
     }
 
-    fn read(&self) -> Result<Loaded, CaError> {
-        load(&self.dir)?.ok_or_else(|| missing(&self.dir))
-    }
-
     fn loaded(&self) -> Arc<Loaded> {
         self.loaded.read().expect("no holder of this lock panics").clone()
     }
@@ -291,16 +422,69 @@ impl Authority {
     }
 }
 
-fn file(dir: &Path) -> PathBuf {
-    dir.join("authority.json")
+/// The result of what waits for files alone.
+fn at_once<T>(done: impl Future<Output = T>) -> T {
+    done.now_or_never().expect("files are read and written without waiting")
 }
 
-fn lock(dir: &Path) -> Result<std::fs::File, StoreError> {
-    store::lock(&dir.join("lock"))
+/// Reads, makes something else of it, and puts it back, until nobody else has written meanwhile; `make` that returns
+/// nothing leaves it as it is.
+async fn change(
+    keep: &Keep,
+    make: impl Fn(Option<&Loaded>) -> Result<Option<Stored>, CaError>,
+) -> Result<Loaded, CaError> {
+    for _ in 0..MAX_CONFLICTS {
+        let kept = keep.read().await?;
+        let current = kept.as_ref().map(|kept| parse(keep, &kept.bytes)).transpose()?;
+        let Some(stored) = make(current.as_ref())? else {
+            return current.ok_or_else(|| missing(keep));
+        };
+        let bytes = serde_json::to_vec_pretty(&stored).expect("texts are always JSON");
+        // What would not be readable is never written over what is.
+        let next = parse(keep, &bytes)?;
+        if keep.replace(&bytes, kept.as_ref()).await? {
+            return Ok(next);
+        }
+    }
+    Err(CaError::Contended(keep.to_string()))
 }
 
-fn missing(dir: &Path) -> CaError {
-    CaError::Damaged { path: file(dir), reason: "it is gone".into() }
+/// For [`change`], of what has to be there.
+fn existing(
+    keep: &Keep,
+    make: impl Fn(&Loaded) -> Result<Option<Stored>, CaError>,
+) -> impl Fn(Option<&Loaded>) -> Result<Option<Stored>, CaError> {
+    move |current| make(current.ok_or_else(|| missing(keep))?)
+}
+
+async fn read(home: &Home) -> Result<Loaded, CaError> {
+    match home {
+        Home::Mounted(dir) => load_mounted(dir),
+        Home::Kept(keep) => parse(keep, &keep.read().await?.ok_or_else(|| missing(keep))?.bytes),
+    }
+}
+
+fn load_mounted(dir: &Path) -> Result<Loaded, CaError> {
+    mounted::load(dir).map_err(|reason| CaError::Mounted { dir: dir.to_owned(), reason })
+}
+
+fn missing(keep: &Keep) -> CaError {
+    CaError::Damaged { place: keep.to_string(), reason: "it is gone".into() }
+}
+
+/// Reads what is kept and checks that its parts belong together.
+fn parse(keep: &Keep, bytes: &[u8]) -> Result<Loaded, CaError> {
+    parts(bytes).map_err(|reason| CaError::Damaged { place: keep.to_string(), reason })
+}
+
+fn is_half_over(loaded: &Loaded, now: SystemTime) -> bool {
+    let (from, until) = loaded.issuing_times;
+    now >= from + until.duration_since(from).unwrap_or_default() / 2
+}
+
+/// What is kept of an authority that is kept.
+fn stored(loaded: &Loaded) -> &Stored {
+    loaded.stored.as_ref().expect("only what is kept is changed")
 }
 
 /// A new authority.
@@ -323,26 +507,26 @@ fn first(now: SystemTime) -> Result<Stored, CaError> {
 fn rotated(current: &Loaded, now: SystemTime) -> Result<Stored, CaError> {
     let mut next = first(now)?;
     let new_key = KeyPair::from_pem(&next.root_key)?;
-    let old_key = KeyPair::from_pem(&current.stored.root_key)?;
+    let old_key = KeyPair::from_pem(&stored(current).root_key)?;
     let old_root = &current.roots[0];
-    let (_, old_until) = validity(old_root).map_err(|reason| damaged(Path::new(""), reason))?;
+    let (_, old_until) = validity(old_root).map_err(unreadable)?;
     let old_issuer = Issuer::from_ca_cert_der(old_root, &old_key)?;
     let mut cross = ca_params(root_name(&new_key), now, old_until, BasicConstraints::Unconstrained);
     cross.use_authority_key_identifier_extension = true;
     next.crosses = vec![cross.signed_by(&new_key, &old_issuer)?.pem()];
     // Roots before the last one are reached through the crosses that lead from it to them.
-    next.crosses.extend(current.stored.crosses.iter().cloned());
-    next.roots.extend(current.stored.roots.iter().cloned());
+    next.crosses.extend(stored(current).crosses.iter().cloned());
+    next.roots.extend(stored(current).roots.iter().cloned());
     Ok(next)
 }
 
 /// The same root with a new issuing certificate.
 fn renewed(current: &Loaded, now: SystemTime) -> Result<Stored, CaError> {
-    let root_key = KeyPair::from_pem(&current.stored.root_key)?;
-    let (_, until) = validity(&current.roots[0]).map_err(|reason| damaged(Path::new(""), reason))?;
+    let root_key = KeyPair::from_pem(&stored(current).root_key)?;
+    let (_, until) = validity(&current.roots[0]).map_err(unreadable)?;
     let issuer = Issuer::from_ca_cert_der(&current.roots[0], &root_key)?;
     let (issuing, issuing_key) = new_issuing(&issuer, now, until)?;
-    Ok(Stored { issuing, issuing_key, ..current.stored.clone() })
+    Ok(Stored { issuing, issuing_key, ..stored(current).clone() })
 }
 
 /// The same authority without its oldest root, which has to be the one that is meant.
@@ -359,7 +543,7 @@ fn without(current: &Loaded, which: &str) -> Result<Stored, CaError> {
     if root != oldest {
         return Err(CaError::NotOldest { root: root.clone(), older: oldest.clone() });
     }
-    let mut next = current.stored.clone();
+    let mut next = stored(current).clone();
     next.roots.pop();
     // What the retired root has certified leads nowhere any more.
     let gone = current.roots.last().and_then(|root| subject(root).ok());
@@ -368,6 +552,11 @@ fn without(current: &Loaded, which: &str) -> Result<Stored, CaError> {
         issuer.ok() != gone
     });
     Ok(next)
+}
+
+/// Of a root that was read before.
+fn unreadable(reason: String) -> CaError {
+    CaError::Damaged { place: "memory".to_owned(), reason }
 }
 
 fn new_root(now: SystemTime) -> Result<(rcgen::Certificate, KeyPair), rcgen::Error> {
@@ -423,28 +612,6 @@ fn params(name: DistinguishedName, now: SystemTime, until: SystemTime) -> Certif
     params
 }
 
-fn save(dir: &Path, stored: &Stored) -> Result<Loaded, CaError> {
-    let bytes = serde_json::to_vec_pretty(stored).expect("texts are always JSON");
-    // What would not be readable is never written over what is.
-    let loaded = read(dir, &bytes)?;
-    store::replace(&file(dir), &bytes)?;
-    Ok(loaded)
-}
-
-fn load(dir: &Path) -> Result<Option<Loaded>, CaError> {
-    store::read(&file(dir))?.map(|bytes| read(dir, &bytes)).transpose()
-}
-
-fn damaged(path: &Path, reason: impl ToString) -> CaError {
-    CaError::Damaged { path: path.to_owned(), reason: reason.to_string() }
-}
-
-/// Reads the file's bytes and checks that its parts belong together.
-fn read(dir: &Path, bytes: &[u8]) -> Result<Loaded, CaError> {
-    let path = file(dir);
-    parts(bytes).map_err(|reason| damaged(&path, reason))
-}
-
 fn parts(bytes: &[u8]) -> Result<Loaded, String> {
     let stored: Stored = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if stored.format != FORMAT {
@@ -463,7 +630,7 @@ fn parts(bytes: &[u8]) -> Result<Loaded, String> {
     let issuing_times = validity(&issuing)?;
     let issuer = Issuer::from_ca_cert_der(&issuing, issuing_key).map_err(|error| error.to_string())?;
     let intermediates = std::iter::once(issuing).chain(crosses).collect();
-    Ok(Loaded { digest: digest(bytes), stored, roots, intermediates, issuer, issuing_times })
+    Ok(Loaded { digest: digest(bytes), stored: Some(stored), roots, intermediates, issuer, issuing_times })
 }
 
 fn certificate(pem: &str) -> Result<CertificateDer<'static>, String> {
@@ -533,7 +700,11 @@ mod tests {
     }
 
     #[track_caller]
-    fn leads_to(chain: &[CertificateDer<'static>], root: &CertificateDer<'static>, at: SystemTime) -> bool {
+    pub(super) fn leads_to(
+        chain: &[CertificateDer<'static>],
+        root: &CertificateDer<'static>,
+        at: SystemTime,
+    ) -> bool {
         let mut store = RootCertStore::empty();
         store.add(root.clone()).unwrap();
         let leaf = ParsedCertificate::try_from(&chain[0]).unwrap();
@@ -545,8 +716,8 @@ mod tests {
     #[test]
     fn the_authority_is_made_once_and_read_ever_after() {
         let dir = tempfile::tempdir().unwrap();
-        let made = Authority::open(dir.path(), now()).unwrap();
-        let read = Authority::open(dir.path(), now()).unwrap();
+        let made = Authority::open_in(dir.path(), now()).unwrap();
+        let read = Authority::open_in(dir.path(), now()).unwrap();
         assert_eq!(made.roots(), read.roots());
         let mode = std::fs::metadata(dir.path().join("ca/authority.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -558,7 +729,7 @@ mod tests {
     #[test]
     fn the_request_says_the_key_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
         let mut greedy = CertificateParams::new(vec!["other.example".to_owned()]).unwrap();
         greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issued = authority.sign(&csr(greedy), &id(), DAY, now()).unwrap();
@@ -572,7 +743,7 @@ mod tests {
     #[test]
     fn a_request_that_is_not_signed_by_its_key_or_of_another_kind_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
         let mut forged = csr(CertificateParams::default());
         let last = forged.len() - 1;
         forged[last] ^= 1;
@@ -586,11 +757,11 @@ mod tests {
     #[test]
     fn damage_is_an_error_and_never_a_new_root() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
         let path = dir.path().join("ca/authority.json");
         let good = std::fs::read_to_string(&path).unwrap();
         let other = tempfile::tempdir().unwrap();
-        Authority::open(other.path(), now()).unwrap();
+        Authority::open_in(other.path(), now()).unwrap();
         let other: Stored =
             serde_json::from_slice(&std::fs::read(other.path().join("ca/authority.json")).unwrap()).unwrap();
         let stored: Stored = serde_json::from_str(&good).unwrap();
@@ -613,9 +784,9 @@ mod tests {
             }),
         ] {
             std::fs::write(&path, &bad).unwrap();
-            let error = Authority::open(dir.path(), now()).unwrap_err().to_string();
+            let error = Authority::open_in(dir.path(), now()).unwrap_err().to_string();
             assert!(error.contains("authority.json is damaged") && error.contains("backup"), "{error}");
-            assert!(authority.reload().is_err());
+            assert!(authority.reload().now_or_never().unwrap().is_err());
             assert_eq!(std::fs::read_to_string(&path).unwrap(), bad, "it is left as it was");
         }
     }
@@ -623,13 +794,18 @@ mod tests {
     #[test]
     fn a_rotated_root_is_picked_up_and_those_who_know_only_the_old_one_still_verify() {
         let dir = tempfile::tempdir().unwrap();
-        let running = Authority::open(dir.path(), now()).unwrap();
+        let running = Authority::open_in(dir.path(), now()).unwrap();
         let first_root = running.roots()[0].clone();
         let old_leaf = running.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
-        assert!(!running.reload().unwrap());
+        assert!(!running.reload().now_or_never().unwrap().unwrap());
         for rotations in 1..=2 {
-            Authority::open(dir.path(), now()).unwrap().rotate_root(now()).unwrap();
-            assert!(running.reload().unwrap());
+            Authority::open_in(dir.path(), now())
+                .unwrap()
+                .rotate_root(now())
+                .now_or_never()
+                .unwrap()
+                .unwrap();
+            assert!(running.reload().now_or_never().unwrap().unwrap());
             let roots = running.roots();
             assert_eq!(roots.len(), rotations + 1);
             let new_leaf = running.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
@@ -643,35 +819,38 @@ mod tests {
     #[test]
     fn only_the_oldest_root_that_does_not_sign_is_retired_and_nothing_leads_to_it_then() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
         let name = |place: usize| hex(&digest(&authority.roots()[place]));
-        let error = authority.retire_root(&name(0)).unwrap_err().to_string();
+        let error = authority.retire_root(&name(0)).now_or_never().unwrap().unwrap_err().to_string();
         assert!(error.contains("signs") && error.contains("rotate-root"), "{error}");
         let oldest = authority.roots()[0].clone();
-        authority.rotate_root(now()).unwrap();
-        authority.rotate_root(now()).unwrap();
-        let error = authority.retire_root(&name(1)).unwrap_err().to_string();
+        authority.rotate_root(now()).now_or_never().unwrap().unwrap();
+        authority.rotate_root(now()).now_or_never().unwrap().unwrap();
+        let error = authority.retire_root(&name(1)).now_or_never().unwrap().unwrap_err().to_string();
         assert!(error.contains(&format!("older root {}", name(2))), "{error}");
         for wrong in ["", "xyz"] {
-            assert!(matches!(authority.retire_root(wrong), Err(CaError::UnknownRoot(_))), "{wrong}");
+            assert!(
+                matches!(authority.retire_root(wrong).now_or_never().unwrap(), Err(CaError::UnknownRoot(_))),
+                "{wrong}"
+            );
         }
         let kept = authority.roots()[1].clone();
-        authority.retire_root(&name(2)[..16]).unwrap();
+        authority.retire_root(&name(2)[..16]).now_or_never().unwrap().unwrap();
         assert_eq!(authority.roots().len(), 2);
         let leaf = authority.sign(&csr(CertificateParams::default()), &id(), DAY, now()).unwrap();
         assert!(leads_to(&leaf.chain, &authority.roots()[0], now()) && leads_to(&leaf.chain, &kept, now()));
         assert!(!leads_to(&leaf.chain, &oldest, now()), "its cross certificate went with it");
-        assert_eq!(Authority::open(dir.path(), now()).unwrap().roots(), authority.roots());
+        assert_eq!(Authority::open_in(dir.path(), now()).unwrap().roots(), authority.roots());
     }
 
     #[test]
     fn the_issuing_certificate_is_renewed_at_half_life() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
-        assert!(!authority.renew_issuing(now() + DAY * 180).unwrap());
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
+        assert!(!authority.renew_issuing(now() + DAY * 180).now_or_never().unwrap().unwrap());
         let later = now() + DAY * 190;
-        assert!(authority.renew_issuing(later).unwrap());
-        assert!(!authority.renew_issuing(later).unwrap());
+        assert!(authority.renew_issuing(later).now_or_never().unwrap().unwrap());
+        assert!(!authority.renew_issuing(later).now_or_never().unwrap().unwrap());
         assert_eq!(authority.roots().len(), 1);
         let issued = authority.sign(&csr(CertificateParams::default()), &id(), DAY, later).unwrap();
         assert!(leads_to(&issued.chain, &authority.roots()[0], later));
@@ -680,11 +859,36 @@ mod tests {
     #[test]
     fn our_own_chain_ends_with_the_root_that_tokens_pin() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), now()).unwrap();
-        authority.rotate_root(now()).unwrap();
+        let authority = Authority::open_in(dir.path(), now()).unwrap();
+        authority.rotate_root(now()).now_or_never().unwrap().unwrap();
         let own = SpiffeId::controller(&TrustDomain::parse("td").unwrap());
         let (issued, _key) = authority.own(&own, DAY, now()).unwrap();
         assert_eq!(digest(issued.chain.last().unwrap()), authority.root_digest());
         assert!(leads_to(&issued.chain, &authority.roots()[0], now()));
+    }
+
+    #[test]
+    fn of_many_that_begin_at_once_one_makes_the_authority() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = std::thread::scope(|scope| {
+            let open = || Authority::open_in(dir.path(), now()).unwrap().roots();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert!(roots.iter().all(|it| *it == roots[0]), "{roots:?}");
+    }
+
+    #[test]
+    fn another_authority_in_its_place_is_not_taken_over() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let running = Authority::open_in(dir.path(), now()).unwrap();
+        Authority::open_in(other.path(), now()).unwrap();
+        let file = |dir: &tempfile::TempDir| dir.path().join("ca/authority.json");
+        std::fs::copy(file(&other), file(&dir)).unwrap();
+        let error = running.reload().now_or_never().unwrap().unwrap_err().to_string();
+        assert!(
+            error.contains("no root with the one in force") && error.contains(&hex(&running.root_digest())),
+            "{error}"
+        );
     }
 }

@@ -3,8 +3,13 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Command, FromArgMatches, Subcommand};
-use mesh_core::{identity::TrustDomain, model::Mode};
+use mesh_core::{
+    identity::TrustDomain,
+    model::{Mode, Name},
+};
 use mesh_settings::{InForce, Settings};
+
+use crate::source::Place;
 
 /// Shortest life of a certificate: below, renewal could not keep up with clocks that differ.
 const MIN_TTL: Duration = Duration::from_secs(10);
@@ -44,8 +49,11 @@ pub enum StateCommand {
     /// before are no longer good.
     RotateRoot {
         /// The state directory of the controller.
-        #[arg(long, value_name = "DIR")]
-        state_dir: PathBuf,
+        #[arg(long, value_name = "DIR", required_unless_present = "ca_secret", conflicts_with = "ca_secret")]
+        state_dir: Option<PathBuf>,
+        /// The Secret of the controllers in Kubernetes, where theirs is one.
+        #[arg(long, value_name = "NAMESPACE/NAME")]
+        ca_secret: Option<Name>,
     },
 }
 
@@ -91,9 +99,10 @@ fn settings() -> Settings {
 /// What a controller is started with.
 #[derive(Debug, Clone, Args)]
 pub struct Config {
-    /// Directory of the manifests (*.yaml, *.yml), followed as it changes.
-    #[arg(long, value_name = "DIR")]
-    pub source: PathBuf,
+    /// Where the desired state is, followed as it changes: a directory of manifests (*.yaml, *.yml), or `kube` for the
+    /// Kubernetes cluster of this pod's service account, or of KUBECONFIG.
+    #[arg(long, value_name = "DIR|kube")]
+    pub source: Place,
     /// Directory of the controller's own state: certificate authority, join tokens, reports.
     #[arg(long, value_name = "DIR")]
     pub state_dir: PathBuf,
@@ -110,9 +119,33 @@ pub struct Config {
     /// workload nor that of its namespace says it.
     #[arg(long, value_name = "MODE", default_value = "permissive")]
     pub default_mode: Mode,
+    /// Up to so many workloads and services every node is told of all of them, and needs nobody while the controller is
+    /// away. In a larger mesh a node is told of its own workloads and of the addresses that these use; 0: always.
+    #[arg(long, value_name = "COUNT", default_value_t = 1000)]
+    pub whole_views_up_to: usize,
     /// How long certificates of nodes and workloads live; agents renew them from half of it.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = certificate_ttl)]
     pub certificate_ttl: Duration,
+    /// The Secret in Kubernetes that has the certificate authority, in the place of the state directory: several controllers
+    /// share it. Made if it is not there.
+    #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with = "issuer_dir")]
+    pub ca_secret: Option<Name>,
+    /// Directory of an issuing certificate that somebody else makes and renews, followed as it changes: `tls.crt`,
+    /// `tls.key` and `ca.crt`, as cert-manager's Secrets have it. In the place of an authority of the controller's own.
+    #[arg(long, value_name = "DIR")]
+    pub issuer_dir: Option<PathBuf>,
+    /// The ConfigMap in Kubernetes where the roots are published for agents that join: key `roots.pem`.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub roots_config_map: Option<Name>,
+    /// The service account that agents run as in Kubernetes, such as nodemesh-system/nodemesh-agent: a pod of it makes its
+    /// node one of the mesh, with a projected token of the audience `nodemesh`, by the word of the API server of this pod's
+    /// service account or of KUBECONFIG. Without it only join tokens do.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub join_service_account: Option<Name>,
+    /// The Service in Kubernetes whose endpoints are all controllers of the mesh, with a port named `admin`: what is asked of
+    /// one is answered for all, and one that the API server does not answer sends its agents to one that is ready.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub controllers: Option<Name>,
     /// What the log says: `error`, `warn`, `info`, `debug` or `trace`, or a filter such as
     /// `info,mesh_controller::api=debug`. `RUST_LOG` wins over it; `meshctl log-level` changes it at run time.
     #[arg(long, value_name = "FILTER", default_value = "info")]
@@ -168,7 +201,7 @@ mod tests {
         let words =
             ["mesh-controller", "run", "--state-dir", "/s", "--listen", "127.0.0.1:2", "--config", &path];
         let Invocation::Run(config) = Invocation::parse(words).unwrap() else { panic!("not a run") };
-        assert_eq!((config.source, config.listen.port()), ("/etc/mesh".into(), 2));
+        assert_eq!((config.source, config.listen.port()), (Place::Directory("/etc/mesh".into()), 2));
         assert_eq!(config.certificate_ttl, Duration::from_secs(7200));
         let words = words.into_iter().chain(["--print-config"]);
         let Invocation::PrintConfig(settings) = Invocation::parse(words).unwrap() else {

@@ -30,31 +30,38 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     admin,
     api::{self, Api, NodeReport, tls},
-    ca::{self, Authority, CaError},
+    attest::Attestor,
+    bundle::Bundle,
+    ca::{self, Authority, CaError, Place},
     clock::Clock,
+    conditions::{Conditions, Pods},
     config::Config,
     digest::{digest, hex},
     distribute::{Hub, SETTLE, World},
     generation::Generation,
+    kubernetes::{self, KubernetesError},
     metrics::{DocumentLabels, DocumentState, Metrics},
+    others::Others,
     project::Common,
     report::{ReportError, Reports},
-    source::{
-        files::{FilesError, Source},
-        ledger::Ledger,
-    },
+    source::{Presence, Source, SourceError, ledger::Ledger},
     store::{self, Part, StoreError},
     token::Tokens,
+    writeback::{Wishes, Writer},
 };
 
 /// How often the certificate authority's file is looked at, for a root that was rotated.
 const AUTHORITY_POLL: Duration = Duration::from_millis(500);
+/// The same where it, or the roots, are in Kubernetes.
+const SHARED_POLL: Duration = Duration::from_secs(2);
 /// How often join tokens that have expired are removed.
 const TOKEN_SWEEP: Duration = Duration::from_secs(60);
 /// How often what could not be saved is tried again.
 const SAVE_RETRY: Duration = Duration::from_secs(10);
 /// Reports that wait to be taken; agents wait beyond it.
 const REPORT_QUEUE: usize = 256;
+/// How often a controller that is cut off looks for another one.
+const ELSEWHERE: Duration = Duration::from_secs(5);
 /// How long the servers may take to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -70,9 +77,9 @@ pub enum StartError {
     /// What agents reported cannot be read.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// The manifests cannot be read.
+    /// What is wanted cannot be read.
     #[error(transparent)]
-    Files(#[from] FilesError),
+    Source(#[from] SourceError),
     /// No TLS.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
@@ -86,6 +93,9 @@ pub enum StartError {
         /// What the system said.
         error: io::Error,
     },
+    /// There is no API server to ask.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
 }
 
 /// A running controller. Dropping it leaves it running; [`Controller::stop`] ends it.
@@ -98,7 +108,7 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Starts everything. When it returns, agents are served with what the directory says.
+    /// Starts everything. When it returns, agents are served with what the source says.
     pub async fn start(config: Config, log: LogFilter) -> Result<Self, StartError> {
         Self::start_by(config, log, Clock::default()).await
     }
@@ -107,16 +117,24 @@ impl Controller {
     pub async fn start_by(config: Config, log: LogFilter, clock: Clock) -> Result<Self, StartError> {
         let source = {
             store::private_dir(&config.state_dir)?;
-            Source::open(&config.source, config.state_dir.join("kept.json"))?
+            Source::open(&config.source, config.state_dir.join("kept.json")).await?
         };
         let agents = listen(config.listen, "--listen").await?;
         let admin = listen(config.admin_listen, "--admin-listen").await?;
         let (at, admin_at) = (address(&agents), address(&admin));
-        let parts = Parts::assemble(Settings::from(&config), source.subscribe(), clock)?;
+        let settings = Settings { pods: source.pods(), ..Settings::of(&config, &clock).await? };
+        let parts = Parts::assemble(settings, source.subscribe(), clock)?;
         let running =
             Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
-        let source = source.telling(parts.metrics.unsaved.clone());
-        let (answers, cancel) = (parts.answers(config.in_force, log), parts.cancel.clone());
+        let source = source.telling(parts.metrics.unsaved.clone()).among(config.controllers);
+        let (presence, others) = (source.presence(), Others::new(source.others()));
+        let answers = parts.answers(config.in_force, log, presence.clone(), others.clone());
+        let (hub, elsewhere) = (parts.hub.clone(), parts.api.elsewhere.clone());
+        let cancel = parts.cancel.clone();
+        running.spawn("elsewhere", send_elsewhere(presence, others, hub, elsewhere, cancel.clone()));
+        if let Some(write) = source.write(cancel.clone()) {
+            running.spawn("status", write);
+        }
         running.spawn("source", source.follow(cancel.clone()));
         running.spawn("admin", admin::serve(admin, answers, cancel));
         for (part, run) in parts.run(agents) {
@@ -174,16 +192,43 @@ pub struct Settings {
     pub certificate_ttl: Duration,
     /// The mode where neither workload nor namespace says one.
     pub default_mode: Mode,
+    /// How many workloads and services a mesh may have for whole views.
+    pub whole_views_up_to: usize,
+    /// Signs.
+    pub authority: Arc<Authority>,
+    /// Where the roots are published.
+    pub bundle: Option<Bundle>,
+    /// Who may join by Kubernetes' word.
+    pub attestor: Option<Attestor>,
+    /// The pods, which keep what is said of them; without, we keep it.
+    pub pods: Option<Pods>,
 }
 
-impl From<&Config> for Settings {
-    fn from(config: &Config) -> Self {
-        Self {
+impl Settings {
+    async fn of(config: &Config, clock: &Clock) -> Result<Self, StartError> {
+        let in_kubernetes = [&config.ca_secret, &config.roots_config_map, &config.join_service_account];
+        let client = match in_kubernetes.iter().any(|it| it.is_some()) {
+            true => Some(kubernetes::client().await?),
+            false => None,
+        };
+        let with_client = |name: &Option<Name>| client.clone().zip(name.clone());
+        let place = match (with_client(&config.ca_secret), &config.issuer_dir) {
+            (Some((client, name)), _) => Place::Secret(client, name),
+            (None, Some(dir)) => Place::Mounted(dir.clone()),
+            (None, None) => Place::Directory(config.state_dir.clone()),
+        };
+        Ok(Self {
             state_dir: config.state_dir.clone(),
             trust_domain: config.trust_domain.clone(),
             certificate_ttl: config.certificate_ttl,
             default_mode: config.default_mode,
-        }
+            whole_views_up_to: config.whole_views_up_to,
+            authority: Arc::new(Authority::open(place, clock.now()).await?),
+            bundle: with_client(&config.roots_config_map).map(|(client, name)| Bundle::new(client, name)),
+            attestor: with_client(&config.join_service_account)
+                .map(|(client, account)| Attestor::new(client, account)),
+            pods: None,
+        })
     }
 }
 
@@ -200,6 +245,7 @@ pub struct Parts {
     pub cancel: CancellationToken,
     tasks: TaskTracker,
     core: Core,
+    writer: Option<Writer>,
     upkeep: Upkeep,
     api: Arc<Api>,
     tls: watch::Receiver<Arc<ServerConfig>>,
@@ -215,10 +261,23 @@ impl Parts {
         ledger: watch::Receiver<Arc<Ledger>>,
         clock: Clock,
     ) -> Result<Self, StartError> {
-        let Settings { state_dir, trust_domain, certificate_ttl, default_mode } = settings;
+        let Settings {
+            state_dir,
+            trust_domain,
+            certificate_ttl,
+            default_mode,
+            whole_views_up_to,
+            authority,
+            bundle,
+            attestor,
+            pods,
+        } = settings;
         store::private_dir(&state_dir)?;
-        let authority = Arc::new(Authority::open(&state_dir, clock.now())?);
-        let (generation, trouble) = Generation::begin(&state_dir);
+        // What else a start would have to be told from, join tokens and reports, is then with the API server, or nowhere.
+        let (generation, trouble) = match authority.is_shared() && pods.is_some() {
+            true => (Generation::of_replica(), None),
+            false => Generation::begin(&state_dir),
+        };
         let metrics = Arc::new(Metrics::default());
         if let Some(error) = trouble {
             tracing::error!(%error, "the count of starts");
@@ -240,16 +299,23 @@ impl Parts {
             queue,
             reports,
             reports_file,
+            pods: pods.as_ref().map(|pods| (pods.conditions.clone(), Wishes::default())),
             trust_domain: trust_domain.clone(),
             default_mode,
             metrics: metrics.clone(),
         };
-        let hub = Hub::new(core.world(None), generation.clone());
+        let hub = Hub::new(core.world(None), generation.clone(), whole_views_up_to);
+        metrics.views_by_demand.set(hub.by_demand().into());
+        let wishes = core.pods.as_ref().map(|(_, wishes)| wishes.clone());
+        let writer = pods.zip(wishes).map(|(Pods { client, conditions }, wishes)| {
+            Writer::new(client, wishes, conditions, metrics.clone())
+        });
         let api = Arc::new(Api {
             hub: hub.clone(),
             authority: authority.clone(),
             generation: generation.clone(),
             tokens: tokens.clone(),
+            attestor,
             limits: Default::default(),
             reports: report_sender,
             metrics: metrics.clone(),
@@ -258,6 +324,7 @@ impl Parts {
             certificate_ttl,
             watches: tasks.clone(),
             cancel: cancel.clone(),
+            elsewhere: tls::Elsewhere::default(),
         });
         let upkeep = Upkeep {
             authority: authority.clone(),
@@ -266,17 +333,24 @@ impl Parts {
             certificate_ttl,
             clock,
             roots,
+            bundle,
             tls: tls_sender,
             renew_at,
             generation,
             metrics: metrics.clone(),
         };
         upkeep.count_roots();
-        Ok(Self { hub, authority, metrics, cancel, tasks, core, upkeep, api, tls })
+        Ok(Self { hub, authority, metrics, cancel, tasks, core, writer, upkeep, api, tls })
     }
 
     /// What the admin server answers from.
-    fn answers(&self, settings: Vec<InForce>, log: LogFilter) -> Arc<admin::Admin> {
+    fn answers(
+        &self,
+        settings: Vec<InForce>,
+        log: LogFilter,
+        presence: watch::Receiver<Presence>,
+        others: Others,
+    ) -> Arc<admin::Admin> {
         Arc::new(admin::Admin {
             hub: self.hub.clone(),
             authority: self.authority.clone(),
@@ -284,17 +358,47 @@ impl Parts {
             trust_domain: self.api.trust_domain.clone(),
             settings,
             log,
+            presence,
+            others,
         })
     }
 
     /// The parts, each with its name; they end when they are cancelled.
     pub fn run(self, agents: impl tls::Listen) -> Vec<(&'static str, Running)> {
-        let Self { hub, cancel, core, upkeep, api, tls, .. } = self;
-        vec![
+        let Self { hub, cancel, core, writer, upkeep, api, tls, .. } = self;
+        let writer = writer.map(|it| ("writeback", Box::pin(it.run(hub.clone(), cancel.clone())) as Running));
+        let mut parts: Vec<(&'static str, Running)> = vec![
             ("core", Box::pin(core.run(hub, cancel.clone()))),
             ("upkeep", Box::pin(upkeep.run(cancel))),
             ("api", Box::pin(async move { said("api", api::serve(agents, tls, api).await) })),
-        ]
+        ];
+        parts.extend(writer);
+        parts
+    }
+}
+
+/// While the source cannot be asked and another controller is ready, ends our agents' connections: the Service leads them
+/// there. Until its endpoints are right some come here again, and are served with what is known.
+async fn send_elsewhere(
+    presence: watch::Receiver<Presence>,
+    others: Others,
+    hub: Arc<Hub>,
+    elsewhere: tls::Elsewhere,
+    cancel: CancellationToken,
+) {
+    let mut looks = interval(ELSEWHERE);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        // Cancel-safe: neither holds anything.
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = looks.tick() => {}
+        }
+        let cut_off = !presence.borrow().answered;
+        if cut_off && hub.connected() > 0 && others.one_is_ready().await {
+            tracing::warn!(agents = hub.connected(), "another controller is ready: agents are sent there");
+            elsewhere.send();
+        }
     }
 }
 
@@ -316,6 +420,16 @@ fn roots(authority: &Authority) -> Arc<Vec<Vec<u8>>> {
     Arc::new(authority.roots().iter().map(|root| root.to_vec()).collect())
 }
 
+/// Never, without pods. Cancel-safe.
+async fn conditions_changed(
+    pods: &mut Option<(watch::Receiver<Arc<Conditions>>, Wishes)>,
+) -> Result<(), watch::error::RecvError> {
+    match pods {
+        Some((conditions, _)) => conditions.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The owner of the desired state.
 #[derive(Debug)]
 struct Core {
@@ -324,6 +438,8 @@ struct Core {
     queue: mpsc::Receiver<NodeReport>,
     reports: Reports,
     reports_file: PathBuf,
+    /// What pods say, in the place of `reports`, and what they shall say.
+    pods: Option<(watch::Receiver<Arc<Conditions>>, Wishes)>,
     trust_domain: TrustDomain,
     default_mode: Mode,
     metrics: Arc<Metrics>,
@@ -359,17 +475,21 @@ impl Core {
                     Ok(()) => None,
                     Err(_) => return,
                 },
+                changed = conditions_changed(&mut self.pods) => match changed {
+                    Ok(()) => None,
+                    Err(_) => return,
+                },
                 report = self.queue.recv() => match report {
                     Some(report) => Some(report),
                     None => return,
                 },
             };
             match report {
-                None => hub.publish(self.world(Some(&hub))),
+                None => self.publish(&hub),
                 Some(report) => {
                     let (changed, heard) = self.take(report, &hub);
                     if changed {
-                        hub.publish(self.world(Some(&hub)));
+                        self.publish(&hub);
                     }
                     for (node, workloads) in heard {
                         hub.heard(&node, &workloads);
@@ -382,13 +502,22 @@ impl Core {
         }
     }
 
+    fn publish(&self, hub: &Arc<Hub>) {
+        hub.publish(self.world(Some(hub)));
+        self.metrics.views_by_demand.set(hub.by_demand().into());
+    }
+
     /// Takes a report and all that wait behind it, so that a burst is one change. Whether it is one, and whose.
     fn take(&mut self, first: NodeReport, hub: &Hub) -> (bool, BTreeMap<String, BTreeSet<Name>>) {
         let model = hub.world().model.clone();
         let mut next = Some(first);
         let (mut changed, mut heard) = (false, BTreeMap::<String, BTreeSet<Name>>::new());
         while let Some(NodeReport { node, words }) = next {
-            changed |= self.reports.take(&node, &words, &model);
+            match &self.pods {
+                None => changed |= self.reports.take(&node, &words, &model),
+                // In force once the pods say it.
+                Some((_, wishes)) => wishes.tell(&node, &words, &model),
+            }
             let names = words.iter().filter_map(|word| word.workload.parse().ok());
             heard.entry(node).or_default().extend(names);
             next = self.queue.try_recv().ok();
@@ -402,7 +531,11 @@ impl Core {
         let model = Arc::new(ledger.model());
         let roots = self.roots.borrow().to_vec();
         let mesh = Arc::new(Mesh { trust_domain: self.trust_domain.clone(), roots });
-        let captured = self.reports.captured(&model);
+        let reports = match &self.pods {
+            None => self.reports.clone(),
+            Some((conditions, _)) => Reports::of_pods(&conditions.borrow(), &model),
+        };
+        let captured = reports.captured(&model);
         let common = Arc::new(match hub {
             None => Common::new(&model, mesh, &captured, self.default_mode),
             Some(hub) => Common::after(&hub.world().common, &model, mesh, &captured, self.default_mode),
@@ -410,7 +543,7 @@ impl Core {
         let documents = |state| self.metrics.documents.get_or_create(&DocumentLabels { state });
         documents(DocumentState::accepted).set(ledger.documents_accepted() as u64);
         documents(DocumentState::refused).set(ledger.documents_refused() as u64);
-        World { model, ledger, reports: Arc::new(self.reports.clone()), common }
+        World { model, ledger, reports: Arc::new(reports), common }
     }
 
     async fn save(&self) {
@@ -437,6 +570,7 @@ struct Upkeep {
     certificate_ttl: Duration,
     clock: Clock,
     roots: watch::Sender<Arc<Vec<Vec<u8>>>>,
+    bundle: Option<Bundle>,
     tls: watch::Sender<Arc<ServerConfig>>,
     renew_at: SystemTime,
     generation: Arc<Generation>,
@@ -454,7 +588,8 @@ impl Upkeep {
     }
 
     async fn run(mut self, cancel: CancellationToken) {
-        let mut poll = interval(AUTHORITY_POLL);
+        let shared = self.bundle.is_some() || self.authority.is_shared();
+        let mut poll = interval(if shared { SHARED_POLL } else { AUTHORITY_POLL });
         let mut sweep = interval(TOKEN_SWEEP);
         for timer in [&mut poll, &mut sweep] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -463,14 +598,7 @@ impl Upkeep {
             // Cancel-safe: ticks hold nothing.
             tokio::select! {
                 () = cancel.cancelled() => return,
-                _ = poll.tick() => {
-                    let done = self.certificates();
-                    // Said once, not twice a second.
-                    let news = self.metrics.unsaved.tried(Part::Authority, &done);
-                    if let Err(error) = done && news {
-                        tracing::error!(%error, "certificates; what was in force stays");
-                    }
-                }
+                _ = poll.tick() => self.certificates().await,
                 _ = sweep.tick() => {
                     if let Err(error) = self.tokens.sweep(self.clock.now()) {
                         tracing::warn!(%error, "removing expired join tokens");
@@ -487,21 +615,57 @@ impl Upkeep {
         }
     }
 
-    fn certificates(&mut self) -> Result<(), tls::TlsError> {
+    async fn certificates(&mut self) {
+        // Before the authority is read: see [`Bundle`].
+        let published = match &self.bundle {
+            Some(bundle) => Some(bundle.read().await),
+            None => None,
+        };
         let now = self.clock.now();
-        let reloaded = self.authority.reload()?;
-        let renewed = self.authority.renew_issuing(now)?;
-        if reloaded || renewed {
+        let followed = self.follow(now).await;
+        let changed = matches!(followed, Ok(true));
+        if changed {
             tracing::info!(roots = self.authority.roots().len(), "the certificate authority has changed");
             self.roots.send_replace(roots(&self.authority));
             self.count_roots();
         }
-        if reloaded || renewed || now >= self.renew_at {
-            let (config, renew_at) =
-                tls::server_config(&self.authority, &self.trust_domain, self.certificate_ttl, &self.clock)?;
-            self.renew_at = renew_at;
-            self.tls.send_replace(config);
+        let is_current = followed.is_ok();
+        let mut done = followed.map(drop).map_err(tls::TlsError::from);
+        // However it is with the authority: without a certificate of ours nobody reaches us.
+        if changed || now >= self.renew_at {
+            done = done.and(self.renew_own());
         }
+        self.tell(Part::Authority, done);
+        if let (Some(bundle), Some(published)) = (&self.bundle, published) {
+            let written = match published {
+                Ok(published) if is_current => bundle.write(published, &self.authority.roots()).await,
+                other => other.map(drop),
+            };
+            self.tell(Part::Roots, written);
+        }
+    }
+
+    /// Takes over what others have changed, and renews what is due; whether anything is new.
+    async fn follow(&self, now: SystemTime) -> Result<bool, CaError> {
+        let reloaded = self.authority.reload().await?;
+        Ok(self.authority.renew_issuing(now).await? || reloaded)
+    }
+
+    fn renew_own(&mut self) -> Result<(), tls::TlsError> {
+        let (config, renew_at) =
+            tls::server_config(&self.authority, &self.trust_domain, self.certificate_ttl, &self.clock)?;
+        self.renew_at = renew_at;
+        self.tls.send_replace(config);
         Ok(())
+    }
+
+    /// Said once, not twice a second.
+    fn tell(&self, part: Part, done: Result<(), impl std::error::Error>) {
+        let news = self.metrics.unsaved.tried(part, &done);
+        if let Err(error) = done
+            && news
+        {
+            tracing::error!(part = part.label(), %error, "what was in force stays");
+        }
     }
 }

@@ -51,7 +51,8 @@ struct Stored {
 /// One start of the controller.
 #[derive(Debug)]
 pub struct Generation {
-    path: PathBuf,
+    /// Where it is counted; nowhere by a replica.
+    path: Option<PathBuf>,
     number: u64,
     seal: [u8; 32],
     epoch: String,
@@ -71,9 +72,17 @@ impl Generation {
         let number = last.saturating_add(1);
         let drawn: [u8; DRAWN] = rand::random();
         let epoch = epoch(&seal, number, &drawn);
-        let begun = Self { path, number, seal, epoch, heard: AtomicU64::new(number) };
+        let begun = Self { path: Some(path), number, seal, epoch, heard: AtomicU64::new(number) };
         let kept = begun.keep(number).err().map(GenerationError::from);
         (begun, trouble.or(kept))
+    }
+
+    /// One start of several controllers that share their state: none of them can count the others', and each has versions
+    /// of its own, so that an agent that goes from one to another is told everything and takes neither for a restored one.
+    pub fn of_replica() -> Self {
+        let (seal, drawn): ([u8; 32], [u8; DRAWN]) = (rand::random(), rand::random());
+        let epoch = epoch(&seal, 1, &drawn);
+        Self { path: None, number: 1, seal, epoch, heard: AtomicU64::new(1) }
     }
 
     /// Which start this is, from 1.
@@ -97,9 +106,10 @@ impl Generation {
 
     /// The next start counts on from here.
     pub fn keep(&self, number: u64) -> Result<(), StoreError> {
+        let Some(path) = &self.path else { return Ok(()) };
         let stored = Stored { generation: number, seal: hex(&self.seal) };
         let bytes = serde_json::to_vec(&stored).expect("a number and a text are always JSON");
-        store::replace(&self.path, &bytes)
+        store::replace(path, &bytes)
     }
 
     fn made(&self, version: &Version) -> bool {
@@ -158,6 +168,16 @@ mod tests {
         assert_eq!(restored.hear(&version(&third)), None, "said once");
         restored.keep(3).unwrap();
         assert_eq!(begin(dir.path()).number(), 4);
+    }
+
+    #[test]
+    fn a_replica_takes_no_other_for_a_restored_state_and_no_agent_does() {
+        let (one, other) = (Generation::of_replica(), Generation::of_replica());
+        assert_ne!(one.epoch(), other.epoch());
+        assert_eq!(other.hear(&version(&one)), None);
+        let [held, next] = [&one, &other].map(|of| version(of).parse::<Version>().unwrap());
+        assert_eq!(next.after(&held), mesh_core::version::Succession::Onward);
+        assert_eq!(held.after(&next), mesh_core::version::Succession::Onward);
     }
 
     #[test]

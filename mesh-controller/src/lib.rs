@@ -6,24 +6,29 @@
 //! | row | modules | what |
 //! |---|---|---|
 //! | 1 | [`controller`] | composition: what exists, who owns it, in which order it starts and stops |
-//! | 2 | [`api`], [`admin`] | gRPC for agents; HTTP for people and Prometheus, with `why` |
+//! | 2 | [`api`], [`admin`], [`writeback`] | gRPC for agents; HTTP for people and Prometheus, with `why`; reports onto pods |
 //! | 3 | [`distribute`] | versions of each node's view, and who has which |
 //! | 4 | [`review`] | what is legal and suspicious |
-//! | 5 | [`source`], [`project`], [`ca`], [`report`], [`token`], [`generation`] | manifests into the model; views out of it; certificates; what agents said; who may join; which start of which state this is |
-//! | 6 | [`model`] | the whole desired state |
-//! | 7 | [`config`], [`metrics`], [`store`], [`digest`], [`clock`], [`privileges`] | settings; counters; files that are whole or absent; SHA-256; the time; having none |
+//! | 5 | [`source`], [`project`], [`ca`], [`bundle`], [`report`], [`token`], [`attest`], [`generation`] | manifests into the model; views out of it; certificates; the roots, published; what agents said; who may join, by a token of ours or by Kubernetes' word; which start of which state this is |
+//! | 6 | [`model`], [`conditions`] | the whole desired state; what pods say of their capture |
+//! | 7 | [`config`], [`metrics`], [`store`], [`digest`], [`clock`], [`kubernetes`], [`others`], [`privileges`] | settings; counters; files that are whole or absent; SHA-256; the time; the way to an API server; the other controllers; having none |
 
 pub mod admin;
 pub mod api;
+pub mod attest;
+pub mod bundle;
 pub mod ca;
 pub mod clock;
+pub mod conditions;
 pub mod config;
 pub mod controller;
 pub mod digest;
 pub mod distribute;
 pub mod generation;
+pub mod kubernetes;
 pub mod metrics;
 pub mod model;
+pub mod others;
 pub mod privileges;
 pub mod project;
 pub mod report;
@@ -31,3 +36,4 @@ pub mod review;
 pub mod source;
 pub mod store;
 pub mod token;
+pub mod writeback;

@@ -1,18 +1,20 @@
 //! The `mesh-controller` command: run it, make a join token, rotate the root.
 
 use std::{
+    path::PathBuf,
     process::ExitCode,
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
 use mesh_controller::{
-    ca::Authority,
+    ca::{Authority, Place},
     config::{Config, Invocation, StateCommand},
     controller::Controller,
-    privileges, store,
+    kubernetes, privileges, store,
     token::Tokens,
 };
+use mesh_core::model::Name;
 use mesh_settings::log::{self, LogFilter};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -44,7 +46,7 @@ fn start(config: Config) -> anyhow::Result<()> {
 fn state(command: StateCommand) -> anyhow::Result<()> {
     match command {
         StateCommand::Token { state_dir, node, ttl } => token(&state_dir, &node, ttl),
-        StateCommand::RotateRoot { state_dir } => rotate_root(&state_dir),
+        StateCommand::RotateRoot { state_dir, ca_secret } => rotate_root(state_dir, ca_secret),
     }
 }
 
@@ -68,15 +70,20 @@ async fn run(config: Config, filter: LogFilter) -> anyhow::Result<()> {
 fn token(state_dir: &std::path::Path, node: &str, ttl: Duration) -> anyhow::Result<()> {
     store::private_dir(state_dir)?;
     let now = SystemTime::now();
-    let root = Authority::open(state_dir, now)?.root_digest();
+    let root = Authority::open_in(state_dir, now)?.root_digest();
     println!("{}", Tokens::open(state_dir)?.create(node, now + ttl, &root)?);
     Ok(())
 }
 
-fn rotate_root(state_dir: &std::path::Path) -> anyhow::Result<()> {
+#[tokio::main(flavor = "current_thread")]
+async fn rotate_root(state_dir: Option<PathBuf>, ca_secret: Option<Name>) -> anyhow::Result<()> {
     let now = SystemTime::now();
-    let authority = Authority::open(state_dir, now)?;
-    authority.rotate_root(now)?;
+    let authority = match (ca_secret, state_dir) {
+        (Some(name), _) => Authority::existing(Place::Secret(kubernetes::client().await?, name)).await?,
+        (None, Some(dir)) => Authority::open(Place::Directory(dir), now).await?,
+        (None, None) => anyhow::bail!("give --state-dir or --ca-secret"),
+    };
+    authority.rotate_root(now).await?;
     println!(
         "new root; {} roots are trusted now. Make new join tokens for nodes that are still to join.",
         authority.roots().len()

@@ -106,6 +106,8 @@ pub struct Metrics {
     pub documents: Family<DocumentLabels, Gauge<u64, AtomicU64>>,
     /// Agents that are watching.
     pub agents_connected: Gauge<u64, AtomicU64>,
+    /// 1 while views are by demand.
+    pub views_by_demand: Gauge<u64, AtomicU64>,
     /// Updates sent to agents.
     pub views_sent: Counter,
     /// Certificates signed.
@@ -118,8 +120,11 @@ pub struct Metrics {
     pub handshakes_refused: Counter,
     /// What is in force and not on disk.
     pub unsaved: Unsaved,
+    conditions: Family<JoinLabels, Counter>,
     state_unsaved: Family<PartLabels, Gauge<u64, AtomicU64>>,
     root_expiry: Family<RootLabels, Gauge<f64, AtomicU64>>,
+    source_connected: Gauge<u64, AtomicU64>,
+    leader: Gauge<u64, AtomicU64>,
     /// 1 once an agent has shown that this state was restored from an older one.
     pub restored: Gauge<u64, AtomicU64>,
 }
@@ -129,6 +134,7 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("nodemesh");
         let documents = Family::default();
         let agents_connected = Gauge::default();
+        let views_by_demand = Gauge::default();
         let views_sent = Counter::default();
         let certificates_issued = Family::default();
         let joins = Family::default();
@@ -137,8 +143,15 @@ impl Default for Metrics {
         let restored = Gauge::default();
         let state_unsaved = Family::default();
         let root_expiry = Family::default();
+        let conditions = Family::<JoinLabels, Counter>::default();
+        let (source_connected, leader) = (Gauge::default(), Gauge::default());
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
+        registry.register(
+            "views_by_demand",
+            "1 while nodes are told of what they ask for, as the mesh is larger than whole views may be",
+            views_by_demand.clone(),
+        );
         registry.register("views_sent", "View updates sent to agents", views_sent.clone());
         registry.register("certificates_issued", "Certificates signed", certificates_issued.clone());
         registry.register("joins", "Joins, by result", joins.clone());
@@ -154,15 +167,31 @@ impl Default for Metrics {
             restored.clone(),
         );
         registry.register(
+            "controller_source_connected",
+            "1 while the source of what is wanted can be asked: the API server has answered within 15 s",
+            source_connected.clone(),
+        );
+        registry.register(
+            "controller_leader",
+            "1 while this is the one of several controllers that writes status",
+            leader.clone(),
+        );
+        registry.register(
             "controller_state_unsaved",
             "1 while the newest version of a part of the state is not on disk, or what is there cannot be used",
             state_unsaved.clone(),
+        );
+        registry.register(
+            "pod_conditions_written",
+            "Patches of pods' conditions, by result; failed ones are made again",
+            conditions.clone(),
         );
         registry.register("root_expiry_seconds", "When a root expires, Unix time", root_expiry.clone());
         Self {
             registry,
             documents,
             agents_connected,
+            views_by_demand,
             views_sent,
             certificates_issued,
             joins,
@@ -170,6 +199,9 @@ impl Default for Metrics {
             limit_hits,
             restored,
             unsaved: Unsaved::default(),
+            conditions,
+            source_connected,
+            leader,
             state_unsaved,
             root_expiry,
         }
@@ -177,6 +209,18 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// A pod's condition was written, or was not.
+    pub fn conditions_written(&self, done: bool) {
+        let result = if done { JoinResult::ok } else { JoinResult::failed };
+        self.conditions.get_or_create(&JoinLabels { result }).inc();
+    }
+
+    /// How this controller stands.
+    pub fn presence(&self, source_connected: bool, leads: bool) {
+        self.source_connected.set(u64::from(source_connected));
+        self.leader.set(u64::from(leads));
+    }
+
     /// A limit was hit.
     pub fn limit_hit(&self, limit: Limit) {
         self.limit_hits.get_or_create(&LimitLabels { limit }).inc();
@@ -216,6 +260,8 @@ mod tests {
         metrics.certificates_issued.get_or_create(&labels).inc();
         metrics.views_sent.inc();
         metrics.limit_hit(Limit::connections);
+        metrics.conditions_written(true);
+        metrics.presence(true, false);
         metrics.unsaved.tried(Part::Reports, &Err::<(), _>("no space"));
         metrics.roots([("ab12".to_owned(), SystemTime::UNIX_EPOCH)].into_iter());
         let text = metrics.text();
@@ -223,6 +269,8 @@ mod tests {
             "nodemesh_documents{state=\"refused\"} 2",
             "nodemesh_agents_connected 0",
             "nodemesh_views_sent_total 1",
+            "nodemesh_controller_source_connected 1",
+            "nodemesh_controller_leader 0",
             "nodemesh_controller_state_unsaved{part=\"reports\"} 1",
             "nodemesh_controller_state_unsaved{part=\"kept\"} 0",
             "nodemesh_root_expiry_seconds{root=\"ab12\"} 0.0",

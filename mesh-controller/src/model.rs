@@ -11,7 +11,7 @@ use std::{
 
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Mode, Name, Policy},
+    model::{Distribution, Mode, Name, Place, Policy},
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,13 +24,16 @@ pub enum Kind {
     Workload,
     /// Kubernetes' own.
     Service,
+    /// Kubernetes' own; who serves a Service.
+    EndpointSlice,
     /// `nodemesh.io/v1alpha1`.
     AuthorizationPolicy,
 }
 
 impl Kind {
     /// All kinds, in the order in which a person reads them.
-    pub const ALL: [Self; 4] = [Self::Namespace, Self::Workload, Self::Service, Self::AuthorizationPolicy];
+    pub const ALL: [Self; 5] =
+        [Self::Namespace, Self::Workload, Self::Service, Self::EndpointSlice, Self::AuthorizationPolicy];
 
     /// `kind:` in a manifest.
     pub const fn as_str(self) -> &'static str {
@@ -38,6 +41,7 @@ impl Kind {
             Self::Namespace => "Namespace",
             Self::Workload => "Workload",
             Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
         }
     }
@@ -46,6 +50,7 @@ impl Kind {
     pub const fn api_version(self) -> &'static str {
         match self {
             Self::Namespace | Self::Service => "v1",
+            Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::Workload | Self::AuthorizationPolicy => "nodemesh.io/v1alpha1",
         }
     }
@@ -119,6 +124,9 @@ impl fmt::Display for ModeFrom {
 pub struct Workload {
     /// Its name.
     pub name: Name,
+    /// `metadata.uid` of the pod that it is; empty for what is no pod.
+    #[serde(default)]
+    pub uid: String,
     /// `metadata.labels`.
     pub labels: BTreeMap<String, String>,
     /// Its own word on enrolment, which wins over its namespace's.
@@ -136,6 +144,13 @@ pub struct Workload {
     pub ready: bool,
 }
 
+impl Workload {
+    /// Where it runs.
+    pub fn place(&self) -> Place {
+        Place::of(&self.node, &self.labels)
+    }
+}
+
 /// A service as its manifest wants it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
@@ -147,6 +162,12 @@ pub struct Service {
     pub selector: BTreeMap<String, String>,
     /// Its TCP ports.
     pub ports: Vec<Port>,
+    /// How near endpoints have to be.
+    #[serde(default)]
+    pub distribution: Distribution,
+    /// For how long a client keeps its endpoint, seconds.
+    #[serde(default)]
+    pub affinity: Option<u32>,
 }
 
 impl Service {
@@ -163,8 +184,35 @@ pub struct Port {
     pub name: String,
     /// What clients ask for.
     pub port: u16,
-    /// What the workloads listen on.
-    pub target: u16,
+    /// What the workloads listen on; none if they have a name for it, which only EndpointSlices tell the number of.
+    pub target: Option<u16>,
+}
+
+/// Some of the endpoints of a service, as whoever watches over them says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointSlice {
+    /// Its name.
+    pub name: Name,
+    /// The Service of its namespace whose endpoints they are; empty if it does not say.
+    pub service: String,
+    /// What they listen on, by the name of the Service's port.
+    pub ports: Vec<(String, u16)>,
+    /// Those that take connections, or still would.
+    pub endpoints: Vec<SliceEndpoint>,
+}
+
+/// One endpoint of an [`EndpointSlice`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SliceEndpoint {
+    /// Its address.
+    pub address: IpAddr,
+    /// The workload that it is said to be.
+    pub workload: Option<Name>,
+    /// Where it is said to run.
+    #[serde(default)]
+    pub place: Place,
+    /// It is on its way out, and serves still: asked only where no other endpoint is ready.
+    pub ending: bool,
 }
 
 /// One checked object.
@@ -176,6 +224,8 @@ pub enum Object {
     Workload(Arc<Workload>),
     /// A service.
     Service(Service),
+    /// Some endpoints; shared with every model that has them, as there are many.
+    EndpointSlice(Arc<EndpointSlice>),
     /// A policy.
     AuthorizationPolicy(Policy),
 }
@@ -190,6 +240,7 @@ impl Object {
             },
             Self::Workload(workload) => ObjectKey { kind: Kind::Workload, name: workload.name.clone() },
             Self::Service(service) => ObjectKey { kind: Kind::Service, name: service.name.clone() },
+            Self::EndpointSlice(slice) => ObjectKey { kind: Kind::EndpointSlice, name: slice.name.clone() },
             Self::AuthorizationPolicy(policy) => {
                 ObjectKey { kind: Kind::AuthorizationPolicy, name: policy.name.clone() }
             }
@@ -206,6 +257,8 @@ pub struct Model {
     pub workloads: BTreeMap<Name, Arc<Workload>>,
     /// By name.
     pub services: BTreeMap<Name, Service>,
+    /// By name.
+    pub slices: BTreeMap<Name, Arc<EndpointSlice>>,
     /// By name; shared as they are by every view that has them.
     pub policies: BTreeMap<Name, Arc<Policy>>,
 }
@@ -218,6 +271,7 @@ impl<'a> FromIterator<&'a Object> for Model {
                 Object::Namespace(it) => drop(model.namespaces.insert(it.name.clone(), it.clone())),
                 Object::Workload(it) => drop(model.workloads.insert(it.name.clone(), it.clone())),
                 Object::Service(it) => drop(model.services.insert(it.name.clone(), it.clone())),
+                Object::EndpointSlice(it) => drop(model.slices.insert(it.name.clone(), it.clone())),
                 Object::AuthorizationPolicy(it) => {
                     drop(model.policies.insert(it.name.clone(), Arc::new(it.clone())));
                 }

@@ -1,21 +1,25 @@
 //! What each node must know, from the whole desired state and what agents reported. Pure: the same inputs always give
 //! the same view, on every replica.
 //!
-//! What is the same for all nodes is built once ([`Common`]) and shared; a node's view adds the policies that select
-//! one of its workloads.
+//! What is the same for all nodes is built once ([`Common`]) and shared; a whole view adds the policies that select one of
+//! the node's workloads. A view by demand ([`demand`]) has a part of it.
+
+pub mod demand;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     ops::Range,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use mesh_core::{
-    model::{Endpoint, Mode, Name, Policy, Service, ServicePort, Workload},
+    model::{Choice, Distribution, Endpoint, Mode, Name, Place, Policy, Service, ServicePort, Workload},
     view::{Delta, Key, Mesh, NodeView, Resource},
 };
 
 use crate::model::{self, Model};
+use demand::{Changes, Holders};
 
 /// Everything that every node knows, and the policies to choose from.
 #[derive(Debug, Clone)]
@@ -30,6 +34,8 @@ pub struct Common {
     by_node: BTreeMap<String, BTreeMap<String, Vec<Arc<Workload>>>>,
     /// Where in `policies`, which is sorted by name, each namespace's are.
     by_namespace: BTreeMap<String, Range<usize>>,
+    /// Who has which address; made when it is first asked.
+    holders: OnceLock<Arc<Holders>>,
 }
 
 impl Common {
@@ -43,7 +49,7 @@ impl Common {
     fn nothing(mesh: Arc<Mesh>) -> Self {
         let (wanted, workloads, services, policies) = Default::default();
         let (by_node, by_namespace) = Default::default();
-        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace }
+        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace, holders: OnceLock::new() }
     }
 
     /// Builds the next one. Workloads that are as they were are shared with this one: one change among ten thousand
@@ -78,10 +84,15 @@ impl Common {
         for (place, policy) in policies.iter().enumerate() {
             by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
-        let ready = Ready::new(model);
-        let services = model.services.values().map(|it| Arc::new(service(it, &ready))).collect();
+        let (ready, slices) = (Ready::new(model), Slices::new(model));
+        let services = model.services.values().map(|it| Arc::new(service(it, &ready, &slices))).collect();
         let wanted = model.workloads.values().cloned().collect();
-        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace }
+        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace, holders: OnceLock::new() }
+    }
+
+    /// Workloads and services: what every whole view has.
+    pub fn size(&self) -> usize {
+        self.workloads.len() + self.services.len()
     }
 
     /// What the whole mesh shares.
@@ -127,29 +138,49 @@ impl Common {
         policies.cloned().map(Resource::Policy).collect()
     }
 
-    /// What turns the shared part of `self` into that of `next`: computed once, however many nodes hear of it.
-    pub fn shared_diff(&self, next: &Self) -> Delta {
-        let mut delta = Delta::default();
+    /// What turns `self` into `next`: computed once, however many nodes hear of it.
+    pub fn changes(&self, next: &Self) -> Changes {
+        let mut changes = Changes::default();
         if self.mesh != next.mesh {
-            delta.upserts.push(Resource::Mesh(next.mesh.clone()));
+            changes.shared.upserts.push(Resource::Mesh(next.mesh.clone()));
+            changes.of_mesh = true;
         }
+        let Changes { shared, addresses, nodes, namespaces, .. } = &mut changes;
+        let workload = (Resource::Workload as fn(_) -> _, Key::Workload as fn(_) -> _);
         sorted_diff(
             &self.workloads,
             &next.workloads,
             |it| &it.name,
-            Resource::Workload,
-            Key::Workload,
-            &mut delta,
+            workload,
+            shared,
+            |it| {
+                addresses.extend(&it.addresses);
+                nodes.insert(it.node.clone());
+            },
         );
+        let service = (Resource::Service as fn(_) -> _, Key::Service as fn(_) -> _);
         sorted_diff(
             &self.services,
             &next.services,
             |it| &it.name,
-            Resource::Service,
-            Key::Service,
-            &mut delta,
+            service,
+            shared,
+            |it| {
+                addresses.extend(&it.addresses);
+            },
         );
-        delta
+        let policy = (Resource::Policy as fn(_) -> _, Key::Policy as fn(_) -> _);
+        sorted_diff(
+            &self.policies,
+            &next.policies,
+            |it| &it.name,
+            policy,
+            &mut Delta::default(),
+            |it| {
+                namespaces.insert(it.name.namespace.clone());
+            },
+        );
+        changes
     }
 
     /// A view with every policy, in which any connection can be decided: what `why` looks at.
@@ -158,26 +189,35 @@ impl Common {
     }
 }
 
-/// The difference of two lists that are sorted by name, in one pass over both.
+/// What makes a resource of a kind, and its key.
+type Kind<T> = (fn(Arc<T>) -> Resource, fn(Name) -> Key);
+
+/// The difference of two lists that are sorted by name, in one pass over both. `touched` sees what was and what is of each
+/// that differs.
 fn sorted_diff<T: Eq>(
     old: &[Arc<T>],
     new: &[Arc<T>],
     name: impl Fn(&T) -> &Name,
-    resource: impl Fn(Arc<T>) -> Resource,
-    key: impl Fn(Name) -> Key,
+    (resource, key): Kind<T>,
     delta: &mut Delta,
+    mut touched: impl FnMut(&T),
 ) {
     let mut old = old.iter().peekable();
+    let mut remove = |gone: &Arc<T>, touched: &mut dyn FnMut(&T)| {
+        touched(gone);
+        delta.removes.push(key(name(gone).clone()));
+    };
     for next in new {
         while let Some(gone) = old.next_if(|it| name(it) < name(next)) {
-            delta.removes.push(key(name(gone).clone()));
+            remove(gone, &mut touched);
         }
         let before = old.next_if(|it| name(it) == name(next));
         if before != Some(next) {
+            before.into_iter().chain([next]).for_each(|it| touched(it));
             delta.upserts.push(resource(next.clone()));
         }
     }
-    delta.removes.extend(old.map(|gone| key(name(gone).clone())));
+    old.for_each(|gone| remove(gone, &mut touched));
 }
 
 /// The view of one node, when only one is wanted.
@@ -189,6 +229,7 @@ pub fn project(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, node: 
 fn workload(wanted: &model::Workload, enrolled: bool, captured: bool, mode: Mode) -> Workload {
     Workload {
         name: wanted.name.clone(),
+        uid: wanted.uid.clone(),
         node: wanted.node.clone(),
         service_account: wanted.service_account.clone(),
         addresses: wanted.addresses.clone(),
@@ -224,30 +265,100 @@ impl<'a> Ready<'a> {
     }
 }
 
-/// A service with its ready endpoints: one per matching workload and address.
-fn service(wanted: &model::Service, ready: &Ready<'_>) -> Service {
-    let serving = ready.of(wanted);
-    let port = |port: &model::Port| ServicePort {
-        name: port.name.clone(),
-        port: port.port,
-        endpoints: serving
-            .iter()
-            .flat_map(|workload| workload.addresses.iter().map(|address| (&workload.name, *address)))
-            .map(|(name, address)| Endpoint { workload: name.clone(), address, port: port.target })
-            .collect(),
-    };
-    Service {
-        name: wanted.name.clone(),
-        addresses: wanted.addresses.clone(),
-        ports: wanted.ports.iter().map(port).collect(),
+/// The EndpointSlices, by the Service that each belongs to.
+struct Slices<'a> {
+    workloads: &'a BTreeMap<Name, Arc<model::Workload>>,
+    by_service: HashMap<(&'a str, &'a str), Vec<&'a model::EndpointSlice>>,
+}
+
+impl<'a> Slices<'a> {
+    fn new(model: &'a Model) -> Self {
+        let mut by_service: HashMap<_, Vec<&model::EndpointSlice>> = HashMap::new();
+        for slice in model.slices.values() {
+            let service = (slice.name.namespace.as_str(), slice.service.as_str());
+            by_service.entry(service).or_default().push(slice);
+        }
+        Self { workloads: &model.workloads, by_service }
     }
+
+    /// Those of a service; none if nobody says more of its endpoints than its selector does.
+    fn of<'s>(&'s self, service: &'s Name) -> Option<&'s [&'s model::EndpointSlice]> {
+        self.by_service.get(&(service.namespace.as_str(), service.name.as_str())).map(Vec::as_slice)
+    }
+
+    /// Where the endpoints of a service are: what a workload says of itself is better than what its slice says.
+    fn places(
+        &self,
+        slices: &[&model::EndpointSlice],
+        serving: &[&model::Workload],
+    ) -> BTreeMap<IpAddr, Place> {
+        let at = |workload: &model::Workload| {
+            let place = workload.place();
+            workload.addresses.clone().into_iter().map(move |address| (address, place.clone()))
+        };
+        let of_slices = slices.iter().flat_map(|slice| &slice.endpoints);
+        let mut places: BTreeMap<IpAddr, Place> =
+            of_slices.clone().map(|it| (it.address, it.place.clone())).collect();
+        let named = of_slices.filter_map(|it| self.workloads.get(it.workload.as_ref()?)).map(|it| &**it);
+        places.extend(named.chain(serving.iter().copied()).flat_map(at));
+        places
+    }
+
+    /// The endpoints of a port; while none is ready those that are ending and serve still, as kube-proxy has it. One that
+    /// is said to be a workload which does not have the address is left out: who is there cannot be told.
+    fn endpoints(&self, slices: &[&model::EndpointSlice], port: &str) -> Vec<Endpoint> {
+        let known = |it: &&model::SliceEndpoint| match &it.workload {
+            None => true,
+            Some(name) => self.workloads.get(name).is_some_and(|known| known.addresses.contains(&it.address)),
+        };
+        let of_slice = |slice: &&model::EndpointSlice| {
+            let (_, number) = *slice.ports.iter().find(|(name, _)| name == port)?;
+            Some((slice.endpoints.clone(), number))
+        };
+        let all: Vec<(Vec<model::SliceEndpoint>, u16)> = slices.iter().filter_map(of_slice).collect();
+        let with = |ending: bool| -> Vec<Endpoint> {
+            let each = all.iter().flat_map(|(endpoints, number)| endpoints.iter().map(|it| (it, *number)));
+            each.filter(|(it, _)| it.ending == ending && known(it))
+                .map(|(it, port)| Endpoint { workload: it.workload.clone(), address: it.address, port })
+                .collect()
+        };
+        let ready = with(false);
+        if ready.is_empty() { with(true) } else { ready }
+    }
+}
+
+/// A service with its ready endpoints: what its EndpointSlices say, where it has some, and one per matching workload and
+/// address. Of pods the slices alone decide, as whoever writes them knows more than labels say.
+fn service(wanted: &model::Service, ready: &Ready<'_>, slices: &Slices<'_>) -> Service {
+    let slices_of = slices.of(&wanted.name);
+    let mut serving = ready.of(wanted);
+    serving.retain(|workload| slices_of.is_none() || workload.uid.is_empty());
+    let port = |port: &model::Port| {
+        let of_workload = |workload: &&model::Workload| {
+            let (name, target) = (workload.name.clone(), port.target);
+            let at = workload.addresses.clone().into_iter();
+            target.map(|port| at.map(move |address| Endpoint { workload: Some(name.clone()), address, port }))
+        };
+        let mut endpoints: Vec<Endpoint> = serving.iter().filter_map(of_workload).flatten().collect();
+        endpoints.extend(slices_of.iter().flat_map(|of| slices.endpoints(of, &port.name)));
+        endpoints.sort();
+        endpoints.dedup();
+        ServicePort { name: port.name.clone(), port: port.port, endpoints }
+    };
+    let ports: Vec<ServicePort> = wanted.ports.iter().map(port).collect();
+    let places = match wanted.distribution {
+        Distribution::Any => BTreeMap::new(),
+        _ => slices.places(slices_of.unwrap_or_default(), &serving),
+    };
+    let choice = Choice { distribution: wanted.distribution, affinity: wanted.affinity, places };
+    Service { name: wanted.name.clone(), addresses: wanted.addresses.clone(), ports, choice }
 }
 
 #[cfg(test)]
 mod tests {
     use mesh_core::{
         identity::TrustDomain,
-        model::{Action, Selector},
+        model::{Action, Selector, ZONE},
         view::Snapshot,
     };
     use proptest::prelude::*;
@@ -266,6 +377,7 @@ mod tests {
     fn a_workload(name: &str, node: &str, address: &str, ready: bool, enroll: Option<bool>) -> Object {
         Object::Workload(Arc::new(model::Workload {
             name: name.parse().unwrap(),
+            uid: String::new(),
             labels: [("app".to_owned(), "web".to_owned())].into(),
             enroll,
             mode: None,
@@ -281,7 +393,9 @@ mod tests {
             name: name.parse().unwrap(),
             addresses: vec!["10.96.0.1".parse().unwrap()],
             selector: selector.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-            ports: vec![Port { name: String::new(), port: 80, target: 8080 }],
+            ports: vec![Port { name: String::new(), port: 80, target: Some(8080) }],
+            distribution: Distribution::Any,
+            affinity: None,
         })
     }
 
@@ -291,6 +405,42 @@ mod tests {
             selector: Selector { labels, ..Selector::default() },
             ..Policy::new(name.parse().unwrap(), Action::Deny, vec![])
         })
+    }
+
+    #[test]
+    fn where_endpoints_are_is_told_of_services_that_it_matters_to_as_workloads_say_it_themselves() {
+        let zone = |workload: Object, zone: &str| {
+            let Object::Workload(workload) = workload else { panic!() };
+            let mut workload = Arc::unwrap_or_clone(workload);
+            workload.labels.insert(ZONE.into(), zone.into());
+            Object::Workload(Arc::new(workload))
+        };
+        let web = zone(a_workload("shop/web", "a", "10.0.0.1", true, None), "east");
+        let api = zone(a_workload("shop/api", "b", "10.0.0.2", true, None), "west");
+        let said = |address: &str, workload: Option<&str>, node: &str| model::SliceEndpoint {
+            address: address.parse().unwrap(),
+            workload: workload.map(|name| name.parse().unwrap()),
+            place: Place { node: node.into(), zone: String::new() },
+            ending: false,
+        };
+        let slice = Object::EndpointSlice(Arc::new(model::EndpointSlice {
+            name: "shop/of-web".parse().unwrap(),
+            service: "web".into(),
+            ports: vec![(String::new(), 8080)],
+            endpoints: vec![said("10.0.0.2", Some("shop/api"), "wrong"), said("192.0.2.1", None, "c")],
+        }));
+        for distribution in Distribution::ALL {
+            let Object::Service(service) = a_service("shop/web", &[("app", "web")]) else { panic!() };
+            let service = Object::Service(model::Service { distribution, affinity: Some(60), ..service });
+            let view = view(&[web.clone(), api.clone(), slice.clone(), service], &[], "a");
+            let service = Snapshot::new("a", "1", &view).unwrap();
+            let choice = &service.service(&"shop/web".parse().unwrap()).unwrap().choice;
+            assert_eq!((choice.distribution, choice.affinity), (distribution, Some(60)));
+            let places: Vec<_> =
+                choice.places.iter().map(|(at, it)| format!("{at} {} {}", it.node, it.zone)).collect();
+            let expected = ["10.0.0.1 a east", "10.0.0.2 b west", "192.0.2.1 c "];
+            assert_eq!(places, if distribution == Distribution::Any { &[][..] } else { &expected });
+        }
     }
 
     fn view(objects: &[Object], captured: &[&str], node: &str) -> NodeView {
@@ -440,7 +590,7 @@ mod tests {
             let after = common(&before, &[&before_objects[..], &after].concat());
             for node in ["n", "m"] {
                 let mut view = before.view(node);
-                view.apply(before.shared_diff(&after));
+                view.apply(before.changes(&after).shared);
                 view.apply(before.own(node).diff(&after.own(node)));
                 prop_assert_eq!(view, after.view(node));
             }

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use mesh_core::{
@@ -13,6 +14,7 @@ use mesh_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    conditions::{Conditions, Why},
     model::Model,
     store::{self, StoreError},
 };
@@ -69,6 +71,23 @@ pub struct Reports {
 }
 
 impl Reports {
+    /// What pods say of themselves, which all controllers read; of those that the model has in the same place.
+    pub fn of_pods(conditions: &Conditions, model: &Model) -> Self {
+        let of = |workload: &Arc<crate::model::Workload>| {
+            let pod = conditions.get(&workload.name)?;
+            let says = pod.says.as_ref().filter(|_| pod.uid == workload.uid && pod.node == workload.node)?;
+            let state = match says.reason {
+                Why::Captured => State::Enrolled,
+                Why::Pending => State::Pending,
+                Why::Failed => State::Failed,
+                Why::NotEnrolled | Why::Ended => return None,
+            };
+            let reason = if state == State::Enrolled { String::new() } else { says.message.clone() };
+            Some((workload.name.clone(), Reported { node: pod.node.clone(), state, reason }))
+        };
+        Self { by_workload: model.workloads.values().filter_map(of).collect() }
+    }
+
     /// Reads what was kept.
     pub fn load(path: &Path) -> Result<Self, ReportError> {
         let Some(bytes) = store::read(path)? else { return Ok(Self::default()) };
@@ -128,8 +147,6 @@ impl Reports {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::model::{Object, Workload};
 
@@ -139,6 +156,7 @@ mod tests {
             .map(|(name, node)| {
                 Object::Workload(Arc::new(Workload {
                     name: name.parse().unwrap(),
+                    uid: String::new(),
                     labels: BTreeMap::new(),
                     enroll: Some(true),
                     mode: None,
@@ -153,7 +171,7 @@ mod tests {
     }
 
     fn word(workload: &str, state: Enrolment) -> WorkloadReport {
-        WorkloadReport { workload: workload.into(), state: state.into(), reason: String::new() }
+        WorkloadReport { workload: workload.into(), state: state.into(), ..WorkloadReport::default() }
     }
 
     #[test]

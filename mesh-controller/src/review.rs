@@ -245,17 +245,20 @@ impl Review<'_> {
         if services.is_empty() || !selected.iter().all(in_a_service) {
             return;
         }
-        let ports: Vec<&model::Port> = services.iter().flat_map(|service| &service.ports).collect();
+        let ports = services.iter().flat_map(|service| &service.ports);
+        // A port that the workloads have a name for may be any.
+        let Some(ports) =
+            ports.map(|port| Some((port.port, port.target?))).collect::<Option<Vec<(u16, u16)>>>()
+        else {
+            return;
+        };
         let mut found = vec![];
         for (rule, place) in policy.rules.iter().zip(0..) {
-            let never = |asked: &&PortRange| !ports.iter().any(|port| asked.contains(port.target));
+            let never = |asked: &&PortRange| !ports.iter().any(|(_, target)| asked.contains(*target));
             for asked in rule.to.iter().flat_map(|target| &target.ports).filter(never) {
-                let cure = match ports.iter().find(|port| asked.contains(port.port)) {
-                    Some(port) => {
-                        format!(
-                            "a rule names the workload's port: write the Service's targetPort {}",
-                            port.target
-                        )
+                let cure = match ports.iter().find(|(port, _)| asked.contains(*port)) {
+                    Some((_, target)) => {
+                        format!("a rule names the workload's port: write the Service's targetPort {target}")
                     }
                     None => "write a targetPort of the workloads' Services, or add a Service".to_owned(),
                 };
@@ -274,8 +277,13 @@ impl Review<'_> {
             all.iter().filter(|workload| service.selects(&workload.labels)).cloned().collect();
         let ready =
             |workload: &&Arc<Workload>| self.model.workloads.get(&workload.name).is_some_and(|it| it.ready);
-        if service.selector.is_empty() {
-            let cure = "give it the labels of its workloads";
+        let of_service = |it: &&Arc<model::EndpointSlice>| {
+            (&it.name.namespace, &it.service) == (&key.name.namespace, &key.name.name)
+        };
+        if self.model.slices.values().any(|it| of_service(&it)) {
+            // They say who serves it, whatever its selector does.
+        } else if service.selector.is_empty() {
+            let cure = "give it the labels of its workloads, or write an EndpointSlice";
             self.warn(&key, "spec", "without a selector it has no endpoints", cure);
         } else if selected.is_empty() {
             let cure = selector_cure(&service.selector, all);
@@ -305,18 +313,16 @@ impl Review<'_> {
                     it.rules.iter().all(|rule| none(&rule.to))
                 })
         };
-        let never = |port: &&model::Port| {
-            !selected.is_empty() && selected.iter().all(|workload| closed(workload, port.target))
+        let never = |(_, target): &(u16, u16)| {
+            !selected.is_empty() && selected.iter().all(|workload| closed(workload, *target))
         };
-        for port in service.ports.iter().filter(never).collect::<Vec<_>>() {
+        let numbers = service.ports.iter().filter_map(|port| Some((port.port, port.target?)));
+        for (port, target) in numbers.filter(never).collect::<Vec<_>>() {
             self.warn(
                 key,
                 "spec.ports",
-                format!(
-                    "port {} is never served: no allow policy of its workloads names {}",
-                    port.port, port.target
-                ),
-                format!("add a rule for port {} to the workloads' AuthorizationPolicy", port.target),
+                format!("port {port} is never served: no allow policy of its workloads names {target}"),
+                format!("add a rule for port {target} to the workloads' AuthorizationPolicy"),
             );
         }
     }

@@ -47,11 +47,13 @@ pub enum Part {
     Kept,
     /// What agents said of their workloads.
     Reports,
+    /// The roots that are published.
+    Roots,
 }
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Authority, Self::Generation, Self::Kept, Self::Reports];
+    pub const ALL: [Self; 5] = [Self::Authority, Self::Generation, Self::Kept, Self::Reports, Self::Roots];
 
     /// The metric's label.
     pub const fn label(self) -> &'static str {
@@ -60,15 +62,17 @@ impl Part {
             Self::Generation => "generation",
             Self::Kept => "kept",
             Self::Reports => "reports",
+            Self::Roots => "roots",
         }
     }
 
     fn says(self) -> &'static str {
         match self {
-            Self::Authority => "the certificate authority's file",
+            Self::Authority => "the certificate authority",
             Self::Generation => "the count of starts",
             Self::Kept => "the last good versions of refused documents",
             Self::Reports => "what agents said of their workloads",
+            Self::Roots => "the ConfigMap of the roots",
         }
     }
 }

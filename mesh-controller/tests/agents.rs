@@ -12,7 +12,7 @@ use mesh_core::{
     wire::{
         self,
         proto::{
-            Ack, CertifyRequest, JoinRequest, RenewRequest, Report, ViewUpdate, WorkloadReport,
+            Ack, CertifyRequest, Hello, JoinRequest, RenewRequest, Report, ViewUpdate, Wants, WorkloadReport,
             workload_report::Enrolment,
         },
     },
@@ -146,6 +146,13 @@ fn apply(view: &mut NodeView, update: &ViewUpdate) {
     view.apply(wire::delta(update).unwrap());
 }
 
+/// The workloads that an update brings.
+fn view_of(update: &ViewUpdate) -> Vec<String> {
+    let mut view = NodeView::default();
+    view.apply(wire::delta(update).unwrap());
+    workloads(&view)
+}
+
 fn workloads(view: &NodeView) -> Vec<String> {
     let line = |resource: &Resource| match resource {
         Resource::Workload(it) => Some(format!("{} {} {}", it.name, it.addresses[0], it.captured)),
@@ -194,6 +201,55 @@ async fn a_watch_is_complete_then_changes_and_resumes_by_version() {
 }
 
 #[tokio::test]
+async fn an_agent_that_does_not_say_that_it_can_ask_is_told_everything_and_one_that_does_what_it_asks_for() {
+    let manifests = [
+        ("ns.yaml", world::namespace("shop")),
+        ("a.yaml", workload("web", "node-a", "10.0.0.1")),
+        ("b.yaml", workload("db", "node-b", "10.0.0.2")),
+        ("c.yaml", workload("api", "node-c", "10.0.0.3")),
+    ];
+    let world = World::start_with(&manifests, 0).await;
+    let (a, b) = (world.join("node-a").await, world.join("node-b").await);
+    let address = |last: u8| vec![10, 0, 0, last];
+    let mut old = world.watch(&a, "").await;
+    let update = old.update().await;
+    assert_eq!(
+        view_of(&update),
+        ["shop/api 10.0.0.3 false", "shop/db 10.0.0.2 false", "shop/web 10.0.0.1 false"]
+    );
+    assert!(update.upserts.iter().all(|it| it.key != "demand"), "it would refuse that");
+    // What it asks for nevertheless changes nothing.
+    old.say(Wants { asked: vec![address(9)], given_up: vec![] }).await;
+
+    let hello = Hello { by_demand: true, asked: vec![address(1)], ..Hello::default() };
+    let mut new = world.watch_as(&b, hello).await;
+    let update = new.update().await;
+    assert_eq!(view_of(&update), ["shop/db 10.0.0.2 false", "shop/web 10.0.0.1 false"]);
+    assert!(update.upserts.iter().any(|it| it.key == "demand"));
+    let mut view = NodeView::default();
+    apply(&mut view, &update);
+    // What is no address is nobody's business.
+    new.say(Wants { asked: vec![address(3), address(9), vec![1, 2, 3]], given_up: vec![address(1)] }).await;
+    let update = new.update().await;
+    assert!(!update.complete);
+    assert_eq!(update.removes, ["workload/shop/web"]);
+    apply(&mut view, &update);
+    assert_eq!(workloads(&view), ["shop/api 10.0.0.3 false", "shop/db 10.0.0.2 false"]);
+    assert!(update.upserts.iter().any(|it| it.key == "nobody/10.0.0.9"));
+
+    // The same agent after a downgrade: what it said before counts no more.
+    let mut downgraded = world.watch(&b, &update.version).await;
+    let update = downgraded.update().await;
+    assert_eq!(update.removes, ["demand", "nobody/10.0.0.9"]);
+    apply(&mut view, &update);
+    assert_eq!(workloads(&view).len(), 3);
+    world.write("d.yaml", &workload("late", "node-c", "10.0.0.4"));
+    assert_eq!(view_of(&old.update().await), ["shop/late 10.0.0.4 false"]);
+    assert_eq!(view_of(&downgraded.update().await), ["shop/late 10.0.0.4 false"]);
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn acks_and_errors_are_seen_in_the_status() {
     let world = World::start(&[("a.yaml", workload("web", "node-a", "10.0.0.1"))]).await;
     world.until("/api/v1/status", |text| text.contains("\"connected\":false")).await;
@@ -226,7 +282,7 @@ async fn a_captured_workload_is_seen_by_all_and_stays_so_over_a_restart() {
     let word = |workload: &str| WorkloadReport {
         workload: workload.into(),
         state: Enrolment::Enrolled.into(),
-        reason: String::new(),
+        ..WorkloadReport::default()
     };
     // What it says of another node's workload does not count.
     at_a.say(Report { workloads: vec![word("shop/db"), word("shop/web")] }).await;
@@ -351,7 +407,7 @@ async fn whoever_asks_too_often_is_told_so_and_nobody_else() {
     other.renew(RenewRequest { csr_der: world::csr().0 }).await.unwrap();
     // Over one connection: a handshake for each would take longer than the limit needs to recover.
     let mut stranger = world.enrolment().await;
-    let join = JoinRequest { node: "node-a".into(), token: "x".into(), csr_der: vec![] };
+    let join = JoinRequest { node: "node-a".into(), token: "x".into(), ..JoinRequest::default() };
     let mut joins = 0;
     while stranger.join(join.clone()).await.unwrap_err().code() != Code::ResourceExhausted {
         joins += 1;

@@ -13,27 +13,34 @@ use mesh_controller::source::{
 use serde_json::{Value, json};
 
 /// A document of each kind with all of its fields that mean something.
-fn documents() -> [Value; 4] {
+fn documents() -> [Value; 5] {
     let metadata = |labels: Value| json!({"name": "x", "namespace": "shop", "labels": labels});
     [
         json!({"apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": "x", "labels": {"nodemesh.io/enroll": "true", "nodemesh.io/mode": "strict"}}}),
         json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "Workload",
             "metadata": metadata(json!({"app": "web", "nodemesh.io/enroll": "true"})),
-            "spec": {"node": "a", "addresses": ["10.0.0.1"], "serviceAccount": "web", "ready": true}}),
+            "spec": {"node": "a", "uid": "0a7e5bfa", "addresses": ["10.0.0.1"], "serviceAccount": "web", "ready": true}}),
         json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata(json!({"app": "web"})),
             "spec": {"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "selector": {"app": "web"},
-                "type": "ClusterIP", "sessionAffinity": "None",
+                "type": "ClusterIP", "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
+                "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}}, "trafficDistribution": "PreferClose",
                 "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}]}}),
         json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata(json!({})),
             "spec": {"selector": {"matchLabels": {"app": "web"}}, "action": "Allow", "rules": [
                 {"from": [{"identities": ["spiffe://td/ns/shop/sa/web"], "namespaces": ["shop"],
                     "addressBlocks": ["10.0.0.0/8"]}], "to": [{"ports": [8080]}]}]}}),
+        json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": metadata(json!({"kubernetes.io/service-name": "web"})), "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.0.0.1"], "targetRef": {"kind": "Pod", "name": "w", "namespace": "shop"},
+                "nodeName": "a", "zone": "east",
+                "conditions": {"ready": false, "serving": true, "terminating": true}}],
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]}),
     ]
 }
 
 /// Fields without which a document is refused.
-const REQUIRED: [&str; 9] = [
+const REQUIRED: [&str; 11] = [
     "apiVersion",
     "kind",
     "metadata",
@@ -43,6 +50,8 @@ const REQUIRED: [&str; 9] = [
     "spec.addresses",
     "spec.action",
     "spec.ports[0].port",
+    "addressType",
+    "endpoints[0].addresses",
 ];
 /// Maps whose keys are the author's.
 const OPEN: [&str; 3] = ["metadata.labels", "spec.selector", "spec.selector.matchLabels"];
@@ -206,17 +215,32 @@ fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
         (1, "/metadata/labels", json!({ &long[..300]: "x" }), "not a label's key"),
         (1, "/metadata/labels/nodemesh.io~1enroll", json!(long), "not a label's value"),
         (1, "/spec/node", json!(long), "not a name"),
+        (1, "/spec/uid", json!(long), "not a pod's uid"),
+        (1, "/spec/uid", json!("../kubepods"), "not a pod's uid"),
         (1, "/spec/serviceAccount", json!(long), "not a name"),
         (1, "/spec/addresses", many(json!("10.0.0.1"), 17), "too many"),
         (1, "/spec/addresses/0", json!(long), "not an address"),
         (2, "/spec/clusterIP", json!(long), "not an address"),
         (2, "/spec/type", json!("ExternalName"), "not supported"),
-        (2, "/spec/sessionAffinity", json!(long), "not supported"),
+        (2, "/spec/sessionAffinity", json!(long), "not an affinity"),
+        (2, "/spec/sessionAffinityConfig/clientIP/timeoutSeconds", json!(86_401), "no time"),
+        (2, "/spec/internalTrafficPolicy", json!("local"), "not a policy"),
+        (2, "/spec/trafficDistribution", json!("PreferFar"), "not a distribution"),
         (2, "/spec/ports/0/name", json!(long), "at most 63"),
         (2, "/spec/ports/0/protocol", json!(long), "not a protocol"),
         (2, "/spec/ports/0/port", json!(70_000), ""),
         (2, "/spec/ports/0/port", json!(-1), ""),
         (2, "/spec/ports/0/targetPort", json!(0), "0 is not a port"),
+        (2, "/spec/ports/0/targetPort", json!(long), "not a port"),
+        (4, "/addressType", json!(long), "not a type of address"),
+        (4, "/endpoints", many(json!({"addresses": ["10.0.0.1"]}), 1025), "too many"),
+        (4, "/endpoints/0/addresses", json!([]), "has to have an address"),
+        (4, "/endpoints/0/addresses/0", json!(long), "not an address"),
+        (4, "/endpoints/0/zone", json!(long), "at most 253"),
+        (4, "/ports", many(json!({"port": 1}), 1025), "too many"),
+        (4, "/ports/0/name", json!(long), "at most 63"),
+        (4, "/ports/0/port", json!(0), "0 is not a port"),
+        (4, "/ports/0/protocol", json!(long), "not a protocol"),
         (2, "/spec/ports", many(json!({"port": 1}), 1025), "too many"),
         (3, "/spec/action", json!(long), "not an action"),
         (3, "/spec/rules", many(json!({}), 1025), "too many"),

@@ -6,7 +6,11 @@
 //!
 //! Pure: the caller brings the time and the random numbers, and keeps one [`Load`] per endpoint.
 
-use std::time::Duration;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 /// How fast the average forgets: after this long without a sample, about a third of the old value is left.
 const DECAY: Duration = Duration::from_secs(10);
@@ -67,10 +71,7 @@ impl Load {
 ///
 /// Ejected endpoints are chosen only if all are ejected: refusing everything would be worse than trying.
 pub fn pick(loads: &[Load], now: Duration, random: (u32, u32, u32)) -> Option<usize> {
-    let mut candidates: Vec<usize> = (0..loads.len()).filter(|&i| !loads[i].ejected(now)).collect();
-    if candidates.is_empty() {
-        candidates = (0..loads.len()).collect();
-    }
+    let candidates = serving(loads, now);
     let count = candidates.len();
     if count <= 1 {
         return candidates.first().copied();
@@ -81,6 +82,26 @@ pub fn pick(loads: &[Load], now: Duration, random: (u32, u32, u32)) -> Option<us
     let (cost_a, cost_b) = (loads[a].cost(), loads[b].cost());
     let share_of_a = cost_b / (cost_a + cost_b);
     Some(if f64::from(random.2) / f64::from(u32::MAX) <= share_of_a { a } else { b })
+}
+
+/// The indices of those that are not ejected; all of them if all are.
+pub fn serving(loads: &[Load], now: Duration) -> Vec<usize> {
+    let serving: Vec<usize> = (0..loads.len()).filter(|&i| !loads[i].ejected(now)).collect();
+    if serving.is_empty() { (0..loads.len()).collect() } else { serving }
+}
+
+/// The index of the endpoint that a client has whenever the endpoints are these, whoever asks: the one with the highest
+/// number that client and endpoint give together (rendezvous hashing). `None` if there are none.
+///
+/// So a client whose endpoint is not remembered, by another agent or after a restart, still comes to the same one.
+pub fn settled(client: IpAddr, endpoints: &[SocketAddr]) -> Option<usize> {
+    let weight = |endpoint: &SocketAddr| {
+        // Not for security: without keys it is the same everywhere.
+        let mut hasher = DefaultHasher::new();
+        (client, endpoint).hash(&mut hasher);
+        hasher.finish()
+    };
+    (0..endpoints.len()).max_by_key(|index| weight(&endpoints[*index]))
 }
 
 #[cfg(test)]
@@ -124,6 +145,21 @@ mod tests {
             load.failed(Duration::ZERO);
         }
         assert!(load.ejected(EJECTION_MAX - MS) && !load.ejected(EJECTION_MAX));
+    }
+
+    #[test]
+    fn a_client_moves_only_when_its_own_endpoint_goes_and_clients_are_spread() {
+        let endpoints: Vec<SocketAddr> = (1..=4).map(|n| SocketAddr::from(([10, 0, 0, n], 80))).collect();
+        let fewer = &endpoints[..3];
+        let mut had = [0; 4];
+        for n in 0..=255 {
+            let client = IpAddr::from([10, 1, 0, n]);
+            let index = settled(client, &endpoints).unwrap();
+            had[index] += 1;
+            assert!(index == 3 || settled(client, fewer) == Some(index));
+        }
+        assert!(had.iter().all(|clients| (32..96).contains(clients)), "{had:?}");
+        assert_eq!(settled([10, 1, 0, 1].into(), &[]), None);
     }
 
     proptest! {

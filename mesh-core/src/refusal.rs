@@ -63,6 +63,8 @@ reasons! {
         cure "check that the source's service account and address agree with its Workload";
     SourceNotCovered = "source_not_covered" at Identify, "OPEN names a source that the certificate does not cover",
         cure "this is an attack or a broken agent: look at the source node";
+    SourceUnanswered = "source_unanswered" at Identify, "The controller has not said in time whose address the source's is",
+        cure "check that the agent reaches the controller: meshctl status";
     HandshakeFailed = "handshake_failed" at Identify, "The source's TLS handshake failed",
         cure "look at both agents' logs: certificate, trust domain and clock of the source";
     HandshakeTimeout = "handshake_timeout" at Identify, "The source did not finish its TLS handshake in time",
@@ -93,6 +95,8 @@ reasons! {
         cure "check the Service's selector and the readiness of the workloads: meshctl get services";
     DestinationUnknown = "destination_unknown" at Route, "The destination is not a workload of this node",
         cure "the source's view may be old: meshctl status";
+    DestinationUnanswered = "destination_unanswered" at Route, "The controller has not said in time whose address the destination is, and the source is strict",
+        cure "check that the agent reaches the controller: meshctl status; if it does, the source asks for more addresses than it may: nodemesh_limit_hits_total{limit=\"addresses\"}";
     DestinationNotCaptured = "destination_not_captured" at Route, "The destination is strict and not captured yet, so it would be plaintext",
         cure "wait for its enrolment, or read why it failed: meshctl get workloads";
     PlaintextToStrict = "plaintext_to_strict" at Authorize, "The destination is strict and the source spoke plaintext",
@@ -135,6 +139,8 @@ reasons! {
         cure "find what opens so many connections: the access log has the source";
     LimitDescriptors = "limit_descriptors" at Connect, "The agent may open no more files, or the workload has as many connections as are left for all others of the node",
         cure "raise the agent's limit of open files (LimitNOFILE of its service), or find what holds so many connections";
+    LimitStalled = "limit_stalled" at Relay, "So much waits for a reader who does not read that there is no room for more of it",
+        cure "find who does not read: the access log has both ends; raise --stalled-memory if so many may be slow at once";
     DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
         cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",

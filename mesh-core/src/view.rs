@@ -5,7 +5,7 @@
 //! [`Snapshot`] off the hot path. Applying `diff(a, b)` to `a` always gives `b`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -14,8 +14,14 @@ use serde::Serialize;
 
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    model::{Name, Policy, Service, Workload},
+    model::{IpNet, Name, Policy, Service, Workload},
 };
+
+/// Most addresses that a node may ask for at a time: what a view by demand is bounded by.
+pub const MAX_ASKED: usize = 32_768;
+/// Most blocks of a [`Demand`]: each is looked through for every address that is not known, and is an entry of a map of
+/// the kernel programs.
+pub const MAX_BLOCKS: usize = 128;
 
 /// What the whole mesh shares.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -27,11 +33,23 @@ pub struct Mesh {
     pub roots: Vec<Vec<u8>>,
 }
 
+/// That a view is by demand: it has the node's own workloads and what their addresses were asked for, and of everything
+/// else says nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Demand {
+    /// Every address of the mesh is in one of these. What is in none is outside of the mesh, and need not be asked for.
+    pub blocks: Vec<IpNet>,
+}
+
 /// What a resource is called; unique within a view. Printed as `workload/NS/NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Key {
     /// The one [`Mesh`].
     Mesh,
+    /// The one [`Demand`].
+    Demand,
+    /// An address that is nobody's.
+    Nobody(IpAddr),
     /// A workload.
     Workload(Name),
     /// A service.
@@ -44,6 +62,8 @@ impl std::fmt::Display for Key {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Mesh => f.write_str("mesh"),
+            Self::Demand => f.write_str("demand"),
+            Self::Nobody(address) => write!(f, "nobody/{address}"),
             Self::Workload(name) => write!(f, "workload/{name}"),
             Self::Service(name) => write!(f, "service/{name}"),
             Self::Policy(name) => write!(f, "policy/{name}"),
@@ -55,10 +75,15 @@ impl std::str::FromStr for Key {
     type Err = crate::model::NameError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let bad = || crate::model::NameError(text.chars().take(300).collect());
-        if text == "mesh" {
-            return Ok(Self::Mesh);
+        match text {
+            "mesh" => return Ok(Self::Mesh),
+            "demand" => return Ok(Self::Demand),
+            _ => {}
         }
         let (kind, name) = text.split_once('/').ok_or_else(bad)?;
+        if kind == "nobody" {
+            return name.parse().map(Self::Nobody).map_err(|_| bad());
+        }
         let name: Name = name.parse()?;
         match kind {
             "workload" => Ok(Self::Workload(name)),
@@ -74,6 +99,10 @@ impl std::str::FromStr for Key {
 pub enum Resource {
     /// What the whole mesh shares.
     Mesh(Arc<Mesh>),
+    /// There is more than this view has.
+    Demand(Arc<Demand>),
+    /// An address that was asked for, and that neither a workload nor a service has.
+    Nobody(IpAddr),
     /// A workload of any node.
     Workload(Arc<Workload>),
     /// A service.
@@ -87,6 +116,8 @@ impl Resource {
     pub fn key(&self) -> Key {
         match self {
             Self::Mesh(_) => Key::Mesh,
+            Self::Demand(_) => Key::Demand,
+            Self::Nobody(address) => Key::Nobody(*address),
             Self::Workload(workload) => Key::Workload(workload.name.clone()),
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Policy(policy) => Key::Policy(policy.name.clone()),
@@ -128,6 +159,21 @@ impl NodeView {
         self.resources.values()
     }
 
+    /// How many resources it has.
+    pub fn len(&self) -> usize {
+        self.resources.len()
+    }
+
+    /// Whether it has nothing.
+    pub fn is_empty(&self) -> bool {
+        self.resources.is_empty()
+    }
+
+    /// Puts a resource in; whether none had its name before.
+    pub fn insert(&mut self, resource: Resource) -> bool {
+        self.resources.insert(resource.key(), resource).is_none()
+    }
+
     /// What has to be applied to `self` to get `next`.
     pub fn diff(&self, next: &Self) -> Delta {
         let changed = |(key, resource): &(&Key, &Resource)| self.resources.get(key) != Some(resource);
@@ -167,6 +213,8 @@ pub struct Snapshot {
     policies: BTreeMap<Name, Arc<Policy>>,
     identities: HashMap<Name, Arc<SpiffeId>>,
     ambiguous: BTreeSet<IpAddr>,
+    demand: Option<Arc<Demand>>,
+    nobody: HashSet<IpAddr>,
 }
 
 /// Why a view cannot be put in force.
@@ -190,13 +238,15 @@ impl Snapshot {
     ///
     /// An address that two workloads claim belongs to neither: [`Snapshot::ambiguous`] lists it.
     pub fn new(node: &str, version: &str, view: &NodeView) -> Result<Self, SnapshotError> {
-        let mut mesh = None;
+        let (mut mesh, mut demand, mut nobody) = (None, None, HashSet::new());
         let mut workloads = BTreeMap::new();
         let mut services = BTreeMap::new();
         let mut policies = BTreeMap::new();
         for resource in view.resources() {
             match resource {
                 Resource::Mesh(found) => mesh = Some(found.clone()),
+                Resource::Demand(found) => demand = Some(found.clone()),
+                Resource::Nobody(address) => drop(nobody.insert(*address)),
                 Resource::Workload(found) => drop(workloads.insert(found.name.clone(), found.clone())),
                 Resource::Service(found) => drop(services.insert(found.name.clone(), found.clone())),
                 Resource::Policy(found) => drop(policies.insert(found.name.clone(), found.clone())),
@@ -236,6 +286,8 @@ impl Snapshot {
             policies,
             identities,
             ambiguous,
+            demand,
+            nobody,
         })
     }
 
@@ -262,6 +314,26 @@ impl Snapshot {
     /// Who has this address; `None` for addresses outside of the mesh and for ambiguous ones.
     pub fn owner(&self, address: IpAddr) -> Option<&Owner> {
         self.by_address.get(&address)
+    }
+
+    /// Whether the view says what this address is. One by demand does not of what it was not asked for; then
+    /// [`Snapshot::owner`] has nobody, which means nothing.
+    pub fn knows(&self, address: IpAddr) -> bool {
+        let Some(demand) = &self.demand else { return true };
+        self.by_address.contains_key(&address)
+            || self.ambiguous.contains(&address)
+            || self.nobody.contains(&address)
+            || !demand.blocks.iter().any(|block| block.contains(&address))
+    }
+
+    /// Set if the view has not everything.
+    pub fn demand(&self) -> Option<&Demand> {
+        self.demand.as_deref()
+    }
+
+    /// The addresses that were asked for and are nobody's.
+    pub fn nobody(&self) -> impl Iterator<Item = IpAddr> {
+        self.nobody.iter().copied()
     }
 
     /// The workload with this address.
@@ -342,6 +414,7 @@ pub(crate) mod tests {
     pub(crate) fn workload(name: &str, address: &str, node: &str) -> Workload {
         Workload {
             name: Name::new("shop", name),
+            uid: String::new(),
             node: node.into(),
             service_account: name.into(),
             addresses: vec![address.parse().expect("an address")],
@@ -374,10 +447,39 @@ pub(crate) mod tests {
 
     #[test]
     fn keys_print_and_parse_the_same() {
-        for text in ["mesh", "workload/shop/web", "service/shop/web", "policy/shop/web"] {
+        for text in [
+            "mesh",
+            "demand",
+            "nobody/10.0.0.1",
+            "nobody/fd00::1",
+            "workload/shop/web",
+            "service/shop/web",
+            "policy/shop/web",
+        ] {
             assert_eq!(text.parse::<Key>().unwrap().to_string(), text);
         }
         assert!("pod/shop/web".parse::<Key>().is_err());
         assert!("workload/web".parse::<Key>().is_err());
+        assert!("nobody/web".parse::<Key>().is_err());
+    }
+
+    #[test]
+    fn a_view_by_demand_knows_its_own_what_was_answered_and_what_is_outside_of_every_block() {
+        let own = Resource::Workload(Arc::new(workload("a", "10.0.0.1", "n")));
+        let demand = Demand { blocks: vec!["10.0.0.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()] };
+        let asked = "10.0.0.9".parse().unwrap();
+        let parts = [mesh(), own.clone(), Resource::Demand(Arc::new(demand)), Resource::Nobody(asked)];
+        let snapshot = Snapshot::new("n", "1", &parts.into_iter().collect()).unwrap();
+        for (address, known) in [
+            ("10.0.0.1", true),
+            ("10.0.0.9", true),
+            ("10.0.0.8", false),
+            ("10.0.1.8", true),
+            ("fd00::1", false),
+        ] {
+            assert_eq!(snapshot.knows(address.parse().unwrap()), known, "{address}");
+        }
+        let whole = Snapshot::new("n", "1", &[mesh(), own].into_iter().collect()).unwrap();
+        assert!(whole.knows("10.0.0.8".parse().unwrap()), "what a whole view does not have is outside");
     }
 }

@@ -38,6 +38,7 @@ pub fn update(version: String, complete: bool, delta: &view::Delta) -> proto::Vi
         upserts: delta.upserts.iter().map(resource_to_proto).collect(),
         removes: delta.removes.iter().map(ToString::to_string).collect(),
         now_unix_ms: 0,
+        asked: Vec::new(),
     }
 }
 
@@ -63,6 +64,10 @@ fn resource_to_proto(resource: &view::Resource) -> proto::Resource {
             trust_domain: mesh.trust_domain.to_string(),
             roots_der: mesh.roots.clone(),
         }),
+        view::Resource::Demand(demand) => {
+            Body::Demand(proto::Demand { blocks: demand.blocks.iter().map(ToString::to_string).collect() })
+        }
+        view::Resource::Nobody(address) => Body::Nobody(proto::Nobody { address: address_to_proto(address) }),
         view::Resource::Workload(workload) => Body::Workload(workload_to_proto(workload)),
         view::Resource::Service(service) => Body::Service(service_to_proto(service)),
         view::Resource::Policy(policy) => Body::AuthorizationPolicy(policy_to_proto(policy)),
@@ -80,6 +85,10 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
                 .map_err(|e| error(key, "trust_domain", e))?,
             roots: mesh.roots_der.clone(),
         })),
+        Some(Body::Demand(demand)) => view::Resource::Demand(Arc::new(demand_from_proto(key, demand)?)),
+        Some(Body::Nobody(nobody)) => {
+            view::Resource::Nobody(address_from_proto(key, "address", &nobody.address)?)
+        }
         Some(Body::Workload(workload)) => {
             view::Resource::Workload(Arc::new(workload_from_proto(key, workload)?))
         }
@@ -94,6 +103,25 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
     Ok(converted)
 }
 
+fn demand_from_proto(key: &str, demand: &proto::Demand) -> Result<view::Demand, WireError> {
+    if demand.blocks.len() > view::MAX_BLOCKS {
+        let said = format_args!("{} blocks, at most {} can be", demand.blocks.len(), view::MAX_BLOCKS);
+        return Err(error(key, "blocks", said));
+    }
+    let blocks = demand.blocks.iter().map(|text| text.parse().map_err(|e| error(key, "blocks", e)));
+    Ok(view::Demand { blocks: blocks.collect::<Result<_, _>>()? })
+}
+
+/// Addresses as messages carry them.
+pub fn addresses<'a>(of: impl IntoIterator<Item = &'a IpAddr>) -> Vec<Vec<u8>> {
+    of.into_iter().map(address_to_proto).collect()
+}
+
+/// The addresses of a message; what is none is left out.
+pub fn addresses_of(sent: &[Vec<u8>]) -> impl Iterator<Item = IpAddr> {
+    sent.iter().filter_map(|bytes| address_from_proto("", "addresses", bytes).ok())
+}
+
 /// A name that is printed and read as itself: what an update adds by it, another can remove by it.
 fn name_from_proto(key: &str, namespace: &str, name: &str) -> Result<model::Name, WireError> {
     format!("{namespace}/{name}").parse().map_err(|e| error(key, "name", e))
@@ -103,6 +131,7 @@ fn workload_to_proto(workload: &model::Workload) -> proto::Workload {
     proto::Workload {
         namespace: workload.name.namespace.clone(),
         name: workload.name.name.clone(),
+        uid: workload.uid.clone(),
         node: workload.node.clone(),
         service_account: workload.service_account.clone(),
         addresses: workload.addresses.iter().map(address_to_proto).collect(),
@@ -120,6 +149,7 @@ fn workload_to_proto(workload: &model::Workload) -> proto::Workload {
 fn workload_from_proto(key: &str, workload: &proto::Workload) -> Result<model::Workload, WireError> {
     Ok(model::Workload {
         name: name_from_proto(key, &workload.namespace, &workload.name)?,
+        uid: workload.uid.clone(),
         node: workload.node.clone(),
         service_account: workload.service_account.clone(),
         addresses: addresses_from_proto(key, "addresses", &workload.addresses)?,
@@ -142,7 +172,7 @@ fn service_to_proto(service: &model::Service) -> proto::Service {
             .endpoints
             .iter()
             .map(|endpoint| proto::Endpoint {
-                workload: endpoint.workload.to_string(),
+                workload: endpoint.workload.as_ref().map(ToString::to_string).unwrap_or_default(),
                 address: address_to_proto(&endpoint.address),
                 port: endpoint.port.into(),
             })
@@ -153,16 +183,39 @@ fn service_to_proto(service: &model::Service) -> proto::Service {
         name: service.name.name.clone(),
         addresses: service.addresses.iter().map(address_to_proto).collect(),
         ports: service.ports.iter().map(port).collect(),
+        affinity_seconds: service.choice.affinity.unwrap_or(0),
+        distribution: match service.choice.distribution {
+            model::Distribution::Any => proto::Distribution::Any,
+            model::Distribution::SameZone => proto::Distribution::SameZone,
+            model::Distribution::SameNode => proto::Distribution::SameNode,
+            model::Distribution::OnlySameNode => proto::Distribution::OnlySameNode,
+        }
+        .into(),
+        places: service
+            .choice
+            .places
+            .iter()
+            .map(|(address, place)| proto::Place {
+                address: address_to_proto(address),
+                node: place.node.clone(),
+                zone: place.zone.clone(),
+            })
+            .collect(),
     }
 }
 
 fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Service, WireError> {
     let endpoint = |endpoint: &proto::Endpoint| {
+        let workload = (!endpoint.workload.is_empty()).then(|| endpoint.workload.parse()).transpose();
         Ok(model::Endpoint {
-            workload: endpoint.workload.parse().map_err(|e| error(key, "ports.endpoints.workload", e))?,
+            workload: workload.map_err(|e| error(key, "ports.endpoints.workload", e))?,
             address: address_from_proto(key, "ports.endpoints.address", &endpoint.address)?,
             port: port_from_proto(key, "ports.endpoints.port", endpoint.port)?,
         })
+    };
+    let place = |place: &proto::Place| {
+        let address = address_from_proto(key, "places.address", &place.address)?;
+        Ok((address, model::Place { node: place.node.clone(), zone: place.zone.clone() }))
     };
     let port = |port: &proto::ServicePort| {
         Ok(model::ServicePort {
@@ -175,6 +228,17 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
         name: name_from_proto(key, &service.namespace, &service.name)?,
         addresses: addresses_from_proto(key, "addresses", &service.addresses)?,
         ports: service.ports.iter().map(port).collect::<Result<_, _>>()?,
+        choice: model::Choice {
+            distribution: match proto::Distribution::try_from(service.distribution) {
+                Ok(proto::Distribution::Any) => model::Distribution::Any,
+                Ok(proto::Distribution::SameZone) => model::Distribution::SameZone,
+                Ok(proto::Distribution::SameNode) => model::Distribution::SameNode,
+                Ok(proto::Distribution::OnlySameNode) => model::Distribution::OnlySameNode,
+                Err(_) => return Err(error(key, "distribution", UNKNOWN)),
+            },
+            affinity: Some(service.affinity_seconds).filter(|seconds| *seconds > 0),
+            places: service.places.iter().map(place).collect::<Result<_, _>>()?,
+        },
     })
 }
 
@@ -356,6 +420,7 @@ mod tests {
         let name = Name::new("shop", "web");
         let workload = Workload {
             name: name.clone(),
+            uid: "0a7e5bfa-1f6c-4b8e-9d53-0c1d6c1f0b11".into(),
             node: "node-a".into(),
             service_account: "web".into(),
             addresses: vec!["10.1.0.11".parse().unwrap()],
@@ -434,6 +499,15 @@ mod tests {
         check_refused(|_, policy| policy.enforcement = 99, "enforcement");
         check_refused(|_, policy| policy.expressions[0].operator = 99, "expressions.operator");
         let mut bad = update_of_two();
+        let too_many = proto::Demand { blocks: vec!["10.0.0.0/8".into(); view::MAX_BLOCKS + 1] };
+        for (demand, field) in
+            [(too_many, "blocks"), (proto::Demand { blocks: vec!["10.0.0.0/33".into()] }, "blocks")]
+        {
+            let body = Some(proto::resource::Body::Demand(demand));
+            let upserts = vec![proto::Resource { key: "demand".into(), body }];
+            let error = delta(&proto::ViewUpdate { upserts, ..Default::default() }).unwrap_err();
+            assert_eq!((error.key.as_str(), error.field), ("demand", field));
+        }
         bad.upserts[1].body = None; // a kind that is not known decodes to nothing
         assert_eq!(delta(&bad).unwrap_err().field, "body");
     }

@@ -16,6 +16,8 @@ pub const INNER_PORTS: RangeInclusive<u16> = 10_000..=31_999;
 /// Entries of the map of captured addresses. When the mesh has more, the agent sets [`FLAG_CAPTURE_ALL`], so that
 /// what did not fit is captured too.
 pub const MAX_DESTINATIONS: u32 = 65_536;
+/// Entries of the map of blocks that are captured whole.
+pub const MAX_BLOCKS: u32 = 128;
 /// Enrolled workloads of one node; the agent refuses to enrol more and says so.
 pub const MAX_WORKLOADS: u32 = 1_024;
 /// Listeners: two directions, two families for each workload.

@@ -124,6 +124,19 @@ pub fn to_pod(workload: Guarded, network: &Network, facts: &impl Facts) -> Verdi
     }
 }
 
+/// Whether a packet may leave a pod that is not known yet: what finds neighbours and names, and what answers the node.
+/// Everything else is dropped, and sent again by whoever means it.
+#[inline(always)]
+pub fn passes_a_hold(network: &Network, facts: &impl Facts) -> bool {
+    match network.transport {
+        Transport::Icmp => true,
+        Transport::HopByHop => facts.hop_by_hop_icmp(),
+        Transport::Udp => facts.dns(),
+        Transport::Tcp => facts.probe(),
+        Transport::Hidden | Transport::Other => false,
+    }
+}
+
 #[inline(always)]
 fn not_tcp(strict: bool, network: &Network, facts: &impl Facts) -> Verdict {
     match network.transport {
@@ -269,6 +282,22 @@ mod tests {
         check_other(PERMISSIVE, Transport::Hidden, APP, Verdict::Drop(KernelReason::Unparsable));
         check_other(STRICT, Transport::Icmp, APP, Verdict::Pass);
         check_other(STRICT, Transport::HopByHop, APP, Verdict::Drop(KernelReason::Unparsable));
+    }
+
+    #[test]
+    fn a_pod_that_is_not_known_yet_asks_for_names_and_answers_the_node_and_nothing_else() {
+        let check = |transport, known, expected| {
+            assert_eq!(passes_a_hold(&network(transport), &known), expected);
+        };
+        check(Transport::Tcp, APP, false);
+        check(Transport::Tcp, Known { captured: false, ..APP }, false);
+        check(Transport::Tcp, Known { probe: true, ..APP }, true);
+        check(Transport::Udp, APP, false);
+        check(Transport::Udp, Known { dns: true, ..APP }, true);
+        check(Transport::Icmp, APP, true);
+        for other in [Transport::HopByHop, Transport::Hidden, Transport::Other] {
+            check(other, APP, false);
+        }
     }
 
     #[test]

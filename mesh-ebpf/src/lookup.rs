@@ -1,12 +1,7 @@
-//! Contact with the kernel's search for a listener: what the context of `sk_lookup` tells, and the answer.
+//! Contact with the kernel's search for a listener: what the context of `sk_lookup` tells.
 
-use aya_ebpf::{
-    EbpfContext as _, bindings::bpf_sk_lookup, helpers::bpf_sk_assign, maps::SockHash,
-    programs::SkLookupContext,
-};
-use mesh_ebpf::abi::{Address, FourTuple, ListenerKey};
-
-use crate::skb::{listener, release};
+use aya_ebpf::{EbpfContext as _, bindings::bpf_sk_lookup, programs::SkLookupContext};
+use mesh_ebpf::abi::{Address, FourTuple};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -60,18 +55,4 @@ unsafe fn words(address: *const [u32; 4]) -> [u32; 4] {
             first.add(3).read_volatile(),
         ]
     }
-}
-
-/// Answers with a listener of the agent; fails when there is none.
-#[inline(always)]
-pub(crate) fn assign(
-    ctx: &SkLookupContext,
-    listeners: &'static SockHash<ListenerKey>,
-    key: &ListenerKey,
-) -> bool {
-    let Some(socket) = listener(listeners, key) else { return false };
-    // SAFETY: context and socket are valid; the kernel takes a reference of its own.
-    let assigned = unsafe { bpf_sk_assign(ctx.as_ptr(), socket.cast(), 0) } == 0;
-    release(socket);
-    assigned
 }

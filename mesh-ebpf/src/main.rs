@@ -8,6 +8,7 @@
 //! | `find_listener` | socket lookup in the pod | the same for those that use a 4-tuple again that is in TIME_WAIT |
 //! | `guard_from_pod` | TCX ingress of the node's end | refuses what is not the agent's |
 //! | `guard_to_pod` | TCX egress of the node's end | recognises the node's own connections |
+//! | `hold_new` | TCX ingress of the node's end | keeps what a pod sends before it is known |
 //!
 //! Maps are pinned: they and the programs outlive the agent. Each says its size, its eviction, and what happens when
 //! it is full.
@@ -24,15 +25,15 @@ use aya_ebpf::{
     },
     helpers::bpf_redirect,
     macros::{classifier, map, sk_lookup},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash, lpm_trie::Key},
     programs::{SkLookupContext, TcContext},
 };
 use aya_log_ebpf::warn;
 use mesh_ebpf::{
     abi::{
         AGENT_MARK, Address, CAPTURED_MARK, Config, Direction, FLAG_CAPTURE_ALL, FourTuple, Guarded,
-        KERNEL_REASONS, KernelReason, ListenerKey, MARK_MASK, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES,
-        MAX_REOPENED, MAX_WORKLOADS, ProbeKey, SourceKey,
+        KERNEL_REASONS, KernelReason, ListenerKey, MARK_MASK, MAX_BLOCKS, MAX_DESTINATIONS, MAX_LISTENERS,
+        MAX_PROBES, MAX_REOPENED, MAX_WORKLOADS, ProbeKey, SourceKey,
     },
     capture::{self, Holder},
     guard,
@@ -45,6 +46,11 @@ use skb::Packet;
 /// `FLAG_CAPTURE_ALL`.
 #[map]
 static DESTINATIONS: HashMap<Address, u32> = HashMap::pinned(MAX_DESTINATIONS, 0);
+
+/// Blocks of addresses whose connections are captured, known or not: where the agent knows a part of the mesh only, all
+/// of it is in these. Written by the agent, which has no more of them than fit.
+#[map]
+static BLOCKS: LpmTrie<Address, u32> = LpmTrie::pinned(MAX_BLOCKS, 0);
 
 /// The agent's listeners. Entries vanish with their sockets; when it is full the agent enrols no further workload.
 #[map]
@@ -68,6 +74,11 @@ static PROBES: LruHashMap<ProbeKey, u32> = LruHashMap::pinned(MAX_PROBES, 0);
 /// recently used evicted: entries stay only of packets that the kernel took for old ones.
 #[map]
 static REOPENED: LruHashMap<FourTuple, u32> = LruHashMap::pinned(MAX_REOPENED, 0);
+
+/// Veths of pods that are not known yet, by the index of the node's end, and until when they are held, in ns of the
+/// monotonic clock. Written by the agent; when it is full, further ones are not held, and the agent says so.
+#[map]
+static HELD: HashMap<u32, u64> = HashMap::pinned(MAX_WORKLOADS, 0);
 
 /// The agent's settings: one entry.
 #[map]
@@ -166,7 +177,11 @@ fn find_listener(ctx: SkLookupContext) -> u32 {
     let _ = REOPENED.remove(&tuple);
     let outbound = direction == Direction::Outbound as u32;
     let address = if outbound { tuple.source } else { tuple.destination };
-    if lookup::assign(&ctx, &LISTENERS, &ListenerKey { address, direction }) { SK_PASS } else { SK_DROP }
+    if skb::assign_listener(&ctx, &LISTENERS, &ListenerKey { address, direction }) {
+        SK_PASS
+    } else {
+        SK_DROP
+    }
 }
 
 #[classifier]
@@ -202,6 +217,23 @@ fn guard_to_pod(ctx: TcContext) -> i32 {
         guard::Verdict::Pass => TC_ACT_UNSPEC,
         guard::Verdict::Reset(reason) | guard::Verdict::Drop(reason) => drop(&ctx, &packet, reason),
     }
+}
+
+#[classifier]
+fn hold_new(ctx: TcContext) -> i32 {
+    // SAFETY: the agent replaces entries whole; the value is copied.
+    let Some(until) = (unsafe { HELD.get(&skb::ifindex(&ctx)) }).copied() else { return TC_ACT_UNSPEC };
+    if skb::now_ns() >= until {
+        return TC_ACT_UNSPEC;
+    }
+    let passes = match Packet::read(&ctx) {
+        Some(packet) => {
+            let facts = NodeFacts { ctx: &ctx, packet: &packet, peer: packet.network.destination };
+            guard::passes_a_hold(&packet.network, &facts)
+        }
+        None => matches!(skb::frame(&ctx), guard::Frame::Arp),
+    };
+    if passes { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
 }
 
 /// Remembers a connection that a socket of the node's own namespace opens, and forgets any other with its 4-tuple.
@@ -248,6 +280,7 @@ fn may_send_from(ctx: &TcContext, address: Address) -> bool {
 fn captured(address: &Address) -> bool {
     // SAFETY: only whether there is a value matters.
     unsafe { DESTINATIONS.get(address) }.is_some()
+        || BLOCKS.get(&Key::new(128, *address)).is_some()
         || CONFIG.get(0).is_some_and(|config| config.flags & FLAG_CAPTURE_ALL != 0)
 }
 

@@ -1,7 +1,7 @@
 //! Contact with the packet and with sockets: every helper call of the programs that takes a pointer.
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::{
         __sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple,
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Tuple4,
@@ -230,15 +230,16 @@ pub(crate) fn has_listener(listeners: &'static SockHash<ListenerKey>, key: &List
     true
 }
 
-/// Hands the packet to a listener of the agent; fails when there is none in this namespace.
+/// Hands the packet, or the search for its listener, to a listener of the agent; fails when there is none, and for a
+/// packet when it is of another namespace.
 #[inline(always)]
 pub(crate) fn assign_listener(
-    ctx: &TcContext,
+    ctx: &impl EbpfContext,
     listeners: &'static SockHash<ListenerKey>,
     key: &ListenerKey,
 ) -> bool {
     let Some(socket) = listener(listeners, key) else { return false };
-    // SAFETY: context and socket are valid; the kernel refuses a socket of another namespace.
+    // SAFETY: context and socket are valid; the kernel takes a reference of its own.
     let assigned = unsafe { bpf_sk_assign(ctx.as_ptr(), socket.cast(), 0) } == 0;
     release(socket);
     assigned
@@ -246,10 +247,7 @@ pub(crate) fn assign_listener(
 
 /// The agent's listener, with a reference that has to be given back.
 #[inline(always)]
-pub(crate) fn listener(
-    listeners: &'static SockHash<ListenerKey>,
-    key: &ListenerKey,
-) -> Option<*mut bpf_sock> {
+fn listener(listeners: &'static SockHash<ListenerKey>, key: &ListenerKey) -> Option<*mut bpf_sock> {
     let map = core::ptr::from_ref(listeners).cast_mut().cast();
     // SAFETY: a map and a key of its key type; the kernel returns a referenced socket or null.
     let socket = unsafe { bpf_map_lookup_elem(map, core::ptr::from_ref(key).cast()) };
@@ -258,7 +256,7 @@ pub(crate) fn listener(
 
 /// Gives a socket back.
 #[inline(always)]
-pub(crate) fn release(socket: *mut bpf_sock) {
+fn release(socket: *mut bpf_sock) {
     // SAFETY: gives back the one reference that a lookup took.
     unsafe { bpf_sk_release(socket.cast()) };
 }

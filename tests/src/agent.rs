@@ -51,6 +51,10 @@ pub struct Settings {
     pub bpffs: PathBuf,
     /// `--cgroup`.
     pub cgroup: String,
+    /// `--hold-new`.
+    pub hold_new: Duration,
+    /// `--addresses-per-workload`; its default unless said.
+    pub addresses_per_workload: Option<usize>,
     /// Where token, access log and log are.
     pub directory: PathBuf,
 }
@@ -92,6 +96,10 @@ impl Agent {
         command.arg("--run-dir").arg(&s.run_dir).arg("--bpffs").arg(&s.bpffs);
         command.args(["--cgroup", &s.cgroup, "--admin-listen", ADMIN]);
         command.arg("--drain-deadline").arg(format!("{}s", drain_deadline().as_secs()));
+        command.arg("--hold-new").arg(format!("{}ms", s.hold_new.as_millis()));
+        if let Some(count) = s.addresses_per_workload {
+            command.arg("--addresses-per-workload").arg(count.to_string());
+        }
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
         change(&mut command);

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
@@ -12,6 +12,9 @@ use std::{
 use anyhow::Result;
 use sha2::{Digest, Sha256};
 use socket2::SockRef;
+
+/// What an echo says before it ends: whoever hears it goes elsewhere.
+pub const BYE: &[u8] = b"bye\n";
 
 /// What a server does with one connection.
 pub type Handler = Arc<dyn Fn(TcpStream) -> io::Result<()> + Send + Sync>;
@@ -114,6 +117,58 @@ pub fn greeter(greeting: &str) -> Handler {
         stream.write_all(format!("you said: {line}").as_bytes())
     })
 }
+
+/// Answers one question of DNS over TCP (RFC 1035 §4.2.2: two bytes of length before each message).
+pub fn dns() -> Handler {
+    Arc::new(|mut stream| {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let mut question = vec![0; usize::from(u16::from_be_bytes(length))];
+        stream.read_exact(&mut question)?;
+        let answer = dns_answer(&question);
+        let length = (answer.len() as u16).to_be_bytes();
+        stream.write_all(&[&length[..], &answer].concat())
+    })
+}
+
+/// The same over UDP, one question after the other, until the process ends.
+pub fn dns_over_udp(socket: UdpSocket) -> Result<()> {
+    let answer = move || {
+        let mut question = [0; 512];
+        while let Ok((length, peer)) = socket.recv_from(&mut question) {
+            // A client that is gone asks again, or not.
+            let _ = socket.send_to(&dns_answer(&question[..length]), peer);
+        }
+    };
+    thread::Builder::new().name("dns".into()).spawn(answer)?;
+    Ok(())
+}
+
+/// A question for the IPv4 address of a name.
+pub fn dns_question(name: &str) -> Vec<u8> {
+    let mut question = vec![0x4e, 0x4d, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        question.push(label.len() as u8);
+        question.extend(label.as_bytes());
+    }
+    question.extend([0, 0, 1, 0, 1]);
+    question
+}
+
+/// The question again, as an answer, with [`DNS_ADDRESS`].
+fn dns_answer(question: &[u8]) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    if answer.len() >= 12 {
+        (answer[2], answer[3], answer[7]) = (0x81, 0x80, 1);
+    }
+    // A pointer to the question's name, type A, class IN, a minute, four bytes.
+    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+    answer.extend(DNS_ADDRESS);
+    answer
+}
+
+/// The address of every name.
+pub const DNS_ADDRESS: [u8; 4] = [192, 0, 2, 7];
 
 /// Says its name and ends; for balancing.
 pub fn namer(name: &str) -> Handler {

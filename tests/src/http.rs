@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -26,12 +26,23 @@ pub struct Answer {
 
 /// `GET path` from inside a namespace. HTTP/1.0, so that the answer ends with the connection.
 pub fn get(from: &NetNs, to: SocketAddr, path: &str) -> Result<Answer> {
-    let mut stream = connect_in(from, to, scaled(TIMEOUT)).with_context(|| format!("connecting to {to}"))?;
+    let stream = connect_in(from, to, scaled(TIMEOUT)).with_context(|| format!("connecting to {to}"))?;
+    ask(stream, to, path)
+}
+
+fn ask(mut stream: TcpStream, to: SocketAddr, path: &str) -> Result<Answer> {
     stream.set_read_timeout(Some(scaled(TIMEOUT)))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {to}\r\n\r\n")?;
     let mut answer = vec![];
     stream.read_to_end(&mut answer).with_context(|| format!("reading the answer of {to}"))?;
     parse(&String::from_utf8_lossy(&answer))
+}
+
+/// `GET path` from where this program is.
+pub fn get_here(to: SocketAddr, path: &str) -> Result<Answer> {
+    let timeout = scaled(TIMEOUT);
+    let stream = TcpStream::connect_timeout(&to, timeout).with_context(|| format!("connecting to {to}"))?;
+    ask(stream, to, path)
 }
 
 fn parse(text: &str) -> Result<Answer> {

@@ -19,6 +19,7 @@
 //! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
 //! | [`attached`] | what is attached to an interface, asked of the kernel |
 //! | [`cluster`] | a real Kubernetes: its names, bringing it up, talking to it, taking it down |
+//! | [`page`] | what a page for operators has its readers run |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
 
 pub mod agent;
@@ -33,6 +34,7 @@ pub mod log;
 pub mod manifests;
 pub mod metrics;
 pub mod netns;
+pub mod page;
 pub mod process;
 pub mod slot;
 pub mod topology;

@@ -107,6 +107,8 @@ pub struct WorkloadManifest<'a> {
     pub namespace: &'a str,
     /// `metadata.name`, and the service account.
     pub name: &'a str,
+    /// `spec.uid`, of what stands for a pod.
+    pub uid: Option<&'a str>,
     /// `spec.node`.
     pub node: &'a str,
     /// `spec.addresses`.
@@ -124,8 +126,9 @@ pub fn workload(w: &WorkloadManifest<'_>) -> String {
         labels += &format!("    nodemesh.io/enroll: \"{}\"\n", enrolment.label());
     }
     let addresses: String = w.addresses.iter().map(|address| format!("    - \"{address}\"\n")).collect();
+    let uid = w.uid.map(|uid| format!("  uid: {uid}\n")).unwrap_or_default();
     format!(
-        "apiVersion: nodemesh.io/v1alpha1\nkind: Workload\nmetadata:\n  namespace: {}\n  name: {}\n  labels:\n{labels}spec:\n  node: {}\n  serviceAccount: {}\n  addresses:\n{addresses}",
+        "apiVersion: nodemesh.io/v1alpha1\nkind: Workload\nmetadata:\n  namespace: {}\n  name: {}\n  labels:\n{labels}spec:\n{uid}  node: {}\n  serviceAccount: {}\n  addresses:\n{addresses}",
         w.namespace, w.name, w.node, w.name
     )
 }

@@ -101,7 +101,7 @@ impl Slot {
                 // The kernel lets go of a cgroup a moment after its last process.
                 let path = root.join(name);
                 wait::try_until(Duration::from_secs(5), || {
-                    fs::remove_dir(&path).map_err(|e| format!("removing {}: {e}", path.display()))
+                    remove_cgroup(&path).map_err(|e| format!("removing {}: {e}", path.display()))
                 })
                 .map_err(anyhow::Error::msg)?;
             }
@@ -146,6 +146,17 @@ fn names(directory: &Path, prefix: &str) -> Result<Vec<String>> {
         }
     }
     Ok(found)
+}
+
+/// A cgroup is removed by its directory; the files in it go with it.
+fn remove_cgroup(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_cgroup(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
 }
 
 fn remove_tree(path: &Path) -> Result<()> {

@@ -22,8 +22,8 @@ use crate::{
     log,
     manifests::{self, Enrolment, Manifests, Mode, WorkloadManifest},
     netns::NetNs,
-    process,
-    slot::Slot,
+    process::{self, Program},
+    slot::{self, Slot},
     topology::{self, Pair, Plan, Shape},
     wait,
     wire::Capture,
@@ -46,6 +46,9 @@ pub struct WorkloadSpec {
     node: String,
     labels: Vec<(String, String)>,
     enrolment: Option<Enrolment>,
+    uid: Option<String>,
+    address: Option<Pair>,
+    untold: bool,
 }
 
 impl WorkloadSpec {
@@ -58,7 +61,28 @@ impl WorkloadSpec {
             node: node.to_owned(),
             labels: vec![("app".to_owned(), name.to_owned())],
             enrolment: None,
+            uid: None,
+            address: None,
+            untold: false,
         }
+    }
+
+    /// Runs before anybody is told: its manifest is written by [`World::write_workload`].
+    pub fn untold(mut self) -> Self {
+        self.untold = true;
+        self
+    }
+
+    /// Makes it a pod: a first process in a control group that is named by this uid.
+    pub fn pod(mut self, uid: &str) -> Self {
+        self.uid = Some(uid.to_owned());
+        self
+    }
+
+    /// Gives it an address that another one had, which must be gone.
+    pub fn address(mut self, address: Pair) -> Self {
+        self.address = Some(address);
+        self
     }
 
     /// Sets the label that services select by.
@@ -96,7 +120,11 @@ pub struct Builder {
     mesh: bool,
     settled_within: Duration,
     certificate_ttl: Option<Duration>,
+    /// More words of the controller's command line.
+    controller_options: Vec<String>,
+    addresses_per_workload: Option<usize>,
     default_mode: Option<Mode>,
+    hold_new: Duration,
 }
 
 /// One machine of a world.
@@ -123,6 +151,8 @@ pub struct World {
     workloads: Mutex<BTreeMap<String, Workload>>,
     services: BTreeMap<String, Pair>,
     controller: Option<Controller>,
+    /// Processes of pods, each with the name of its namespace.
+    pods: Mutex<Vec<(String, Program)>>,
     shape: Shape,
     rp_filter: bool,
     plan: Plan,
@@ -147,6 +177,24 @@ impl Builder {
     /// What the controller's `--default-mode` says; the namespaces of a world say their own mode.
     pub fn default_mode(mut self, mode: Mode) -> Self {
         self.default_mode = Some(mode);
+        self
+    }
+
+    /// What the controller's `--whole-views-up-to` says; its default unless said.
+    pub fn whole_views_up_to(mut self, count: usize) -> Self {
+        self.controller_options.extend(["--whole-views-up-to".to_owned(), count.to_string()]);
+        self
+    }
+
+    /// What the agents' `--addresses-per-workload` says; its default unless said.
+    pub fn addresses_per_workload(mut self, count: usize) -> Self {
+        self.addresses_per_workload = Some(count);
+        self
+    }
+
+    /// How long agents hold what new pods send; not at all unless said.
+    pub fn hold_new(mut self, limit: Duration) -> Self {
+        self.hold_new = limit;
         self
     }
 
@@ -214,6 +262,7 @@ impl Builder {
             workloads: Mutex::default(),
             services: BTreeMap::new(),
             controller: None,
+            pods: Mutex::default(),
             shape: self.shape,
             rp_filter: self.rp_filter,
             plan,
@@ -227,8 +276,8 @@ impl Builder {
         }
         world.write_services(&self.services)?;
         if self.mesh {
-            world.start_controller(self.certificate_ttl, self.default_mode)?;
-            world.start_agents()?;
+            world.start_controller(self.certificate_ttl, self.default_mode, self.controller_options)?;
+            world.start_agents(self.hold_new, self.addresses_per_workload)?;
             let inside = |w: &&WorkloadSpec| {
                 let by_namespace = self.namespaces.get(&w.namespace).map_or(Enrolment::Enrolled, |n| n.0);
                 w.enrolment.unwrap_or(by_namespace) == Enrolment::Enrolled
@@ -266,6 +315,9 @@ impl World {
             settled_within: SETTLED,
             certificate_ttl: None,
             default_mode: None,
+            controller_options: vec![],
+            addresses_per_workload: None,
+            hold_new: Duration::ZERO,
         }
     }
 
@@ -379,7 +431,7 @@ impl World {
             *next += 1;
             *next - 1
         };
-        let address = self.plan.workload(node.place, place);
+        let address = spec.address.unwrap_or_else(|| self.plan.workload(node.place, place));
         let netns = NetNs::create(&format!("{}-{}", self.slot.prefix(), spec.name), self.rp_filter)?;
         let device = topology::device(&spec.name, address);
         let gateway = topology::gateway(self.plan, node.place);
@@ -393,30 +445,62 @@ impl World {
             netns,
         };
         self.workloads().insert(spec.name.clone(), workload.clone());
-        self.write_workload(spec)?;
+        if let Some(uid) = &spec.uid {
+            self.start_in_pod(uid, &workload.netns)?;
+        }
+        if !spec.untold {
+            self.write_workload(spec)?;
+        }
         Ok(workload)
+    }
+
+    /// Starts a process of a pod in this namespace. It ends with the world, or by [`World::end_workload`].
+    pub fn start_in_pod(&self, uid: &str, netns: &NetNs) -> Result<()> {
+        let root = slot::cgroup2_root()?.context("no cgroup2 is mounted")?;
+        let cgroup = root.join(self.slot.node_name("kubepods")).join(format!("pod{uid}"));
+        fs::create_dir_all(&cgroup).with_context(|| format!("making {}", cgroup.display()))?;
+        let log = self.directory.join("pods.log");
+        let process = Program::start("sleep", netns.command("sleep").arg("infinity"), &log)?;
+        fs::write(cgroup.join("cgroup.procs"), process.pid().to_string())
+            .with_context(|| format!("moving a process to {}", cgroup.display()))?;
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).push((netns.name().to_owned(), process));
+        Ok(())
+    }
+
+    /// Ends a workload as a node does before anybody was told: its manifest stays.
+    pub fn end_workload(&self, name: &str) -> Result<()> {
+        let workload = self.workloads().remove(name).with_context(|| format!("no workload {name}"))?;
+        let node = self.node(&workload.node);
+        self.pods
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|(netns, _)| *netns != workload.netns.name());
+        node.netns.ip(&format!("link delete dev {}\n", workload.device))?;
+        workload.netns.delete()
     }
 
     /// Writes the manifest of a workload that runs; the file is `workload-NAME.yaml`.
     pub fn write_workload(&self, spec: &WorkloadSpec) -> Result<()> {
+        self.yaml.write(&format!("workload-{}.yaml", spec.name), &self.manifest(spec))
+    }
+
+    /// The manifest of a workload that is there.
+    pub fn manifest(&self, spec: &WorkloadSpec) -> String {
         let workload = self.workload(&spec.name);
-        let manifest = manifests::workload(&WorkloadManifest {
+        manifests::workload(&WorkloadManifest {
             namespace: &spec.namespace,
             name: &spec.name,
+            uid: spec.uid.as_deref(),
             node: &spec.node,
             addresses: &workload.address.texts(),
             labels: &spec.labels,
             enrolment: spec.enrolment,
-        });
-        self.yaml.write(&format!("workload-{}.yaml", spec.name), &manifest)
+        })
     }
 
     /// Ends a workload: its namespace and everything in it, and its manifest.
     pub fn remove_workload(&self, name: &str) -> Result<()> {
-        let workload = self.workloads().remove(name).with_context(|| format!("no workload {name}"))?;
-        let node = self.node(&workload.node);
-        node.netns.ip(&format!("link delete dev {}\n", workload.device))?;
-        workload.netns.delete()?;
+        self.end_workload(name)?;
         self.yaml.remove(&format!("workload-{name}.yaml"))
     }
 
@@ -468,11 +552,11 @@ impl World {
         &mut self,
         certificate_ttl: Option<Duration>,
         default_mode: Option<Mode>,
+        mut options: Vec<String>,
     ) -> Result<()> {
         let netns = NetNs::create(&format!("{}-controller", self.slot.prefix()), self.rp_filter)?;
         let address = self.plan.controller();
         topology::hang(&self.wire, &netns, "controller", address, self.plan)?;
-        let mut options = vec![];
         if let Some(ttl) = certificate_ttl {
             options.extend(["--certificate-ttl".to_owned(), format!("{}s", ttl.as_secs())]);
         }
@@ -485,7 +569,7 @@ impl World {
         Ok(())
     }
 
-    fn start_agents(&mut self) -> Result<()> {
+    fn start_agents(&mut self, hold_new: Duration, addresses_per_workload: Option<usize>) -> Result<()> {
         mount_bpffs()?;
         let controller = self.controller.as_ref().context("the controller runs")?;
         for node in &mut self.nodes {
@@ -496,6 +580,8 @@ impl World {
                 run_dir: self.slot.run_dir(&node.name),
                 bpffs: self.slot.bpffs(&node.name),
                 cgroup: self.slot.node_name(&node.name),
+                hold_new,
+                addresses_per_workload,
                 directory: self.directory.clone(),
             };
             let agent = Agent::new(settings, &controller.token(&node.name)?)?;
@@ -535,6 +621,7 @@ impl Drop for World {
             node.agent = None;
         }
         self.controller = None;
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).clear();
         if let Err(error) = self.slot.sweep() {
             eprintln!("world {} was not removed: {error:#}", self.slot.prefix());
         }

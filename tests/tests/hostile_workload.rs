@@ -322,8 +322,10 @@ fn a_nested_namespace_is_the_workload_or_nobody() {
     until("it is counted", TIMEOUT, || {
         holds(scene.refused("spoofed_source") > before, || "not yet".to_owned())
     });
-    let of_nested = |frame: &[u8]| frame.windows(4).any(|w| w == [10, 77, 0, 2]);
-    assert!(seen.sift(of_nested).unwrap().is_empty());
+    // In the headers: any four bytes come by chance in what is encrypted.
+    let of_nested = |frame: &[u8]| frame[..frame.len().min(54)].windows(4).any(|w| w == [10, 77, 0, 2]);
+    let passed = seen.sift(of_nested).unwrap();
+    assert!(passed.is_empty(), "{passed:02x?}");
     load.await_more(5);
     load.finish();
     nested.delete().unwrap();
@@ -470,7 +472,10 @@ fn a_workload_that_gives_itself_a_neighbours_address_is_not_taken_for_it() {
         socket.bind(&SocketAddr::new(v4(api), 0).into())?;
         socket.connect_timeout(&db.v4(8080).into(), std::time::Duration::from_millis(500))
     };
-    let lines = || world.agent("a").access_log().unwrap().len();
+    // Every attempt of api's has its line before that of the one that got through.
+    agent
+        .wait_log("that connection", |line| log::is(log::OUTBOUND, api, db)(line) && line["outcome"] == "ok");
+    let lines = || agent.access_log().unwrap().len();
     let before = lines();
     assert!(web.netns.enter(spoof).unwrap().is_err(), "web spoke as api");
     assert_eq!(lines(), before, "it got to the agent");

@@ -8,7 +8,8 @@ use std::{
 };
 
 use mesh_agent::capture::{Kernel, Maps};
-use mesh_ebpf::abi::{Direction, MAX_DESTINATIONS, MAX_WORKLOADS};
+use mesh_core::model::IpNet;
+use mesh_ebpf::abi::{Direction, MAX_BLOCKS, MAX_DESTINATIONS, MAX_WORKLOADS};
 
 /// Programs and maps below a directory of their own, removed in the end.
 struct Loaded {
@@ -41,11 +42,27 @@ fn addresses(count: u32) -> HashSet<IpAddr> {
 fn more_destinations_than_fit_mean_that_everything_is_captured() {
     let mut loaded = Loaded::new("destinations");
     assert!(!loaded.maps.captures_everything());
-    assert!(!loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS)).unwrap(), "as many as fit");
-    assert!(loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS + 1)).unwrap(), "one too many");
+    assert!(!loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS), &[]).unwrap(), "as many as fit");
+    assert!(loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS + 1), &[]).unwrap(), "one too many");
     assert!(loaded.maps.captures_everything());
-    assert!(!loaded.maps.set_destinations(&addresses(3)).unwrap(), "few again");
+    assert!(!loaded.maps.set_destinations(&addresses(3), &[]).unwrap(), "few again");
     assert!(!loaded.maps.captures_everything());
+}
+
+#[test]
+fn blocks_change_all_at_once_and_more_than_fit_mean_that_everything_is_captured() {
+    let mut loaded = Loaded::new("blocks");
+    let block = |n: u32| IpNet::new(Ipv4Addr::from(0x0a00_0000 + (n << 8)).into(), 24).unwrap();
+    let blocks = |from: u32, count: u32| -> Vec<IpNet> { (from..from + count).map(block).collect() };
+    assert!(!loaded.maps.set_destinations(&addresses(3), &blocks(0, MAX_BLOCKS)).unwrap(), "as many as fit");
+    assert!(!loaded.maps.captures_everything());
+    assert!(loaded.maps.set_destinations(&addresses(3), &blocks(0, MAX_BLOCKS + 1)).unwrap(), "one too many");
+    assert!(loaded.maps.captures_everything());
+    for from in [0, MAX_BLOCKS, 7] {
+        assert!(!loaded.maps.set_destinations(&addresses(3), &blocks(from, MAX_BLOCKS)).unwrap(), "{from}");
+        assert!(!loaded.maps.captures_everything());
+    }
+    assert!(!loaded.maps.set_destinations(&addresses(3), &[]).unwrap());
 }
 
 #[test]
@@ -66,12 +83,12 @@ fn a_map_says_how_full_it_is_before_it_is_full() {
     let near = |maps: &Maps| -> Vec<&str> {
         maps.fills().iter().filter(|fill| fill.is_near()).map(|fill| fill.what).collect()
     };
-    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 - 100)).unwrap();
+    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 - 100), &[]).unwrap();
     for ifindex in 1..MAX_WORKLOADS / 5 * 4 {
         loaded.maps.guard(ifindex, &[], [0; 6], true).unwrap();
     }
     assert_eq!(near(&loaded.maps), Vec::<&str>::new());
-    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 + 100)).unwrap();
+    loaded.maps.set_destinations(&addresses(MAX_DESTINATIONS / 5 * 4 + 100), &[]).unwrap();
     assert_eq!(near(&loaded.maps), ["kernel_map_destinations"]);
     for ifindex in MAX_WORKLOADS / 5 * 4..=MAX_WORKLOADS / 5 * 4 + 4 {
         loaded.maps.guard(ifindex, &["10.0.0.1".parse().unwrap()], [0; 6], true).unwrap();
@@ -95,13 +112,13 @@ fn a_listener_is_led_to_for_as_long_as_it_lives() {
 #[test]
 fn what_an_agent_left_in_the_maps_is_there_for_the_next() {
     let mut loaded = Loaded::new("pinned");
-    loaded.maps.set_destinations(&addresses(5)).unwrap();
+    loaded.maps.set_destinations(&addresses(5), &[]).unwrap();
     loaded.maps.guard(7, &[], [0; 6], true).unwrap();
     let mut next = Kernel::load(&loaded.bpffs).unwrap();
     let mut maps = Maps::new(next.bpf_mut(), 1).unwrap();
     assert_eq!(maps.guarded(), [7]);
     // Only the difference is written: what was captured never stops to be.
-    assert!(!maps.set_destinations(&addresses(5)).unwrap());
+    assert!(!maps.set_destinations(&addresses(5), &[]).unwrap());
 }
 
 #[test]

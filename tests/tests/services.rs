@@ -63,6 +63,64 @@ fn an_endpoint_that_is_not_ready_gets_nothing() {
 }
 
 #[test]
+fn a_service_says_which_of_its_endpoints_a_client_gets() {
+    let world = pay().build().unwrap();
+    let _apps = ["pay-1", "pay-2"].map(|name| world.workload(name).serve(8080, apps::namer(name)).unwrap());
+    let says = |before: &str, now: &str| {
+        world
+            .yaml
+            .replace("service-pay.yaml", &format!("spec:\n{before}"), &format!("spec:\n{now}"))
+            .unwrap();
+    };
+    let only_beside_the_client = || {
+        let answers = ask(&world, 20);
+        holds(!answers.contains_key("pay-2"), || format!("{answers:?}"))
+    };
+    // From one word to the next by way of none, so that what is seen is not what was said before.
+    let says_nothing = |before: &str| {
+        says(before, "");
+        until("both endpoints are asked", TIMEOUT, || {
+            let answers = ask(&world, 20);
+            holds(answers.len() == 2, || format!("{answers:?}"))
+        });
+    };
+    let local = "  internalTrafficPolicy: Local\n";
+    says("", local);
+    until("only the endpoint of the client's node is asked", TIMEOUT, only_beside_the_client);
+    says_nothing(local);
+
+    let one = "  sessionAffinity: ClientIP\n";
+    says("", one);
+    let ask_one = |times| {
+        let to = (world.service("shop/pay").v4, 80).into();
+        let answers = (0..times).map(|_| world.workload("web").exchange(to, b"").unwrap());
+        answers.collect::<std::collections::BTreeSet<_>>().len()
+    };
+    until("a client keeps its endpoint", TIMEOUT, || {
+        let asked = ask_one(60);
+        holds(asked == 1, || format!("{asked} endpoints"))
+    });
+    assert_eq!(ask_one(40), 1);
+    says_nothing(one);
+
+    let near = "  trafficDistribution: PreferSameNode\n";
+    says("", near);
+    until("the endpoint of the client's node is preferred", TIMEOUT, only_beside_the_client);
+    world.yaml.replace("workload-pay-1.yaml", "spec:\n", "spec:\n  ready: false\n").unwrap();
+    until("and another is asked where it has none", TIMEOUT, || {
+        let answers = ask(&world, 20);
+        holds(answers.keys().eq(["pay-2"]), || format!("{answers:?}"))
+    });
+    says(near, local);
+    until("unless no other may be", TIMEOUT, || {
+        let to = (world.service("shop/pay").v4, 80).into();
+        let asked = world.workload("web").exchange(to, b"");
+        holds(asked.is_err(), || format!("{asked:?}"))
+    });
+    world.agent("a").wait_log("no endpoint", |line| line["reason"] == "no_endpoint");
+}
+
+#[test]
 fn a_service_without_endpoints_or_port_refuses() {
     let world = pay().service("shop/empty", "nobody", 80, 8080).build().unwrap();
     let web = world.workload("web");

@@ -12,6 +12,15 @@ const WRITE: &str = "NODEMESH_WRITE_REFERENCE";
 /// What the names of those tests have in common.
 const TESTS: &str = "is_generated";
 
+/// What can be written alone.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// docs/reference.
+    Reference,
+    /// deploy/manifests.
+    Manifests,
+}
+
 pub(crate) fn reference() -> Result<()> {
     step("Write docs/reference", || {
         let packages = ["--package", "mesh-agent", "--package", "mesh-controller"];

@@ -7,6 +7,7 @@
 //! | [`fuzz`] | feeds arbitrary bytes to what reads bytes of others |
 //! | [`check`] | `test` and `ci` |
 //! | [`generate`] | writes the reference in docs/reference |
+//! | [`chart`] | the chart of deploy/helm, and deploy/manifests, which is made from it |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`cluster`] | a real Kubernetes of two nodes on this machine |
 //! | [`image`] | OCI images of agent and controller |
@@ -16,6 +17,7 @@
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
 
 mod bench;
+mod chart;
 mod check;
 mod cluster;
 mod debian;
@@ -86,9 +88,22 @@ enum Task {
         /// Where the archives go, instead of target/images.
         #[arg(long, value_name = "DIRECTORY")]
         to: Option<PathBuf>,
+        /// An image of this program instead, `nodemesh.local/NAME:test`; for applications of tests.
+        #[arg(long, value_name = "FILE", conflicts_with = "from")]
+        program: Option<PathBuf>,
     },
-    /// Write the reference in docs/reference from the programs' own definitions.
-    Generate,
+    /// Write the reference in docs/reference from the programs' own definitions, and deploy/manifests from the chart.
+    Generate {
+        /// Only this; all of it unless given.
+        what: Option<generate::Part>,
+    },
+    /// helm, of the version that tests use.
+    #[command(disable_help_flag = true)]
+    Helm {
+        /// Its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
     BuildEbpf,
     /// Install what is missing for all of the above.
@@ -111,8 +126,12 @@ fn main() -> anyhow::Result<()> {
             ebpf::build().map(drop)
         }
         Task::Cluster(arguments) => cluster::cluster(arguments),
-        Task::Image { from, to } => image::make(from, to),
-        Task::Generate => generate::reference(),
+        Task::Image { from: _, to, program: Some(program) } => image::of_program(&program, to),
+        Task::Image { from, to, program: None } => image::make(from, to),
+        Task::Generate { what: None } => generate::reference().and_then(|()| chart::generate()),
+        Task::Generate { what: Some(generate::Part::Reference) } => generate::reference(),
+        Task::Generate { what: Some(generate::Part::Manifests) } => chart::generate(),
+        Task::Helm { arguments } => chart::run(&arguments),
         Task::Setup => setup::everything(),
         Task::Ci => check::ci(),
     }

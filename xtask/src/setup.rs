@@ -260,8 +260,30 @@ fn llvm(libraries: &Path) -> Result<PathBuf> {
     bail!("{NIGHTLY} has no libLLVM.so.*-rust-* in {}", libraries.display())
 }
 
-fn tools() -> PathBuf {
+pub(crate) fn tools() -> PathBuf {
     target().join("tools")
+}
+
+/// A program that is built from source, from the Go module proxy, when it is not there.
+pub(crate) fn built_by_go(name: &str, version: &str, package: &str) -> Result<PathBuf> {
+    let directory = tools().join(format!("{name}-{version}"));
+    let program = directory.join(name);
+    if !program.exists() {
+        ensure!(
+            find("go").is_some(),
+            "{name} is built from source by Go (https://go.dev/dl); there is no go in PATH"
+        );
+        eprintln!("  building {name} {version}, once, for some minutes");
+        let mut install = clean("go");
+        install
+            .current_dir("/")
+            .env("GOBIN", &directory)
+            .env("CGO_ENABLED", "0")
+            .env("GOFLAGS", "-mod=mod -trimpath");
+        install.args(["install", "-ldflags", "-s -w"]).arg(format!("{package}@{version}"));
+        succeed(&mut install)?;
+    }
+    Ok(program)
 }
 
 /// The program is there, starts (its libraries are found) and has the version.

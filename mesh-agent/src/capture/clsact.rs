@@ -23,7 +23,10 @@ use rtnetlink::{
     },
 };
 
-use super::hook::{Hook, Place};
+use super::{
+    gone_or,
+    hook::{Hook, Place},
+};
 use crate::net::{netlink::Netlink, netns::Namespace};
 
 /// Before all other filters.
@@ -164,10 +167,7 @@ impl Filters {
     }
 
     fn forget(&self, record: &str) -> io::Result<()> {
-        match fs::remove_dir(self.records.join(record)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        gone_or(fs::remove_dir(self.records.join(record)))
     }
 }
 
@@ -201,7 +201,7 @@ fn attached(namespace: &Namespace, ifindex: u32, hook: Hook) -> anyhow::Result<O
     let filters = filters(&Netlink::open(namespace)?, ifindex, hook)?;
     let ours = filters.into_iter().find(|filter| {
         let place = (u32::from(filter.header.handle), filter.header.info >> 16);
-        place == (HANDLE, PRIORITY) && direct(filter)
+        place == (handle(hook), PRIORITY) && direct(filter)
     });
     Ok(ours.and_then(|filter| options(&filter).iter().find_map(program_id)))
 }
@@ -244,10 +244,18 @@ fn direct(filter: &TcMessage) -> bool {
         .any(|option| matches!(option, TcFilterBpfOption::Flags(flags) if flags.contains(TcBpfFlags::DirectAction)))
 }
 
+/// A hold and the guard that follows it are at the same place for a moment.
+const fn handle(hook: Hook) -> u32 {
+    match hook {
+        Hook::HoldNew => HANDLE + 1,
+        _ => HANDLE,
+    }
+}
+
 /// The message that adds our filter, or, without a program, the one that removes it.
 fn filter(ifindex: u32, hook: Hook, program: Option<u32>) -> TcMessage {
     let mut message = at(ifindex);
-    message.header.handle = HANDLE.into();
+    message.header.handle = handle(hook).into();
     message.header.parent = parent(hook);
     // TC_H_MAKE(priority << 16, protocol in network order)
     message.header.info = PRIORITY << 16 | u32::from(EVERY_PROTOCOL.to_be());

@@ -30,12 +30,23 @@ pub enum Hook {
     GuardFromPod,
     /// Node's end, egress.
     GuardToPod,
+    /// Node's end, ingress, of a veth whose workload is not known yet.
+    HoldNew,
 }
 
 impl Hook {
-    /// All of them.
-    pub const ALL: [Hook; 5] =
+    /// Those of an enrolled workload.
+    pub const OF_WORKLOAD: [Hook; 5] =
         [Hook::Deliver, Hook::CaptureOutbound, Hook::CaptureInbound, Hook::GuardFromPod, Hook::GuardToPod];
+    /// All of them.
+    pub const ALL: [Hook; 6] = [
+        Hook::Deliver,
+        Hook::CaptureOutbound,
+        Hook::CaptureInbound,
+        Hook::GuardFromPod,
+        Hook::GuardToPod,
+        Hook::HoldNew,
+    ];
 
     /// The program's name in the object.
     pub const fn program(self) -> &'static str {
@@ -45,12 +56,15 @@ impl Hook {
             Self::CaptureInbound => "capture_inbound",
             Self::GuardFromPod => "guard_from_pod",
             Self::GuardToPod => "guard_to_pod",
+            Self::HoldNew => "hold_new",
         }
     }
 
     pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::Deliver | Self::CaptureInbound | Self::GuardFromPod => TcAttachType::Ingress,
+            Self::Deliver | Self::CaptureInbound | Self::GuardFromPod | Self::HoldNew => {
+                TcAttachType::Ingress
+            }
             Self::CaptureOutbound | Self::GuardToPod => TcAttachType::Egress,
         }
     }

@@ -13,6 +13,7 @@ use std::{
 
 use aya::programs::{SkLookup, links::FdLink};
 
+use super::gone_or;
 use crate::net::netns::Namespace;
 
 /// The program's name in the object.
@@ -66,13 +67,6 @@ impl Lookups {
 
     fn pin(&self, owner: &str) -> PathBuf {
         self.pins.join(owner)
-    }
-}
-
-fn gone_or(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

@@ -4,16 +4,20 @@ use std::{
     collections::{HashMap as StdMap, HashSet},
     net::IpAddr,
     os::fd::AsRawFd,
+    time::Duration,
 };
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash, lpm_trie::Key},
 };
+use mesh_core::model::IpNet;
 use mesh_ebpf::abi::{
     Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
-    MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS, Mac, ProbeKey, SourceKey,
+    MAX_BLOCKS, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS, Mac, ProbeKey, SourceKey,
 };
+
+use nix::time::{ClockId, clock_gettime};
 
 use crate::health::Fill;
 
@@ -25,10 +29,12 @@ const SPLIT_NODE: &str = "workloads are not enrolled beyond it; put some on othe
 /// The maps.
 pub struct Maps {
     destinations: HashMap<MapData, Address, u32>,
+    blocks: LpmTrie<MapData, Address, u32>,
     listeners: SockHash<MapData, ListenerKey>,
     guarded: HashMap<MapData, u32, Guarded>,
     sources: HashMap<MapData, SourceKey, u32>,
     probes: HashMap<MapData, ProbeKey, u32>,
+    held: HashMap<MapData, u32, u64>,
     config: Array<MapData, Config>,
     refused: PerCpuArray<MapData, u64>,
     agent_cgroups: [u64; 2],
@@ -51,10 +57,12 @@ impl Maps {
         let captured = destinations.keys().filter_map(Result::ok).map(ip_of).collect();
         let mut maps = Self {
             destinations,
+            blocks: take("BLOCKS")?.try_into()?,
             listeners: take("LISTENERS")?.try_into()?,
             guarded: take("GUARDED")?.try_into()?,
             sources: take("SOURCES")?.try_into()?,
             probes: take("PROBES")?.try_into()?,
+            held: take("HELD")?.try_into()?,
             config: take("CONFIG")?.try_into()?,
             refused: take("REFUSED")?.try_into()?,
             agent_cgroups: [agent_cgroup, 0],
@@ -73,13 +81,51 @@ impl Maps {
         self.config.set(0, &Config { agent_cgroups: self.agent_cgroups, flags, reserved: 0 }, 0)
     }
 
-    /// Makes these the captured destinations. If they are more than the map holds, everything is captured, so that
-    /// nothing leaves as plaintext for want of room; returns whether that is so.
-    pub fn set_destinations(&mut self, wanted: &HashSet<IpAddr>) -> Result<bool, MapError> {
-        let overflow = wanted.len() > MAX_DESTINATIONS as usize;
+    /// Makes these the captured destinations, and besides all that is in these blocks. If they are more than the maps
+    /// hold, everything is captured, so that nothing leaves as plaintext for want of room; returns whether that is so.
+    pub fn set_destinations(&mut self, wanted: &HashSet<IpAddr>, blocks: &[IpNet]) -> Result<bool, MapError> {
+        let overflow = wanted.len() > MAX_DESTINATIONS as usize || blocks.len() > MAX_BLOCKS as usize;
         if overflow {
             self.set_flags(FLAG_CAPTURE_ALL)?;
         }
+        // What comes first, what goes last: an address in one and in the other is captured at any time.
+        let fit: &[IpNet] = if blocks.len() > MAX_BLOCKS as usize { &[] } else { blocks };
+        let keys: HashSet<(u32, Address)> = fit.iter().map(block_key).collect();
+        let old = self.blocks.keys().map(|key| key.map(|key| (key.prefix_len(), key.data())));
+        let old: HashSet<(u32, Address)> = old.collect::<Result<_, _>>()?;
+        if keys.len() + old.difference(&keys).count() > MAX_BLOCKS as usize {
+            self.set_flags(FLAG_CAPTURE_ALL)?;
+            self.remove_blocks(old.difference(&keys))?;
+        }
+        for (length, address) in keys.difference(&old) {
+            self.blocks.insert(&Key::new(*length, *address), &1, 0)?;
+        }
+        self.set_addresses(wanted)?;
+        let gone: Vec<(u32, Address)> = old.difference(&keys).copied().collect();
+        self.remove_blocks(&gone)?;
+        if !overflow {
+            self.set_flags(0)?;
+        }
+        Ok(overflow)
+    }
+
+    fn remove_blocks<'a>(
+        &mut self,
+        gone: impl IntoIterator<Item = &'a (u32, Address)>,
+    ) -> Result<(), MapError> {
+        for (length, address) in gone {
+            match self.blocks.remove(&Key::new(*length, *address)) {
+                // Gone already, which is what is wanted.
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn set_addresses(&mut self, wanted: &HashSet<IpAddr>) -> Result<(), MapError> {
         for gone in self.captured.difference(wanted).copied().collect::<Vec<_>>() {
             self.destinations.remove(&Address::from_ip(gone))?;
             self.captured.remove(&gone);
@@ -90,10 +136,7 @@ impl Maps {
             self.destinations.insert(&Address::from_ip(address), &1, 0)?;
             self.captured.insert(address);
         }
-        if !overflow {
-            self.set_flags(0)?;
-        }
-        Ok(overflow)
+        Ok(())
     }
 
     /// Whether every destination is captured, known or not.
@@ -165,6 +208,18 @@ impl Maps {
         }
     }
 
+    /// Holds what leaves the pod behind a veth, for so long.
+    pub fn hold(&mut self, ifindex: u32, limit: Duration) -> anyhow::Result<()> {
+        let until = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?) + limit;
+        Ok(self.held.insert(&ifindex, &u64::try_from(until.as_nanos())?, 0)?)
+    }
+
+    /// Lets it go.
+    pub fn unhold(&mut self, ifindex: u32) {
+        // A missing entry is what is wanted.
+        let _ = self.held.remove(&ifindex);
+    }
+
     /// Veths that have a guard in force.
     pub fn guarded(&self) -> Vec<u32> {
         self.guarded.keys().filter_map(Result::ok).collect()
@@ -198,6 +253,12 @@ impl Maps {
         };
         KernelReason::ALL.iter().map(|reason| (*reason, count(*reason))).collect()
     }
+}
+
+/// A block as a key: IPv4 as in [`Address`], behind 96 bits.
+fn block_key(block: &IpNet) -> (u32, Address) {
+    let length = u32::from(block.prefix_len()) + if block.addr().is_ipv4() { 96 } else { 0 };
+    (length, Address::from_ip(block.network()))
 }
 
 fn ip_of(address: Address) -> IpAddr {

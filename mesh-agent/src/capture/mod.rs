@@ -16,7 +16,17 @@ pub mod routing;
 pub mod settings;
 mod tcx;
 
+use std::io;
+
 pub use hook::Hook;
 pub use maps::Maps;
 pub use pins::Pins;
 pub use programs::{Attachment, Kernel};
+
+/// The result of a removal: what is gone already is no error.
+fn gone_or(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use aya::maps::MapData;
 
 /// Every map that outlives the agent.
-const MAPS: [&str; 8] =
-    ["DESTINATIONS", "LISTENERS", "GUARDED", "SOURCES", "PROBES", "REOPENED", "CONFIG", "REFUSED"];
+const MAPS: [&str; 9] =
+    ["DESTINATIONS", "BLOCKS", "LISTENERS", "GUARDED", "SOURCES", "PROBES", "REOPENED", "CONFIG", "REFUSED"];
 
 /// The maps behind the pins.
 #[derive(Debug)]

@@ -33,8 +33,5 @@ pub fn saved_settings(run_dir: &Path, namespace: &Namespace) -> anyhow::Result<O
 
 /// Forgets the settings of a namespace.
 pub fn forget_settings(run_dir: &Path, namespace: &Namespace) -> io::Result<()> {
-    match fs::remove_file(settings_path(run_dir, namespace)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    super::gone_or(fs::remove_file(settings_path(run_dir, namespace)))
 }

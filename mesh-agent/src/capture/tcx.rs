@@ -15,7 +15,10 @@ use aya::programs::{
     tc::SchedClassifierLink,
 };
 
-use super::hook::{Hook, Place};
+use super::{
+    gone_or,
+    hook::{Hook, Place},
+};
 use crate::net::netns::Namespace;
 
 /// Between owner and program in a pin's name; bpffs allows no dots, Kubernetes names have no colons.
@@ -79,10 +82,7 @@ impl Links {
         for hook in Hook::ALL.into_iter().rev() {
             let pin = self.pin(owner, hook);
             self.held.remove(&pin);
-            match fs::remove_file(pin) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            gone_or(fs::remove_file(pin))?;
         }
         Ok(())
     }

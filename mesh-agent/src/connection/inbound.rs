@@ -15,7 +15,7 @@ use mesh_core::{
 };
 
 use super::{
-    Accepted, Node,
+    Accepted, Asked, Node,
     identify::{self, Arrival},
     turn::Turn,
 };
@@ -24,15 +24,12 @@ use crate::{
     connect,
     local::{Admission, Local},
     metrics::Direction,
-    net::socket,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
-    relay::{
-        self, ResetOnDrop,
-        tunnel::{Carried, Stopped},
-    },
+    relay::{self, ResetOnDrop, tunnel::Stopped},
     trust::Led,
     tunnel::{Event, Link, LinkError, lease},
+    wants::Held,
 };
 
 /// The story of what arrives at a workload's address: plaintext, which is one connection, or a tunnel, whose leases
@@ -61,17 +58,9 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
                 result = plaintext(&accepted, view, node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
             };
-            if result.is_ok() {
-                socket::close(accepted.stream);
-            } else {
-                socket::reset(accepted.stream);
-            }
-            entry.finish(result);
+            super::end(accepted.stream, entry, result);
         }
-        Err(refusal) => {
-            socket::reset(accepted.stream);
-            entry.finish(Err(refusal.into()));
-        }
+        Err(refusal) => super::end(accepted.stream, entry, Err(refusal.into())),
     }
 }
 
@@ -109,12 +98,25 @@ struct Arrived {
 async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<Arrived, Refusal> {
     identify::not_a_loop(accepted)?;
     entry.place = Some(node.place(&accepted.workload)?);
-    let view = node.view()?;
+    let mut view = node.view()?;
     entry.view = Some(view.shared_version());
-    let destination = authorize::destination(&view, &accepted.workload.name)?;
-    entry.told().destination.identity = view.identity(&destination.name).cloned();
-    let turn = node.inner.turns.wait(accepted.workload.id(), accepted.peer.ip()).await?;
-    let how = identify::arrival(accepted, &view, &destination, node.limits()).await?;
+    let workload = &accepted.workload;
+    entry.told().destination.identity = view.identity(&workload.name).cloned();
+    let turn = node.inner.turns.wait(workload.id(), accepted.peer.ip()).await?;
+    let mut spoken = None;
+    if !view.knows(accepted.peer.ip()) {
+        // Whichever is first tells: what the source says, or what the controller says of it. Both only wait.
+        tokio::select! {
+            word = identify::first_word(accepted) => spoken = Some(word?),
+            asked = Box::pin(node.ask(workload, Direction::Inbound, accepted.peer.ip())) => view = asked?.view,
+        }
+    }
+    entry.view = Some(view.shared_version());
+    let destination = authorize::destination(&view, &workload.name)?;
+    let how = match spoken {
+        Some(how) => how,
+        None => identify::arrival(accepted, &view, &destination, node.limits()).await?,
+    };
     entry.told().transport = Some(match how {
         Arrival::Tunnel => Transport::Tunnel,
         Arrival::Plaintext => Transport::Plaintext,
@@ -132,7 +134,7 @@ async fn plaintext(
     let (at, client) = (At::of(accepted), accepted.peer.ip());
     // May they? The address names the source for the log alone: nothing proves it.
     entry.told().source.workload = view.workload_at(client).map(|workload| workload.name.clone());
-    let Allowed { rule, would_refuse } = may(&view, &at, None)?;
+    let Allowed { rule, would_refuse } = may(&view, &at, None, Stage::Asked)?;
     drop(view); // the connection may outlive many
     entry.allowed(rule, would_refuse);
     let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
@@ -143,8 +145,9 @@ async fn plaintext(
         Box::pin(connect::application(&at.workload.namespace, client, at.original, limits.dial_timeout));
     let app = ResetOnDrop::new(app.await?);
     entry.opened();
+    let carried = node.carried(entry, &at.workload, client);
     tokio::select! {
-        carried = relay::plain::run(&accepted.stream, app, entry.flow(), limits.ready_wait) => Ok(carried?),
+        ended = relay::plain::run(&accepted.stream, app, &carried) => ended,
         refusal = revoked(node, &at, None, entry) => Err(refusal.into()),
     }
 }
@@ -233,7 +236,7 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
         asked = Box::pin(admit(&proved, at, node, &mut entry)) => asked,
         refusal = node.cut(&at.workload) => Err(refusal),
     };
-    let (app, _place) = match asked {
+    let (app, _place, _held) = match asked {
         Ok(admitted) => admitted,
         Err(refusal) => {
             let reason = refusal.reason;
@@ -244,9 +247,9 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
 
     // The bytes, for as long as they may.
     entry.opened();
-    let carried = Carried { flow: entry.flow(), direction: Direction::Inbound, wait };
+    let carried = node.carried(&entry, &at.workload, at.from.ip());
     let (stopped, said) = tokio::select! {
-        carried = relay::tunnel::run(&app, &mut link, carried) => carried,
+        carried = relay::tunnel::run(&app, &mut link, &carried) => carried,
         refusal = revoked(node, at, Some(&proved), &entry) => return cut(entry, refusal),
         refusal = node.cut(&at.workload) => return cut(entry, refusal),
     };
@@ -259,6 +262,7 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
         Stopped::ApplicationReset => (Err(Failure::DestinationReset.into()), !said.own_end),
         Stopped::PeerReset => (Err(Failure::SourceReset.into()), true),
         Stopped::Lost(error) => (Err(Stop::from(error)), false),
+        Stopped::Stalled(no_room) => (Err(Refusal::from(no_room).into()), false),
     };
     entry.finish(result);
     if !usable {
@@ -287,7 +291,7 @@ async fn admit(
     at: &At,
     node: &Node,
     entry: &mut Entry,
-) -> Result<(ResetOnDrop, Admission), Refusal> {
+) -> Result<(ResetOnDrop, Admission, Holds), Refusal> {
     let open = &proved.open;
     entry.told().transport = Some(Transport::Tunnel);
     entry.told().source.address = Some(open.source);
@@ -297,29 +301,52 @@ async fn admit(
             format!("OPEN from {} to port {} on a tunnel to {}", open.source, open.port, at.original);
         return Err(Refusal::new(Reason::OpenElsewhere, detail));
     }
-    let view = node.view()?;
+    // The view has to say whose the source's addresses are; as a rule they are one, and known.
+    let ask = async |address| Box::pin(node.ask(&at.workload, Direction::Inbound, address)).await;
+    let Asked { mut view, held } = ask(at.from.ip()).await?;
+    let mut holds = Box::new([held, None]);
+    if open.source.ip() != at.from.ip() {
+        let other = ask(open.source.ip()).await?;
+        (view, holds[1]) = (other.view, other.held);
+    }
     entry.view = Some(view.shared_version());
     entry.told().destination.identity = view.identity(&at.workload.name).cloned();
     entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
-    let Allowed { rule, would_refuse } = may(&view, at, Some(proved))?;
+    let Allowed { rule, would_refuse } = may(&view, at, Some(proved), Stage::Asked)?;
     entry.allowed(rule, would_refuse);
     let limits = node.limits();
     let place = at.workload.admit(limits.max_connections_per_workload)?;
     let app =
         connect::application(&at.workload.namespace, open.source.ip(), at.original, limits.dial_timeout);
-    Ok((ResetOnDrop::new(app.await?), place))
+    Ok((ResetOnDrop::new(app.await?), place, holds))
+}
+
+/// The word that a source's addresses are used: that of its tunnel and, where it differs, its own.
+type Holds = Box<[Option<Held>; 2]>;
+
+/// When a decision is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The connection is asked for.
+    Asked,
+    /// It goes on, and the view has changed. A view that has nothing to say of its source, for once, says nothing against
+    /// it: who it is was proved when it was opened.
+    GoesOn,
 }
 
 /// The decision, the same when a connection is opened and whenever the view changes: is the source who it says, and
 /// may it connect?
-fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Allowed, Refusal> {
+fn may(view: &Snapshot, at: &At, proved: Option<&Proved>, stage: Stage) -> Result<Allowed, Refusal> {
     let destination = authorize::destination(view, &at.workload.name)?;
     let (identity, address): (Option<&SpiffeId>, IpAddr) = match proved {
         Some(proved) => {
             if !proved.led.holds(&view.mesh().roots) {
                 return Err(Refusal::new(Reason::CertificateUntrusted, proved.led.withdrawn()));
             }
-            identify::tunnel_source(view, at.from.ip(), &proved.identity, &proved.open)?;
+            match identify::tunnel_source(view, at.from.ip(), &proved.identity, &proved.open) {
+                Err(refusal) if refusal.reason == Reason::SourceUnanswered && stage == Stage::GoesOn => {}
+                covered => covered?,
+            }
             (Some(&proved.identity), proved.open.source.ip())
         }
         None => (None, at.from.ip()),
@@ -330,7 +357,7 @@ fn may(view: &Snapshot, at: &At, proved: Option<&Proved>) -> Result<Allowed, Ref
 /// Done when a change of the view takes a live connection's permission away. Cancel-safe.
 async fn revoked(node: &Node, at: &At, proved: Option<&Proved>, entry: &Entry) -> Refusal {
     node.each_view(|view| {
-        let allowed = may(view, at, proved)?;
+        let allowed = may(view, at, proved, Stage::GoesOn)?;
         entry.would_refuse(allowed.would_refuse);
         Ok(())
     })

@@ -18,6 +18,7 @@ use mesh_core::{refusal::Reason, view::Snapshot};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
+    time::Instant,
 };
 
 use crate::{
@@ -29,9 +30,12 @@ use crate::{
     metrics::Metrics,
     net::socket,
     quota::{Quota, Share},
-    record::{AccessLog, Recorder},
-    refusal::Refusal,
-    tunnel::pool::Pool,
+    record::{AccessLog, Entry, Recorder},
+    refusal::{Refusal, Stop},
+    relay::Carried,
+    stalled::Stalled,
+    tunnel::{buffers::SIZE, pool::Pool},
+    wants::{self, Denied, Known, Wants},
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
 use turn::Turns;
@@ -67,8 +71,17 @@ struct Inner {
     turns: Arc<Turns>,
     /// Idle tunnels of other agents, by workload and source.
     idle: Arc<Quota<(u64, IpAddr)>>,
+    stalled: Arc<Stalled>,
+    wants: Arc<Wants>,
     /// A descriptor that is kept for [`Node::refuse_one`].
     spare: Mutex<Option<File>>,
+}
+
+/// A view, and the word that an address of it is used, for as long as a connection is.
+#[derive(Debug)]
+struct Asked {
+    view: Arc<Snapshot>,
+    held: Option<wants::Held>,
 }
 
 /// A descriptor; `None` when even this one is not to be had.
@@ -80,7 +93,7 @@ impl Node {
     /// A node of this name. Must be made on the runtime: it starts the task that looks after idle tunnels.
     pub fn new(
         name: String,
-        view: watch::Receiver<Option<Arc<Snapshot>>>,
+        Known { view, wants }: Known,
         identities: Arc<Identities>,
         metrics: Arc<Metrics>,
         log: AccessLog,
@@ -99,8 +112,10 @@ impl Node {
         let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, connections };
         let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
+        let stalled = Arc::new(Stalled::new(limits.stalled_memory / SIZE));
         let spare = Mutex::new(descriptor());
-        Self { inner: Arc::new(Inner { view, recorder, connector, places, turns, idle, spare }) }
+        let inner = Inner { view, recorder, connector, places, turns, idle, stalled, wants, spare };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
@@ -113,7 +128,7 @@ impl Node {
         &self.inner.recorder.connections
     }
 
-    /// The drain under which [`serve`] should be spawned.
+    /// The drain under which [`spawn`] runs connections.
     pub fn drain(&self) -> &Drain {
         &self.inner.connector.drain
     }
@@ -156,8 +171,60 @@ impl Node {
             .ok_or_else(|| Refusal::new(Reason::LimitDescriptors, format!("of {all} for the node")))
     }
 
+    /// Bytes that wait for readers who do not read.
+    pub fn stalled(&self) -> &Arc<Stalled> {
+        &self.inner.stalled
+    }
+
+    /// How the bytes of a connection between a workload and somebody elsewhere are carried.
+    fn carried<'a>(&'a self, entry: &'a Entry, workload: &Local, peer: IpAddr) -> Carried<'a> {
+        Carried {
+            flow: entry.flow(),
+            direction: entry.direction(),
+            wait: self.limits().ready_wait,
+            readers: self.stalled().readers(workload.id(), peer),
+        }
+    }
+
     fn view(&self) -> Result<Arc<Snapshot>, Reason> {
         self.inner.view.borrow().clone().ok_or(Reason::ViewMissing)
+    }
+
+    /// The view, once it says what this address is that a connection of this workload is to or from: waits for the
+    /// controller's answer if need be, and if that does not come in time returns a view that does not know it.
+    async fn ask(&self, workload: &Local, direction: Direction, address: IpAddr) -> Result<Asked, Reason> {
+        let view = self.view()?;
+        if !wants::is_asked_for(&view, address) {
+            return Ok(Asked { view, held: None });
+        }
+        let limit = self.limits().answer_wait;
+        let now = Instant::now();
+        let deadline = self.inner.wants.away().map_or(now, |since| since.min(now)) + limit;
+        let held = loop {
+            match self.inner.wants.hold((workload.id(), direction), address) {
+                Ok(held) => break Some(held),
+                Err(_) if view.knows(address) => break None,
+                Err(Denied::Later(wait)) if Instant::now() + wait < deadline => {
+                    tokio::time::sleep(wait).await
+                }
+                Err(_) => {
+                    self.inner.connector.metrics.limit_hit("addresses");
+                    return Ok(Asked { view, held: None });
+                }
+            }
+        };
+        drop(view);
+        let mut views = self.inner.view.clone();
+        let known = views.wait_for(|view| view.as_ref().is_some_and(|view| view.knows(address)));
+        // Nothing more to do at a timeout, or when nobody will change the view any more: what there is does not know it.
+        let _ = tokio::time::timeout_at(deadline, known).await;
+        Ok(Asked { view: self.view()?, held })
+    }
+
+    /// Goes on knowing of an address that a connection of this workload leads to, if that costs nobody anything.
+    fn hold(&self, workload: &Local, view: &Snapshot, address: IpAddr) -> Option<wants::Held> {
+        let asked = wants::is_asked_for(view, address);
+        asked.then(|| self.inner.wants.hold((workload.id(), Direction::Outbound), address).ok()).flatten()
     }
 
     /// Done when a view says that a live connection may not go on. Looks at every view that comes, and first at the one
@@ -208,10 +275,15 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
         result = outbound::serve(&accepted, &node, &mut entry) => result,
         refusal = node.cut(&accepted.workload) => Err(refusal.into()),
     };
+    end(accepted.stream, entry, result);
+}
+
+/// Ends the application's side of a connection as the connection ended, and records it.
+fn end(stream: TcpStream, entry: Box<Entry>, result: Result<(), Stop>) {
     if result.is_ok() {
-        socket::close(accepted.stream);
+        socket::close(stream);
     } else {
-        socket::reset(accepted.stream);
+        socket::reset(stream);
     }
     entry.finish(result);
 }

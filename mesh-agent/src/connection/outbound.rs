@@ -1,59 +1,68 @@
 //! A connection that a workload of this node opens, from its capture to its last byte.
 
+use std::net::SocketAddr;
+
 use mesh_core::{
-    model::{Mode, Name},
+    model::{Mode, Name, Workload},
     refusal::Reason,
-    route::{self, Transport},
+    route::{self, Route, Transport},
     view::Snapshot,
 };
 
-use super::{Accepted, Node, identify};
+use super::{Accepted, Asked, Node, identify};
 use crate::{
     connect::{Ask, Opened, Way},
+    metrics::Direction,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
-    relay::{
-        self, ResetOnDrop,
-        tunnel::{Carried, Stopped},
-    },
+    relay::{self, ResetOnDrop, tunnel::Stopped},
 };
 
 /// The story. Each `?` ends it with a reason; the caller resets the application then, and records either way.
 pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
     let connector = &node.inner.connector;
-    let wait = node.limits().ready_wait;
     let (local, app, address) = (&accepted.workload, &accepted.stream, accepted.peer);
 
     // Who is asking, and may it have one more?
     entry.place = Some(node.place(local)?);
     let _place = local.admit(node.limits().max_connections_per_workload)?;
-    let opened = {
-        let view = node.view()?; // one version until the way is open
+    let original = accepted.original;
+    let (opened, _held) = {
+        // One version until the way is open; it says what the destination is, if anybody does.
+        let Asked { view, held } = Box::pin(node.ask(local, Direction::Outbound, original.ip())).await?;
         entry.view = Some(view.shared_version());
-        let identity = identify::source(accepted, &view, &mut entry.told().source)?;
+        let (source, identity) = identify::source(accepted, &view, &mut entry.told().source)?;
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
-        let route = route::outbound(&view, accepted.original)?;
-        let ask = Ask { local, identity: &identity, app, address, view: &view };
-        Box::pin(connector.open(&ask, route, entry)).await?
+        let route = match route::outbound(&view, &source, original) {
+            Err(Reason::DestinationUnanswered) => unanswered(&source, original, entry)?,
+            route => route?,
+        };
+        let ask = Ask { local, identity: &identity, app, address, asked: original, view: &view };
+        let opened = Box::pin(connector.open(&ask, route, entry)).await?;
+        // Behind a service is a workload of its own, of which every change is to be heard.
+        let reached = entry.told().destination.address.filter(|reached| reached.ip() != original.ip());
+        let reached = reached.and_then(|reached| node.hold(local, &view, reached.ip()));
+        (opened, Box::new([held, reached]))
     };
     entry.opened();
 
     // The bytes. The attempt counts as a load of its endpoint until they have ended.
     let Opened { way, attempt: _attempt } = opened;
+    let destination = entry.told().destination.address.unwrap_or(accepted.original).ip();
+    let carried = node.carried(entry, local, destination);
     let mut lease = match way {
         Way::Plaintext(to) => {
             return tokio::select! {
-                carried = relay::plain::run(app, ResetOnDrop::new(to), entry.flow(), wait) => Ok(carried?),
+                ended = relay::plain::run(app, ResetOnDrop::new(to), &carried) => ended,
                 refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => Err(refusal.into()),
             };
         }
         Way::Tunnel(lease) => lease,
     };
     let led = lease.link.led().clone();
-    let carried = Carried { flow: entry.flow(), direction: accepted.direction, wait };
     let (stopped, said) = tokio::select! {
-        carried = relay::tunnel::run(app, &mut lease.link, carried) => carried,
+        carried = relay::tunnel::run(app, &mut lease.link, &carried) => carried,
         // The tunnel itself is reset, by being dropped.
         refusal = node.each_view(|view| {
             if !led.holds(&view.mesh().roots) {
@@ -69,9 +78,18 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
         Stopped::ApplicationReset => Err(Failure::SourceReset),
         Stopped::PeerReset => Err(Failure::DestinationReset),
         Stopped::Lost(error) => return Err(error.into()),
+        Stopped::Stalled(no_room) => return Err(Refusal::from(no_room).into()),
     };
     connector.settle(lease, said);
     Ok(result?)
+}
+
+/// Where a connection leads of whose destination nobody has said anything.
+fn unanswered(source: &Workload, destination: SocketAddr, entry: &mut Entry) -> Result<Route, Refusal> {
+    let route = route::unanswered(source.mode, destination)
+        .map_err(|reason| Refusal::new(reason, destination.to_string()))?;
+    entry.unanswered();
+    Ok(route)
 }
 
 /// Whether a live connection is still what it was opened as: between these two identities, or in plaintext to somebody

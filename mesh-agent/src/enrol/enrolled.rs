@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Enroller,
-    discover::{Census, Place, PlaceError, still_has},
+    discover::{Census, Place, PlaceError, lacks},
 };
 use crate::{
     capture::{
@@ -53,6 +53,7 @@ struct Listener {
 #[derive(Debug)]
 pub(super) struct Enrolled {
     local: Arc<Local>,
+    uid: String,
     routing: Routing,
     listeners: Vec<Listener>,
     stop: CancellationToken,
@@ -97,27 +98,35 @@ impl Enrolled {
         view: &Snapshot,
         context: &mut Enroller,
     ) -> Result<Self, Incomplete> {
+        if workload.addresses.is_empty() {
+            return Err(Incomplete::Waiting("it has no address yet".to_owned()));
+        }
         // What the guard was told outlives agents, and workloads that hide: a veth that is guarded for another workload
         // of the view is that one's.
         let anothers = |ifindex| {
             let theirs = |address| elsewhere.contains(address) && !workload.addresses.contains(address);
             context.maps.sources(ifindex).iter().any(theirs)
         };
-        let Place { namespace, pod_ifindex, node_ifindex, mac } =
-            match census.place(&workload.addresses, anothers).await {
-                Ok(place) => place,
-                Err(PlaceError::NoNamespace(address)) => {
-                    return Err(Incomplete::Waiting(format!(
-                        "no network namespace of this node has {address} yet"
-                    )));
-                }
-                Err(error) => return Err(Incomplete::Failed(error.into())),
-            };
+        let Place { namespace, pod_ifindex, node_ifindex, mac } = match census.place(workload, anothers).await
+        {
+            Ok(place) => place,
+            Err(PlaceError::NoNamespace(address)) => {
+                return Err(Incomplete::Waiting(format!(
+                    "no network namespace of this node has {address} yet"
+                )));
+            }
+            Err(error @ (PlaceError::NoSandbox(_) | PlaceError::NotInSandbox { .. })) => {
+                return Err(Incomplete::Waiting(format!("{error}: it is not there yet, or gone")));
+            }
+            Err(error) => return Err(Incomplete::Failed(error.into())),
+        };
         let strict = workload.mode == Mode::Strict;
         let local = Local::new(workload.name.clone(), workload.addresses.clone(), namespace);
+        let uid = workload.uid.clone();
         let mut new = Self {
             routing: Routing::open(&local.namespace).context("cannot open netlink in the pod's namespace")?,
             local: Arc::new(local),
+            uid,
             listeners: Vec::new(),
             stop: CancellationToken::new(),
             pod_ifindex,
@@ -168,6 +177,12 @@ impl Enrolled {
         &self.local.addresses
     }
 
+    /// Whether this is the workload that was captured: one that was given other addresses is another to everything that
+    /// capture rests on, and a pod that has the name of one before it is another to everybody.
+    pub(super) fn is(&self, workload: &Workload) -> bool {
+        workload.uid == self.uid && workload.addresses == self.local.addresses
+    }
+
     fn families(&self) -> Vec<Family> {
         let mut families: Vec<Family> = self.addresses().iter().copied().map(Family::of).collect();
         families.sort();
@@ -205,7 +220,7 @@ impl Enrolled {
         match hook {
             Hook::Deliver => (&self.local.namespace, LO),
             Hook::CaptureOutbound | Hook::CaptureInbound => (&self.local.namespace, self.pod_ifindex),
-            Hook::GuardFromPod | Hook::GuardToPod => (of_node, self.node_ifindex),
+            Hook::GuardFromPod | Hook::GuardToPod | Hook::HoldNew => (of_node, self.node_ifindex),
         }
     }
 
@@ -241,15 +256,12 @@ impl Enrolled {
         node: &Node,
         data: &Handle,
     ) -> anyhow::Result<Vec<&'static str>> {
-        for address in self.addresses() {
-            anyhow::ensure!(
-                still_has(&self.local.namespace, *address)?,
-                "the namespace no longer has {address}"
-            );
+        if let Some(address) = lacks(&self.local.namespace, self.addresses())? {
+            anyhow::bail!("the namespace no longer has {address}");
         }
         let mut repaired = self.routing.ensure(&self.local.namespace, &self.families()).await?;
         let of_node = Namespace::of_agent()?;
-        for hook in Hook::ALL {
+        for hook in Hook::OF_WORKLOAD {
             let (namespace, ifindex) = self.place(hook, &of_node);
             if !kernel.is_in_place(&owner(self.name()), hook, namespace, ifindex) {
                 self.attach(hook, kernel)?;
@@ -272,26 +284,25 @@ impl Enrolled {
         Ok(repaired)
     }
 
-    /// Lets go of a workload whose place is gone, or looks as if it were: its connections end, its listeners go. The
-    /// guard stays, and everything else that is of no harm: it is not for a workload to say, by taking its own address
-    /// away, that it is no longer guarded. Enrolment takes them over when it is found again.
-    pub(super) async fn lose(mut self, maps: &mut Maps, node: &Node) {
-        self.end(maps, node).await;
-    }
-
-    async fn end(&mut self, maps: &mut Maps, node: &Node) {
+    /// Takes the listeners away. For a workload whose place is gone, or looks as if it were, that and the end of its
+    /// connections is all: the guard stays, and everything else that is of no harm. It is not for a workload to say, by
+    /// taking its own address away, that it is no longer guarded. Enrolment takes them over when it is found again.
+    pub(super) fn stop_listening(&self, maps: &mut Maps) {
         for address in self.addresses() {
             maps.remove_listeners(*address);
         }
         self.stop.cancel();
+    }
+
+    /// Ends its connections, and waits for that a while.
+    pub(super) async fn leave(&self, node: &Node) {
         self.local.leave(LEAVE_WAIT).await;
         node.forget(&self.local);
     }
 
-    /// Lets the workload go: ends its connections first, since without capture their data would leave as plaintext,
-    /// then takes away everything that enrolment brought.
-    pub(super) async fn remove(mut self, kernel: &mut Kernel, maps: &mut Maps, node: &Node, run_dir: &Path) {
-        self.end(maps, node).await;
+    /// Lets a workload go that has left ([`Self::stop_listening`], [`Self::leave`]): takes away everything that enrolment brought.
+    /// Before, data of its connections would leave as plaintext.
+    pub(super) async fn remove(self, kernel: &mut Kernel, maps: &mut Maps, run_dir: &Path) {
         let name = self.name();
         if let Err(error) = kernel.detach(&owner(name)) {
             tracing::error!(workload = %name, %error, "cannot detach the programs");

@@ -6,6 +6,8 @@
 pub mod discover;
 mod enrolled;
 mod grace;
+pub mod hold;
+mod sandbox;
 pub mod uninstall;
 
 use std::{
@@ -27,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use self::{
     discover::Census,
     enrolled::{Enrolled, Incomplete},
+    hold::Holds,
 };
 use crate::{
     capture::{Kernel, Maps, Pins},
@@ -34,6 +37,8 @@ use crate::{
     headroom::Headroom,
     identity::store::Identities,
     metrics::Metrics,
+    net::socket,
+    run_dir::RunDir,
     view::report::{Enrolment, ReportHandle},
 };
 
@@ -65,6 +70,8 @@ pub struct Enroller {
     pub headroom: Headroom,
     /// Where the controller and the admin API hear of it.
     pub reports: ReportHandle,
+    /// New pods, which are held until they are captured; `None` where nothing is held.
+    pub holds: Option<Holds>,
     /// Where settings of namespaces from before enrolment are kept.
     pub run_dir: PathBuf,
     /// Cancelled by the loop when it has gone through all workloads once: new connections reach this agent.
@@ -96,6 +103,7 @@ impl Enroller {
         let mut settled = false;
         loop {
             let snapshot = view.borrow_and_update().clone();
+            self.hold_new();
             if let Some(snapshot) = snapshot {
                 let prove = last_proof.elapsed() >= PROVE_INTERVAL;
                 if prove {
@@ -111,34 +119,78 @@ impl Enroller {
                 if complete && !std::mem::replace(&mut settled, true) {
                     give_back_memory();
                 }
-                self.in_force.cancel();
+                self.is_in_force();
             }
+            self.let_go(view.borrow().as_deref(), &enrolled);
             self.count_refusals(&mut counted);
             let maps = &self.maps;
             self.headroom.maps(|| maps.fills());
-            let wait = if complete { PROVE_INTERVAL } else { SEARCH_INTERVAL };
+            let settled_down = complete && !self.holds.as_ref().is_some_and(Holds::any);
+            let wait = if settled_down { PROVE_INTERVAL } else { SEARCH_INTERVAL };
             tokio::select! {
                 // All branches are cancel-safe.
                 () = stand_down.cancelled() => return Held { _enrolled: enrolled },
+                () = Holds::changed(self.holds.as_mut()) => {}
                 changed = view.changed() => if changed.is_err() { return Held { _enrolled: enrolled } },
                 () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
+    fn is_in_force(&self) {
+        if self.in_force.is_cancelled() {
+            return;
+        }
+        self.in_force.cancel();
+        let told = RunDir::open(&self.run_dir).and_then(|run_dir| match &self.holds {
+            Some(holds) => holds.tell(&run_dir),
+            None => run_dir.remove(hold::MARK),
+        });
+        if let Err(error) = told {
+            tracing::error!(%error, "cannot say whether new pods are held: those that wait for it do not start");
+        }
+    }
+
+    fn hold_new(&mut self) {
+        let Self { holds, kernel, maps, .. } = self;
+        if let Some(holds) = holds
+            && let Err(error) = holds.take(kernel, maps)
+        {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "cannot hold a new pod: what it sends may leave in the clear"
+            );
+        }
+    }
+
+    fn let_go(&mut self, view: Option<&Snapshot>, enrolled: &BTreeMap<Name, Enrolled>) {
+        let Self { holds, kernel, maps, metrics, .. } = self;
+        let Some(holds) = holds.as_mut().filter(|holds| holds.any()) else { return };
+        let captured = enrolled.values().map(|present| present.node_ifindex).collect();
+        if let Err(error) = holds.resolve(view, &captured, kernel, maps, metrics) {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "cannot let go of a new pod before its hold ends by itself"
+            );
+        }
+    }
+
     async fn reconcile(&mut self, view: &Snapshot, enrolled: &mut BTreeMap<Name, Enrolled>, prove: bool) {
         let wanted: BTreeMap<&Name, &Arc<Workload>> =
             view.local().map(|workload| (&workload.name, workload)).collect();
-        // A workload that was given other addresses is another one to everything that capture rests on.
         let stays = |(name, present): &(&Name, &Enrolled)| {
-            wanted.get(name).is_some_and(|workload| workload.addresses == present.addresses())
+            wanted.get(name).is_some_and(|workload| present.is(workload))
         };
         let gone: Vec<Name> =
             enrolled.iter().filter(|entry| !stays(entry)).map(|(name, _)| name.clone()).collect();
         for name in gone {
             if let Some(old) = enrolled.remove(&name) {
                 self.unenrol(old).await;
+                self.hold_new();
             }
+        }
+        for (name, workload) in &wanted {
+            self.reports.is_pod(name, &workload.uid);
         }
         self.sweep(&wanted, enrolled);
         for (name, present) in enrolled.iter_mut() {
@@ -156,7 +208,9 @@ impl Enroller {
     /// Makes the view's addresses the captured destinations; whether that worked.
     fn sync_destinations(&mut self, view: &Snapshot) -> bool {
         let wanted: HashSet<IpAddr> = view.captured_addresses().collect();
-        match self.maps.set_destinations(&wanted) {
+        // Where the view has not everything, the rest of the mesh is captured by the blocks that it is in.
+        let blocks = view.demand().map_or(&[][..], |demand| &demand.blocks);
+        match self.maps.set_destinations(&wanted, blocks) {
             Ok(false) => true,
             Ok(true) => {
                 let addresses = wanted.len();
@@ -185,7 +239,8 @@ impl Enroller {
 
     /// Removes what earlier agents left for workloads that are not wanted any more.
     fn sweep(&mut self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
-        let keep: HashSet<String> = wanted.keys().map(|name| enrolled::owner(name)).collect();
+        let mut keep: HashSet<String> = wanted.keys().map(|name| enrolled::owner(name)).collect();
+        keep.extend(self.holds.iter().flat_map(Holds::owners));
         for owner in self.kernel.owners().unwrap_or_default() {
             if !keep.contains(&owner)
                 && let Err(error) = self.kernel.detach(&owner)
@@ -234,7 +289,7 @@ impl Enroller {
         for name in lost {
             self.metrics.repaired("namespace");
             if let Some(old) = enrolled.remove(&name) {
-                old.lose(&mut self.maps, &self.node).await;
+                self.end(&old).await;
                 self.reports.set(&name, Enrolment::Pending, "its namespace, or its address there, is gone");
             }
         }
@@ -254,7 +309,7 @@ impl Enroller {
         if missing.is_empty() {
             return;
         }
-        let census = match Census::take() {
+        let census = match Census::take(missing.iter().map(AsRef::as_ref)) {
             Ok(census) => census,
             Err(error) => {
                 tracing::error!(%error, "cannot look at the node's network namespaces");
@@ -269,11 +324,21 @@ impl Enroller {
                 self.failed(name, &format!("this node has {MAX_WORKLOADS} enrolled workloads, its limit"));
                 continue;
             }
+            // The kernel programs know listeners by address: two workloads cannot have the same one, and the one that
+            // has it still is let go of when its namespace no longer has it.
+            let holds = |other: &&Enrolled| other.addresses().iter().any(|a| workload.addresses.contains(a));
+            if let Some(other) = enrolled.values().find(holds) {
+                let reason = format!("an address of it is still that of {}", other.name());
+                self.reports.set(name, Enrolment::Pending, &reason);
+                continue;
+            }
             match Enrolled::new(workload, &census, &local, view, self).await {
                 Ok(new) => {
                     tracing::info!(workload = %name, "enrolled");
                     enrolled.insert(name.clone(), new);
                     self.reports.set(name, Enrolment::Enrolled, "");
+                    // That took grace periods of the kernel's.
+                    self.hold_new();
                 }
                 Err(Incomplete::Waiting(reason)) => {
                     self.reports.set(name, Enrolment::Pending, &reason);
@@ -292,8 +357,23 @@ impl Enroller {
     async fn unenrol(&mut self, old: Enrolled) {
         let name = old.name().clone();
         tracing::info!(workload = %name, "no longer enrolled");
-        old.remove(&mut self.kernel, &mut self.maps, &self.node, &self.run_dir).await;
+        self.end(&old).await;
+        old.remove(&mut self.kernel, &mut self.maps, &self.run_dir).await;
         self.reports.set(&name, Enrolment::Gone, "");
+    }
+
+    /// Ends what goes through a workload's capture, and waits for that a while. New pods do not wait for it.
+    async fn end(&mut self, old: &Enrolled) {
+        old.stop_listening(&mut self.maps);
+        let node = self.node.clone();
+        let mut left = std::pin::pin!(old.leave(&node));
+        loop {
+            tokio::select! {
+                // Both are cancel-safe.
+                () = &mut left => return,
+                () = Holds::changed(self.holds.as_mut()) => self.hold_new(),
+            }
+        }
     }
 
     fn publish(&self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
@@ -315,9 +395,7 @@ impl Enroller {
 
 /// Whether something could not be looked at for want of descriptors, which says nothing of the workload.
 fn lacks_descriptors(error: &anyhow::Error) -> bool {
-    let of_system =
-        |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
-    error.chain().filter_map(of_system).any(|code| code == libc::EMFILE || code == libc::ENFILE)
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(socket::is_shortage)
 }
 
 /// Gives back what loading the programs and the first enrolments took: glibc keeps it otherwise, a quarter of what an

@@ -43,8 +43,12 @@ pub async fn uninstall(bpffs: &Path, run_dir: Option<&Path>, cgroup: &str) -> an
         }
     }
     match run_dir.map(fs::remove_dir_all) {
-        Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
+        // What is mounted for the agent is whoever's it is that mounted it; by then nothing is in it.
+        Some(Err(error))
+            if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy) =>
+        {
+            Err(error.into())
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }

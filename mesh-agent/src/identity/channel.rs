@@ -73,11 +73,15 @@ impl ConnectError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Dial { .. } | Self::Timeout(_) => true,
-            Self::Handshake { source, .. } => {
-                !matches!(of_tls(source), Some(rustls::Error::InvalidCertificate(_)))
-            }
+            Self::Handshake { .. } => !self.is_untrusted(),
             Self::Nobody { .. } | Self::NotController { .. } => false,
         }
+    }
+
+    /// Whether the peer's certificate was not taken.
+    pub fn is_untrusted(&self) -> bool {
+        let Self::Handshake { source, .. } = self else { return false };
+        matches!(of_tls(source), Some(rustls::Error::InvalidCertificate(_)))
     }
 }
 

@@ -1,7 +1,9 @@
-//! How a machine becomes a node of the mesh: a join token, used once, for the node's first certificate.
+//! How a machine becomes a node of the mesh: a join token, used once, or in Kubernetes the service-account token of the
+//! agent's pod, for the node's first certificate.
 //!
-//! The machine knows no root yet. The token names the hash of one, and the controller is believed only if its chain
-//! leads to the root with that hash: who can read the token can join, but who sits in between learns nothing.
+//! The machine knows no root yet. A join token names the hash of one, and the controller is believed only if its chain
+//! leads to the root with that hash; beside a service-account token there is a file of roots. Who can read the token can
+//! join, but who sits in between learns nothing.
 
 use std::{fmt, io, path::PathBuf, sync::Arc};
 
@@ -10,7 +12,7 @@ use mesh_core::{
     wire::proto,
 };
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -18,8 +20,9 @@ use rustls::{
     crypto::ring,
     version::TLS13,
 };
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
 
 use super::{
     channel::{ALPN_H2, ConnectError, open},
@@ -89,6 +92,83 @@ impl fmt::Debug for JoinToken {
     }
 }
 
+/// What a machine proves with that it is a node.
+#[derive(Clone)]
+pub enum Proof {
+    /// A join token.
+    Token(JoinToken),
+    /// The service-account token of our pod, and the roots of which the controller has one.
+    ServiceAccount {
+        /// What the kubelet wrote for us.
+        token: Zeroizing<String>,
+        /// Any of them will do.
+        roots: Vec<CertificateDer<'static>>,
+    },
+}
+
+impl fmt::Debug for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Token(token) => token.fmt(f),
+            Self::ServiceAccount { roots, .. } => {
+                f.debug_struct("ServiceAccount").field("roots", &roots.len()).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+/// Where a proof is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum ProofFiles {
+    /// There is none.
+    #[default]
+    Nowhere,
+    /// `--join-token-file`.
+    Token(PathBuf),
+    /// Both are written for us and change: they are read whenever they are needed.
+    ServiceAccount {
+        /// `--join-service-account-token`.
+        token: PathBuf,
+        /// `--roots`.
+        roots: PathBuf,
+    },
+}
+
+impl ProofFiles {
+    /// What they hold now; nothing when there are none.
+    pub fn read(&self) -> Result<Option<Proof>, JoinError> {
+        match self {
+            Self::Nowhere => Ok(None),
+            Self::Token(path) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|source| JoinError::File { path: path.clone(), source })?;
+                Ok(Some(Proof::Token(JoinToken::parse(&text)?)))
+            }
+            Self::ServiceAccount { token: path, .. } => {
+                let text = std::fs::read_to_string(path).map_err(|source| JoinError::AccountFile {
+                    path: path.clone(),
+                    reason: source.to_string(),
+                })?;
+                let token = Zeroizing::new(text.trim().to_owned());
+                Ok(Some(Proof::ServiceAccount { token, roots: self.roots()?.unwrap_or_default() }))
+            }
+        }
+    }
+
+    /// The roots that are written for us, as they are now; nothing where none are.
+    pub fn roots(&self) -> Result<Option<Vec<CertificateDer<'static>>>, JoinError> {
+        let Self::ServiceAccount { roots: path, .. } = self else { return Ok(None) };
+        let unusable = |reason: String| JoinError::AccountFile { path: path.clone(), reason };
+        let text = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+        let roots = roots.map_err(|error| unusable(error.to_string()))?;
+        match roots.len() {
+            0 => Err(unusable("it has no certificate".to_owned())),
+            _ => Ok(Some(roots)),
+        }
+    }
+}
+
 /// Why this machine did not become a node.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
@@ -99,6 +179,25 @@ pub enum JoinError {
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
+    },
+    /// What is written for us in Kubernetes is not there, or not yet.
+    #[error(
+        "cannot use {path}: {reason}; mount a projected service-account token and the ConfigMap nodemesh-roots"
+    )]
+    AccountFile {
+        /// `--join-service-account-token` or `--roots`.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The controller's chain leads to none of the roots that are written for us.
+    #[error(
+        "{source}; none of the roots of --roots leads to it: this is another controller, somebody in between, or the \
+         file is not yet as the mesh's roots are now"
+    )]
+    Untrusted {
+        /// What the handshake said.
+        source: ConnectError,
     },
     /// Not a token.
     #[error("the join token cannot be used: {0}")]
@@ -124,40 +223,51 @@ pub enum JoinError {
         "the controller refused the join: {0}; if the token was used or has expired, make another with mesh-controller token"
     )]
     Refused(String),
+    /// The controller does not take this service-account token; a later one of the same file it may.
+    #[error("the controller did not take the service-account token: {0}")]
+    Unproven(String),
+    /// The controller takes no token such as this one.
+    #[error("the controller refused the join: {0}")]
+    Denied(String),
     /// The controller could not answer.
     #[error("the controller did not answer the join: {0}")]
     Unanswered(String),
     /// The answer is not a certificate for us.
     #[error("the controller's answer to the join cannot be used: {0}")]
     Answer(#[from] CredentialError),
-    /// The controller's roots are not those of the token.
-    #[error("the controller's roots do not include the one that the join token names")]
+    /// The controller's roots are not those that we were told.
+    #[error("the controller's roots do not include the one that the join token, or the file of roots, names")]
     OtherRoots,
 }
 
 impl JoinError {
-    /// Whether another attempt with the same token may succeed.
+    /// Whether another attempt may succeed without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.is_transient(),
-            Self::Unanswered(_) => true,
+            Self::Unanswered(_) | Self::Unproven(_) => true,
+            Self::AccountFile { .. } | Self::Untrusted { .. } => true,
             Self::File { .. } | Self::Token(_) | Self::OtherNode { .. } | Self::Name(_) => false,
-            Self::Refused(_) | Self::Answer(_) | Self::OtherRoots => false,
+            Self::Refused(_) | Self::Denied(_) | Self::Answer(_) | Self::OtherRoots => false,
         }
     }
 }
 
-/// Trades the token for a certificate.
+/// Trades the proof for a certificate.
 pub async fn join(
     controller: &HostPort,
     node: &str,
-    token: &JoinToken,
+    proof: &Proof,
     surroundings: &Surroundings,
 ) -> Result<Issued, JoinError> {
-    if token.node != node {
+    if let Proof::Token(token) = proof
+        && token.node != node
+    {
         return Err(JoinError::OtherNode { token: token.node.clone(), node: node.to_owned() });
     }
-    let (stream, found) = open(controller, &surroundings.dial, pinning(token, &surroundings.clock)).await?;
+    let tls = anchored(Anchor::of(proof)?, &surroundings.clock);
+    let opened = open(controller, &surroundings.dial, tls).await;
+    let (stream, found) = opened.map_err(|error| unreached(proof, error))?;
     let id = SpiffeId::node(found.trust_domain(), node)?;
     let request = KeyRequest::new(&id)?;
     let mut only = Some(stream);
@@ -165,24 +275,47 @@ pub async fn join(
         let stream = only.take().ok_or_else(|| io::Error::other("the connection of the join was lost"));
         std::future::ready(stream)
     });
-    let message =
-        proto::JoinRequest { node: node.to_owned(), token: token.text.clone(), csr_der: request.csr_der() };
+    let (token, service_account_token) = match proof {
+        Proof::Token(token) => (token.text.clone(), String::new()),
+        Proof::ServiceAccount { token, .. } => (String::new(), token.to_string()),
+    };
+    let message = proto::JoinRequest {
+        node: node.to_owned(),
+        token,
+        csr_der: request.csr_der(),
+        service_account_token,
+    };
     let mut client = EnrolmentClient::new(channel);
     let answer = tokio::time::timeout(CALL_TIMEOUT, client.join(message))
         .await
         .map_err(|_| JoinError::Unanswered(format!("nothing came within {CALL_TIMEOUT:?}")))?
-        .map_err(refusal)?
+        .map_err(|status| refusal(proof, status))?
         .into_inner();
-    if !answer.roots_der.iter().any(|root| sha256(root) == token.root_sha256) {
+    let told = |root: &Vec<u8>| match proof {
+        Proof::Token(token) => sha256(root) == token.root_sha256,
+        Proof::ServiceAccount { roots, .. } => roots.iter().any(|it| it.as_ref() == root),
+    };
+    if !answer.roots_der.iter().any(told) {
         return Err(JoinError::OtherRoots);
     }
     Ok(complete(request, answer, &[], &surroundings.clock)?)
 }
 
-fn refusal(status: tonic::Status) -> JoinError {
+/// The file of roots changes at a rotation, and reaches us after the controller: a chain that does not lead there may
+/// lead there soon. A join token is for one root for good.
+fn unreached(proof: &Proof, error: ConnectError) -> JoinError {
+    match proof {
+        Proof::ServiceAccount { .. } if error.is_untrusted() => JoinError::Untrusted { source: error },
+        _ => JoinError::Connect(error),
+    }
+}
+
+fn refusal(proof: &Proof, status: tonic::Status) -> JoinError {
     use tonic::Code;
     let text = format!("{} ({:?})", status.message(), status.code());
     match status.code() {
+        Code::Unauthenticated if matches!(proof, Proof::ServiceAccount { .. }) => JoinError::Unproven(text),
+        Code::PermissionDenied if matches!(proof, Proof::ServiceAccount { .. }) => JoinError::Denied(text),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted | Code::Unknown => {
             JoinError::Unanswered(text)
         }
@@ -191,9 +324,9 @@ fn refusal(status: tonic::Status) -> JoinError {
     }
 }
 
-/// TLS 1.3 without a client certificate, to the controller whose root the token pins.
-fn pinning(token: &JoinToken, clock: &Clock) -> Arc<ClientConfig> {
-    let verifier = Arc::new(PinnedVerifier { root_sha256: token.root_sha256 });
+/// TLS 1.3 without a client certificate, to the controller that leads to what the proof names.
+fn anchored(anchor: Anchor, clock: &Clock) -> Arc<ClientConfig> {
+    let verifier = Arc::new(AnchoredVerifier { anchor });
     let provider = Arc::new(ring::default_provider());
     let mut config = ClientConfig::builder_with_details(provider, Arc::new(clock.clone()))
         .with_protocol_versions(&[&TLS13])
@@ -218,31 +351,55 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
 )]
 struct NotPinned;
 
-/// Believes a server whose chain ends in the root with this hash, leads there, and whose leaf is the controller's.
+/// To what the controller's chain has to lead.
 #[derive(Debug)]
-struct PinnedVerifier {
-    root_sha256: [u8; 32],
+enum Anchor {
+    /// The root with this hash, which ends the chain.
+    Pinned([u8; 32]),
+    /// One of these.
+    Roots(Arc<RootCertStore>),
 }
 
-impl PinnedVerifier {
-    fn trust_domain(
-        &self,
-        leaf: &CertificateDer<'_>,
-        root: &CertificateDer<'_>,
-    ) -> Result<TrustDomain, Error> {
-        if sha256(root) != self.root_sha256 {
-            return Err(verify::invalid(NotPinned));
+impl Anchor {
+    fn of(proof: &Proof) -> Result<Self, JoinError> {
+        match proof {
+            Proof::Token(token) => Ok(Self::Pinned(token.root_sha256)),
+            Proof::ServiceAccount { roots, .. } => {
+                Ok(Self::Roots(root_store(roots).map_err(CredentialError::Tls)?))
+            }
         }
-        let id = identity_of(leaf).map_err(verify::invalid)?;
-        if id == SpiffeId::controller(id.trust_domain()) {
-            Ok(id.trust_domain().clone())
-        } else {
-            Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+    }
+
+    /// The roots that this chain has to lead to.
+    fn roots(&self, intermediates: &[CertificateDer<'_>]) -> Result<Arc<RootCertStore>, Error> {
+        match self {
+            Self::Roots(roots) => Ok(roots.clone()),
+            Self::Pinned(hash) => {
+                let pinned = intermediates.last().filter(|root| sha256(root) == *hash);
+                let root = pinned.ok_or_else(|| verify::invalid(NotPinned))?;
+                root_store(&[root.clone().into_owned()])
+            }
         }
     }
 }
 
-impl ServerCertVerifier for PinnedVerifier {
+/// Believes a server whose chain leads to the anchor, and whose leaf is the controller's.
+#[derive(Debug)]
+struct AnchoredVerifier {
+    anchor: Anchor,
+}
+
+/// The trust domain of the controller's certificate.
+fn trust_domain(leaf: &CertificateDer<'_>) -> Result<TrustDomain, Error> {
+    let id = identity_of(leaf).map_err(verify::invalid)?;
+    if id == SpiffeId::controller(id.trust_domain()) {
+        Ok(id.trust_domain().clone())
+    } else {
+        Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+    }
+}
+
+impl ServerCertVerifier for AnchoredVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -251,12 +408,10 @@ impl ServerCertVerifier for PinnedVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let (root, issuers) = intermediates.split_last().ok_or_else(|| verify::invalid(NotPinned))?;
-        let trust_domain = self.trust_domain(end_entity, root)?;
-        let roots = root_store(&[root.clone().into_owned()])?;
-        verify::SpiffeServerVerifier::new(roots, trust_domain).verify_server_cert(
+        let roots = self.anchor.roots(intermediates)?;
+        verify::SpiffeServerVerifier::new(roots, trust_domain(end_entity)?).verify_server_cert(
             end_entity,
-            issuers,
+            intermediates,
             server_name,
             ocsp_response,
             now,
@@ -297,6 +452,31 @@ mod tests {
         assert_eq!(token.node(), "node-1.rack.example");
         assert_eq!(token.root_sha256, [0x0f; 32]);
         assert!(!format!("{token:?}").contains("5e5e"));
+    }
+
+    #[test]
+    fn a_service_account_token_is_read_with_its_roots_and_does_not_print() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (token, roots) = (scratch.path().join("token"), scratch.path().join("roots.pem"));
+        let files = ProofFiles::ServiceAccount { token: token.clone(), roots: roots.clone() };
+        let unusable = |expected: &str| {
+            let error = files.read().unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+            assert!(error.is_transient(), "the kubelet writes it, by and by");
+        };
+        unusable("token: No such file");
+        std::fs::write(&token, "a.secret.b\n").unwrap();
+        unusable("roots.pem: No such file");
+        std::fs::write(&roots, "").unwrap();
+        unusable("roots.pem: it has no certificate");
+        std::fs::write(&roots, "-----BEGIN CERTIFICATE-----\n***\n-----END CERTIFICATE-----\n").unwrap();
+        unusable("roots.pem");
+        std::fs::write(&roots, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".repeat(2))
+            .unwrap();
+        let proof = files.read().unwrap().unwrap();
+        assert!(!format!("{proof:?}").contains("secret"));
+        let Proof::ServiceAccount { token, roots } = proof else { panic!("another kind of proof") };
+        assert_eq!((token.as_str(), roots.len()), ("a.secret.b", 2));
     }
 
     #[test]

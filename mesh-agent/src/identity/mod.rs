@@ -3,7 +3,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`join`] | a join token for the node's first certificate |
+//! | [`join`] | a join token, or a service-account token, for the node's first certificate |
 //! | [`node`] | the node's certificate, kept over restarts and renewed |
 //! | [`workloads`] | the certificates of the workloads of this node |
 //! | [`store`] | what is in force, as TLS configurations for connections |

@@ -1,7 +1,10 @@
-//! The node's own certificate: got with a join token, kept over restarts of the agent, renewed while it runs.
+//! The node's own certificate: got with a join token or a service-account token, kept over restarts of the agent, renewed
+//! while it runs.
 //!
 //! The token is read only when there is no valid certificate. If the controller was away for longer than the
-//! certificate's life the node has to join again, and does so by itself once a fresh token is in the file.
+//! certificate's life the node has to join again, and does so by itself once a fresh token is in the file; one of a
+//! service account is always fresh there. So is the file of roots beside it: a certificate that leads to none of them any
+//! more, and is not renewed, counts as lost.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -20,7 +23,7 @@ use super::{
     channel::ALPN_H2,
     credential::{Credential, CredentialError},
     issue::{self, IssueError, Issued},
-    join::{JoinError, JoinToken, join},
+    join::{JoinError, Proof, ProofFiles, join},
     roots_of,
     schedule::Renewal,
     store::client_config,
@@ -37,6 +40,8 @@ use crate::{
 pub const NODE_FILE: &str = "node.json";
 /// The longest pause between two attempts to join.
 const JOIN_RETRY_CAP: std::time::Duration = std::time::Duration::from_secs(5);
+/// How often it is looked whether the certificate still leads to a root of the file.
+const ROOTS_POLL: std::time::Duration = std::time::Duration::from_secs(30);
 /// After a file could not be written, until the next attempt.
 pub(super) const WRITE_RETRY: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -68,7 +73,8 @@ pub enum NodeError {
     },
     /// There is no certificate and nothing to get one with.
     #[error(
-        "this node has no valid certificate: give --join-token-file with a token of mesh-controller token --node {0}"
+        "this node has no valid certificate: give --join-token-file with a token of mesh-controller token --node {0}, or in \
+         Kubernetes --join-service-account-token and --roots"
     )]
     NoToken(String),
     /// The join failed for good.
@@ -86,17 +92,23 @@ pub struct NodeSettings {
     pub name: String,
     /// Where the controller is.
     pub controller: HostPort,
-    /// The join token, if one was given.
-    pub token_file: Option<PathBuf>,
+    /// Where its proof is.
+    pub proof: ProofFiles,
 }
 
 impl From<&Config> for NodeSettings {
     fn from(config: &Config) -> Self {
-        Self {
-            name: config.node.clone(),
-            controller: config.controller.clone(),
-            token_file: config.join_token_file.clone(),
+        Self { name: config.node.clone(), controller: config.controller.clone(), proof: proof_files(config) }
+    }
+}
+
+fn proof_files(config: &Config) -> ProofFiles {
+    match (&config.join_service_account_token, &config.roots, &config.join_token_file) {
+        (Some(token), Some(roots), _) => {
+            ProofFiles::ServiceAccount { token: token.clone(), roots: roots.clone() }
         }
+        (_, _, Some(token)) => ProofFiles::Token(token.clone()),
+        _ => ProofFiles::Nowhere,
     }
 }
 
@@ -206,13 +218,25 @@ impl Node {
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
         shutdown: CancellationToken,
     ) {
+        let mut look = Instant::now();
         loop {
+            if look <= Instant::now() {
+                look = Instant::now() + ROOTS_POLL;
+                if self.is_lost() {
+                    tracing::warn!("the node's certificate leads to none of the roots of --roots any more");
+                    self.renewal.hasten(self.surroundings.clock.now());
+                }
+            }
             if self.unsaved.is_some_and(|again| again <= Instant::now()) {
                 self.save();
             }
             let until_save = self.unsaved.map(|again| again.saturating_duration_since(Instant::now()));
             let until_due = self.renewal.pause(self.surroundings.clock.now(), Instant::now());
             let pause = until_save.map_or(until_due, |save| save.min(until_due));
+            let pause = match self.settings.proof {
+                ProofFiles::ServiceAccount { .. } => pause.min(ROOTS_POLL),
+                ProofFiles::Nowhere | ProofFiles::Token(_) => pause,
+            };
             // All branches can be dropped at any point: each only waits.
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -234,32 +258,43 @@ impl Node {
                 renewed = self.renew(channel.clone()) => renewed,
             };
             match renewed {
-                Ok(issued) => self.put_in_force(issued),
+                Ok(renewed) => self.put_in_force(renewed),
                 Err(error) => self.keep(&error),
             }
         }
     }
 
-    async fn renew(&self, channel: Channel) -> Result<Issued, RenewError> {
+    async fn renew(&self, channel: Channel) -> Result<Renewed, RenewError> {
         let clock = &self.surroundings.clock;
         if clock.now() < self.credential.life().expires {
-            return Ok(issue::renew(channel, self.credential.id(), &self.roots, clock).await?);
+            let renewed = issue::renew(channel, self.credential.id(), &self.roots, clock).await;
+            if renewed.is_ok() || !self.is_lost() {
+                return Ok(Renewed { issued: renewed?, roots: self.roots.clone() });
+            }
         }
-        let (settings, token) = (&self.settings, token(&self.settings)?);
-        Ok(join(&settings.controller, &settings.name, &token, &self.surroundings).await?)
+        let (settings, proof) = (&self.settings, proof(&self.settings)?);
+        let issued = join(&settings.controller, &settings.name, &proof, &self.surroundings).await?;
+        // Those that were in force may be those of a mesh that has moved on.
+        Ok(Renewed { roots: issued.credential.bundle().to_vec(), issued })
     }
 
-    fn put_in_force(&mut self, issued: Issued) {
-        let Issued { credential, skew } = issued;
+    /// The roots that are written for us are others than those that the certificate leads to.
+    fn is_lost(&self) -> bool {
+        let written = self.settings.proof.roots().ok().flatten();
+        written.is_some_and(|roots| self.credential.check(&roots, self.surroundings.clock.now()).is_err())
+    }
+
+    fn put_in_force(&mut self, renewed: Renewed) {
+        let Renewed { issued: Issued { credential, skew }, roots } = renewed;
         self.health.skew(skew);
-        match configure(&credential, &self.roots, &self.surroundings.clock) {
+        match configure(&credential, &roots, &self.surroundings.clock) {
             Ok(tls) => drop(self.tls.send_replace(tls)),
             Err(error) => return self.keep(&RenewError::Tls(error)),
         }
         tracing::info!(id = %credential.id(), expires = %credential.life().expires, "node certificate renewed");
         let (now, fraction) = (self.surroundings.clock.now(), self.surroundings.chance.draw());
-        self.renewal = credential.renewal(&self.roots, now, fraction);
-        self.credential = credential;
+        self.renewal = credential.renewal(&roots, now, fraction);
+        (self.credential, self.roots) = (credential, roots);
         self.save();
         self.publish(None);
     }
@@ -284,6 +319,12 @@ impl Node {
         let status = CertificateStatus { expires: Some(self.credential.life().expires), root, error };
         self.certificates.send_modify(|all| drop(all.insert(self.credential.id().clone(), status)));
     }
+}
+
+/// A new certificate, and the roots to go with it.
+struct Renewed {
+    issued: Issued,
+    roots: Roots,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -330,11 +371,13 @@ fn load(
     }
 }
 
-fn token(settings: &NodeSettings) -> Result<JoinToken, NodeError> {
-    let path = settings.token_file.as_ref().ok_or_else(|| NodeError::NoToken(settings.name.clone()))?;
-    let text =
-        std::fs::read_to_string(path).map_err(|source| JoinError::File { path: path.clone(), source })?;
-    Ok(JoinToken::parse(&text).map_err(JoinError::from)?)
+fn proof(settings: &NodeSettings) -> Result<Proof, NodeError> {
+    settings.proof.read()?.ok_or_else(|| NodeError::NoToken(settings.name.clone()))
+}
+
+async fn try_join(settings: &NodeSettings, surroundings: &Surroundings) -> Result<Issued, NodeError> {
+    let proof = proof(settings)?;
+    Ok(join(&settings.controller, &settings.name, &proof, surroundings).await?)
 }
 
 async fn join_when_reachable(
@@ -343,11 +386,10 @@ async fn join_when_reachable(
 ) -> Result<Issued, NodeError> {
     let mut failures = 0;
     loop {
-        let token = token(settings)?;
-        let error = match join(&settings.controller, &settings.name, &token, surroundings).await {
+        let error = match try_join(settings, surroundings).await {
             Ok(issued) => return Ok(issued),
-            Err(error) if !error.is_transient() => return Err(error.into()),
-            Err(error) => error,
+            Err(NodeError::Join(error)) if error.is_transient() => error,
+            Err(error) => return Err(error),
         };
         failures += 1;
         let pause = backoff(failures, surroundings.chance.draw(), JOIN_RETRY_CAP);
@@ -369,7 +411,7 @@ mod tests {
         let run_dir = RunDir::open(scratch.path()).unwrap();
         run_dir.write(NODE_FILE, content).unwrap();
         let controller = "controller:15012".parse().unwrap();
-        let settings = NodeSettings { name: "n1".into(), controller, token_file: None };
+        let settings = NodeSettings { name: "n1".into(), controller, proof: ProofFiles::Nowhere };
         load(&settings, &run_dir, OffsetDateTime::now_utc())
     }
 

@@ -6,3 +6,4 @@ pub mod netlink;
 pub mod netns;
 mod ports;
 pub mod socket;
+pub mod sysctl;

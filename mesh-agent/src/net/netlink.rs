@@ -43,6 +43,11 @@ impl Netlink {
         self.exchange(message, NLM_F_DUMP)
     }
 
+    /// Asks for one entry.
+    pub fn ask(&self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.exchange(message, NLM_F_ACK)
+    }
+
     fn exchange(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;

@@ -58,6 +58,11 @@ impl Namespace {
         Ok(all.into_iter().find(|namespace| namespace.inode == inode))
     }
 
+    /// Another handle on it.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, inode: self.inode })
+    }
+
     /// The namespace's inode number: equal for equal namespaces, as long as one handle is open.
     pub fn inode(&self) -> u64 {
         self.inode

@@ -10,11 +10,18 @@ pub(crate) mod tunnel;
 use std::{
     io,
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
+use mesh_core::refusal::Reason;
 use tokio::{io::Interest, net::TcpStream};
 
-use crate::tunnel::read_some;
+use crate::{
+    metrics::{Direction, Flow},
+    refusal::Refusal,
+    stalled::{Reader, Readers, Waiting},
+    tunnel::read_some,
+};
 
 /// Reads after which a direction lets others run: 1 MiB of bulk.
 const TURN: u32 = 16;
@@ -32,6 +39,39 @@ impl Turns {
     }
 }
 
+/// What the bytes of a relay count as, and how long and how much of them may wait.
+#[derive(Debug)]
+pub(crate) struct Carried<'a> {
+    /// The connection's counters.
+    pub(crate) flow: &'a Flow,
+    /// Outbound: the application here is the source.
+    pub(crate) direction: Direction,
+    /// How long the bytes that a reset application had sent before may take to be passed on.
+    pub(crate) wait: Duration,
+    /// Who keeps bytes waiting.
+    pub(crate) readers: Readers<'a>,
+}
+
+/// The node has no room for one more buffer that waits for this reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NoRoom(Reader);
+
+impl From<NoRoom> for Refusal {
+    fn from(NoRoom(reader): NoRoom) -> Self {
+        let who = match reader {
+            Reader::Application => "the workload of this node does not read",
+            Reader::Peer => "the other end does not read",
+        };
+        Self::new(Reason::LimitStalled, who)
+    }
+}
+
+impl Carried<'_> {
+    fn wait_for(&self, reader: Reader) -> Result<Waiting, NoRoom> {
+        self.readers.wait_for(reader).ok_or(NoRoom(reader))
+    }
+}
+
 /// A connection that is reset when it is dropped, unless it came to its proper end: whatever cuts a relay short, the
 /// application must not take it for the end of the data.
 #[derive(Debug)]
@@ -40,7 +80,7 @@ pub(crate) struct ResetOnDrop(TcpStream);
 impl ResetOnDrop {
     pub(crate) fn new(stream: TcpStream) -> Self {
         // Fails only for a socket that is gone already; then there is nothing to reset.
-        let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+        let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
         Self(stream)
     }
 

@@ -6,9 +6,10 @@ use bytes::BytesMut;
 use mesh_core::frame::{Control, HEADER_LEN, Header, Kind};
 use tokio::net::TcpStream;
 
-use super::{Reset, Socket, Turns};
+use super::{Carried, NoRoom, Reset, Socket, Turns};
 use crate::{
-    metrics::{Direction, Flow},
+    metrics::Direction,
+    stalled::Reader,
     tunnel::{
         Event, Incoming, Link, LinkError, Tls,
         buffers::{Buffer, READ},
@@ -30,17 +31,8 @@ pub(crate) enum Stopped {
     PeerReset,
     /// The tunnel broke.
     Lost(LinkError),
-}
-
-/// What the bytes of a relay count as.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Carried<'a> {
-    /// The connection's counters.
-    pub(crate) flow: &'a Flow,
-    /// Outbound: the application here is the source.
-    pub(crate) direction: Direction,
-    /// How long the bytes that a reset application had sent before may take to be passed on.
-    pub(crate) wait: Duration,
+    /// Too much waits for somebody who does not read.
+    Stalled(NoRoom),
 }
 
 impl Carried<'_> {
@@ -61,7 +53,7 @@ impl Carried<'_> {
 
 /// Carries bytes until both directions have ended or one is broken. What was said decides how the lease ends
 /// ([`crate::tunnel::lease`]); unless it finished, the caller resets the application's connection.
-pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: Carried<'_>) -> (Stopped, Said) {
+pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>) -> (Stopped, Said) {
     let (tls, incoming) = link.halves();
     let app = &Socket::new(app);
     let mut up = std::pin::pin!(up(app, tls, carried));
@@ -123,6 +115,8 @@ enum End {
 enum Broken {
     Application,
     Link(LinkError),
+    /// Neither is; but one of them does not read.
+    NoRoom(NoRoom),
 }
 
 impl From<Reset> for Broken {
@@ -143,17 +137,24 @@ impl From<LinkError> for Broken {
     }
 }
 
+impl From<NoRoom> for Broken {
+    fn from(no_room: NoRoom) -> Self {
+        Self::NoRoom(no_room)
+    }
+}
+
 impl From<Broken> for Stopped {
     fn from(broken: Broken) -> Self {
         match broken {
             Broken::Application => Self::ApplicationReset,
             Broken::Link(error) => Self::Lost(error),
+            Broken::NoRoom(no_room) => Self::Stalled(no_room),
         }
     }
 }
 
 /// Application to tunnel, up to FIN.
-async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Broken> {
+async fn up(app: &Socket<'_>, tls: &Tls, carried: &Carried<'_>) -> Result<(), Broken> {
     let mut turns = Turns::default();
     if carried.direction == Direction::Inbound {
         // Boxed, so that its timer is not a part of every connection for as long as that lasts.
@@ -186,11 +187,14 @@ async fn up(app: &Socket<'_>, tls: &Tls, carried: Carried<'_>) -> Result<(), Bro
         }
         tls.push(&buffer[..len])?;
         drop(buffer);
-        // Both waits are cancel-safe.
-        tokio::select! {
-            biased;
-            flushed = tls.flush() => flushed?,
-            reset = app.failed() => return Err(reset.into()),
+        if !tls.flush_some()? {
+            let _waiting = carried.wait_for(Reader::Peer)?;
+            // Both waits are cancel-safe.
+            tokio::select! {
+                biased;
+                flushed = tls.flush() => flushed?,
+                reset = app.failed() => return Err(reset.into()),
+            }
         }
         carried.up(n);
         if ended {
@@ -217,7 +221,7 @@ async fn down(
     app: &Socket<'_>,
     tls: &Tls,
     incoming: &mut Incoming,
-    carried: Carried<'_>,
+    carried: &Carried<'_>,
 ) -> Result<End, Broken> {
     let mut turns = Turns::default();
     loop {
@@ -238,19 +242,25 @@ async fn deliver(
     app: &Socket<'_>,
     tls: &Tls,
     incoming: &mut Incoming,
-    carried: Carried<'_>,
+    carried: &Carried<'_>,
 ) -> Result<(), Broken> {
+    let mut waiting = None;
     while !incoming.data().is_empty() {
         match app.write(incoming.data())? {
             Some(n) => {
                 incoming.consume(n);
                 carried.down(n);
             }
-            // Both waits are cancel-safe.
-            None => tokio::select! {
-                ready = app.writable() => ready?,
-                () = tls.failed() => return Err(LinkError::Truncated.into()),
-            },
+            None => {
+                if waiting.is_none() {
+                    waiting = Some(carried.wait_for(Reader::Application)?);
+                }
+                // Both waits are cancel-safe.
+                tokio::select! {
+                    ready = app.writable() => ready?,
+                    () = tls.failed() => return Err(LinkError::Truncated.into()),
+                }
+            }
         }
     }
     Ok(())

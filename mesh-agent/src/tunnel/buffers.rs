@@ -1,8 +1,8 @@
 //! Buffers that a connection borrows while it has bytes in hand.
 //!
 //! An idle connection holds none: it waits for readiness first and borrows after. The pool bounds what is kept for
-//! the next borrower, not what is lent: a connection that stalls keeps its one buffer per direction, which the limit
-//! on connections of a workload bounds, and cannot make others wait for theirs.
+//! the next borrower, not what is lent: a direction that stalls keeps its buffer, which [`crate::stalled`] bounds, and
+//! cannot make others wait for theirs.
 
 use std::{
     ops::{Deref, DerefMut},

@@ -1,11 +1,15 @@
-//! The last view in the run directory, so that an agent that restarts while the controller is away knows its mesh.
+//! The last view in the run directory, and the addresses that were asked for, so that an agent that restarts while the
+//! controller is away knows its mesh.
 
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use mesh_core::{view::Snapshot, wire::proto};
+use mesh_core::{
+    view::Snapshot,
+    wire::{self, proto},
+};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -14,6 +18,7 @@ use super::state::{UpdateError, ViewState};
 use crate::{
     health::{Health, Kept},
     run_dir::{RunDir, RunDirError},
+    wants::Wants,
 };
 
 /// The file: [`MAGIC`], the SHA-256 of the rest, a complete `ViewUpdate`.
@@ -48,13 +53,19 @@ enum LoadError {
 pub struct Cache {
     run_dir: RunDir,
     health: Health,
+    wants: Arc<Wants>,
     due: Option<Instant>,
 }
 
 impl Cache {
     /// In this directory.
-    pub fn new(run_dir: RunDir, health: Health) -> Self {
-        Self { run_dir, health, due: None }
+    pub fn new(run_dir: RunDir, health: Health, wants: Arc<Wants>) -> Self {
+        Self { run_dir, health, wants, due: None }
+    }
+
+    /// What is kept with the view.
+    pub fn wants(&self) -> &Arc<Wants> {
+        &self.wants
     }
 
     /// Puts what an earlier run left in force. What cannot be read counts as nothing: the controller sends it again.
@@ -81,7 +92,10 @@ impl Cache {
         if Sha256::digest(message).as_slice() != digest {
             return Err(LoadError::Digest);
         }
-        Ok(Some(state.apply(&proto::ViewUpdate::decode(message)?)?.snapshot))
+        let kept = proto::ViewUpdate::decode(message)?;
+        let snapshot = state.apply(&kept)?.snapshot;
+        self.wants.resume(wire::addresses_of(&kept.asked));
+        Ok(Some(snapshot))
     }
 
     /// The view has changed. New roots are written with the next chance: without them a restarted agent would not
@@ -102,7 +116,8 @@ impl Cache {
         if self.due.take().is_none() {
             return;
         }
-        let message = state.to_update().encode_to_vec();
+        let kept = proto::ViewUpdate { asked: self.wants.all(), ..state.to_update() };
+        let message = kept.encode_to_vec();
         let content = [MAGIC.as_slice(), &Sha256::digest(&message), &message].concat();
         let written = self.run_dir.write(FILE, &content);
         self.health.written(Kept::View, &written);
@@ -127,7 +142,7 @@ mod tests {
 
     fn cache(run_dir: &RunDir) -> (Cache, Health) {
         let health = Health::default();
-        (Cache::new(run_dir.clone(), health.clone()), health)
+        (Cache::new(run_dir.clone(), health.clone(), Wants::new(10)), health)
     }
 
     fn kept(run_dir: &RunDir) -> ViewState {
@@ -152,6 +167,21 @@ mod tests {
         let mut restarted = ViewState::new("n1", trust_domain());
         assert_eq!(cache(&run_dir).0.load(&mut restarted).unwrap().version(), "7");
         assert_eq!(restarted.to_update(), state.to_update());
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_for_is_kept_with_it() {
+        let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
+        let run_dir = RunDir::open(scratch.path()).unwrap();
+        let state = kept(&run_dir);
+        let (mut cache, _) = cache(&run_dir);
+        drop(cache.wants.hold((1, crate::metrics::Direction::Outbound), [10, 0, 0, 1].into()).unwrap());
+        cache.changed(false);
+        cache.flush(&state);
+        let wants = Wants::new(10);
+        let next = Cache::new(run_dir, Health::default(), wants.clone());
+        next.load(&mut ViewState::new("n1", trust_domain())).unwrap();
+        assert_eq!(wants.all(), [vec![10, 0, 0, 1]]);
     }
 
     #[test]

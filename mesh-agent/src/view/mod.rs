@@ -24,7 +24,7 @@ use mesh_core::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -35,8 +35,8 @@ use self::{cache::Cache, report::Cursor, said::Said, state::ViewState};
 use crate::{
     health::{Certificates, Health},
     rpc::{CALL_TIMEOUT, Connection, NodeClient, backoff, skew},
-    run_dir::RunDir,
     surroundings::Surroundings,
+    wants::Wants,
 };
 
 /// The longest pause between two attempts at a stream.
@@ -49,6 +49,11 @@ const OUTGOING: usize = 16;
 const MAX_ACKS: usize = 64;
 /// How long the last words on a stream may take to get out.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// The shortest time between two messages that ask for addresses: those of many connections go in one, and the answers
+/// come as one view. The first goes at once.
+const ASK_PAUSE: Duration = Duration::from_millis(20);
+/// How often addresses that nobody uses any more are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 /// How often a predecessor looks for a view of its successor.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -75,6 +80,7 @@ pub struct View {
     surroundings: Surroundings,
     health: Health,
     certificates: watch::Receiver<Certificates>,
+    wants: Arc<Wants>,
 }
 
 /// How a stream ended.
@@ -93,14 +99,14 @@ impl View {
     pub fn new(
         node: &str,
         trust_domain: TrustDomain,
-        run_dir: RunDir,
+        cache: Cache,
         role: watch::Receiver<Role>,
         surroundings: Surroundings,
         health: Health,
         certificates: watch::Receiver<Certificates>,
     ) -> Self {
         let mut state = ViewState::new(node, trust_domain);
-        let cache = Cache::new(run_dir, health.clone());
+        let wants = cache.wants().clone();
         let kept = cache.load(&mut state);
         Self {
             state,
@@ -112,6 +118,7 @@ impl View {
             surroundings,
             health,
             certificates,
+            wants,
         }
     }
 
@@ -138,6 +145,7 @@ impl View {
             () = self.follow_controller(channel, &shutdown) => false,
             () = becomes(role, Role::Predecessor) => true,
         };
+        self.wants.end();
         self.write_down();
         if superseded {
             self.connection.send_replace(Connection::Away("a newer agent took over".into()));
@@ -190,8 +198,10 @@ impl View {
             failures += 1;
             let pause = backoff(failures, self.surroundings.chance.draw(), RETRY_CAP);
             tracing::warn!(%reason, ?pause, "no stream of views, the last view stays in force");
-            self.connection.send_replace(Connection::Away(reason));
+            self.wants.end();
             self.write_down();
+            // Last: whoever sees it may rely on the rest.
+            self.connection.send_replace(Connection::Away(reason));
             // Both branches only wait.
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -206,6 +216,8 @@ impl View {
         let hello = proto::Hello {
             version: self.state.version().to_owned(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            by_demand: true,
+            asked: self.wants.begin(),
         };
         outgoing.try_send(message(Body::Hello(hello))).expect("the queue is new and has room");
         // A call that is dropped is cancelled.
@@ -232,6 +244,10 @@ impl View {
         let mut reports = self.reports.cursor();
         let mut role = self.role.clone();
         let mut condition = Said::new(&self.health, &self.certificates);
+        let wants = self.wants.clone();
+        let mut ask_next = Instant::now();
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let reason = loop {
             let waiting = !acks.is_empty() || reports.is_behind();
             let owner = *role.borrow_and_update() == Role::Owner;
@@ -255,6 +271,14 @@ impl View {
                         }
                     }
                 },
+                () = asks(&wants, ask_next), if !waiting => {
+                    if let Ok(permit) = outgoing.try_reserve() {
+                        permit.send(message(Body::Wants(wants.say())));
+                        ask_next = Instant::now() + ASK_PAUSE;
+                        self.cache.changed(false);
+                    }
+                }
+                _ = sweep.tick() => wants.sweep(),
                 () = condition.news(), if !waiting => {
                     if let Ok(permit) = outgoing.try_reserve() {
                         permit.send(message(Body::Condition(condition.say())));
@@ -290,6 +314,7 @@ impl View {
                         force: compare its manifests with what should be");
                 }
                 tracing::debug!(%version, "view in force");
+                self.wants.answered();
                 self.snapshots.send_replace(Some(applied.snapshot));
                 proto::Ack { version, error: String::new() }
             }
@@ -338,6 +363,12 @@ async fn becomes(mut role: watch::Receiver<Role>, wanted: Role) {
         // Nobody will change it any more.
         std::future::pending().await
     }
+}
+
+/// Done when there are addresses to be asked for, and it may be done. Cancel-safe.
+async fn asks(wants: &Wants, next: Instant) {
+    wants.news().await;
+    tokio::time::sleep_until(next).await;
 }
 
 async fn wait_until(when: Option<Instant>) {

@@ -47,6 +47,8 @@ pub struct ReportHandle {
 struct Reports {
     revision: u64,
     workloads: BTreeMap<Name, (u64, WorkloadState)>,
+    /// The pods that are spoken of, by their uids.
+    pods: BTreeMap<Name, String>,
 }
 
 impl ReportHandle {
@@ -62,6 +64,21 @@ impl ReportHandle {
             reports.workloads.insert(workload.clone(), (reports.revision, state));
             true
         })
+    }
+
+    /// From now on what is said of this workload is of this pod; what was said of another of its name is not.
+    pub fn is_pod(&self, workload: &Name, uid: &str) {
+        self.shared.send_if_modified(|reports| {
+            if reports.pods.get(workload).map_or("", String::as_str) == uid {
+                return false;
+            }
+            reports.pods.insert(workload.clone(), uid.to_owned());
+            let Some((at, state)) = reports.workloads.get_mut(workload) else { return false };
+            reports.revision += 1;
+            *at = reports.revision;
+            *state = WorkloadState { enrolment: Enrolment::Pending, reason: String::new() };
+            true
+        });
     }
 
     /// What is said of every workload now.
@@ -108,7 +125,10 @@ impl Cursor {
             _ => reports.revision,
         };
         proto::Report {
-            workloads: unsent.into_iter().map(|(name, (_, state))| to_proto(name, state)).collect(),
+            workloads: unsent
+                .into_iter()
+                .map(|(name, (_, state))| to_proto(name, reports.pods.get(name), state))
+                .collect(),
         }
     }
 
@@ -118,12 +138,14 @@ impl Cursor {
             reports.workloads.retain(|name, (at, state)| {
                 state.enrolment != Enrolment::Gone || *at > self.sent || view.workload(name).is_some()
             });
+            let Reports { workloads, pods, .. } = reports;
+            pods.retain(|name, _| workloads.contains_key(name) || view.workload(name).is_some());
             false
         });
     }
 }
 
-fn to_proto(name: &Name, state: &WorkloadState) -> proto::WorkloadReport {
+fn to_proto(name: &Name, uid: Option<&String>, state: &WorkloadState) -> proto::WorkloadReport {
     use proto::workload_report::Enrolment as Wire;
     let enrolment = match state.enrolment {
         Enrolment::Pending => Wire::Pending,
@@ -135,6 +157,7 @@ fn to_proto(name: &Name, state: &WorkloadState) -> proto::WorkloadReport {
         workload: name.to_string(),
         state: enrolment.into(),
         reason: state.reason.clone(),
+        uid: uid.cloned().unwrap_or_default(),
     }
 }
 
@@ -170,6 +193,24 @@ mod tests {
         assert_eq!(said(&cursor.next()), ["shop/a"]);
         assert!(!cursor.is_behind());
         assert_eq!(said(&handle.cursor().next()), ["shop/b", "shop/a"]);
+    }
+
+    #[test]
+    fn what_was_said_of_a_pod_is_not_said_of_the_next_one_of_its_name() {
+        let handle = ReportHandle::default();
+        let web = name("web");
+        let said = |handle: &ReportHandle| {
+            let word = handle.cursor().next().workloads.remove(0);
+            (word.uid.clone(), word.state())
+        };
+        use proto::workload_report::Enrolment as Wire;
+        handle.is_pod(&web, "u-1");
+        assert!(handle.cursor().next().workloads.is_empty(), "nothing is known of it yet");
+        handle.set(&web, Enrolment::Enrolled, "");
+        handle.is_pod(&web, "u-1");
+        assert_eq!(said(&handle), ("u-1".to_owned(), Wire::Enrolled));
+        handle.is_pod(&web, "u-2");
+        assert_eq!(said(&handle), ("u-2".to_owned(), Wire::Pending));
     }
 
     #[test]

@@ -163,6 +163,7 @@ pub(super) mod tests {
     fn workload(name: &str) -> Resource {
         Resource::Workload(Arc::new(Workload {
             name: Name::new("shop", name),
+            uid: String::new(),
             node: "n1".into(),
             service_account: name.into(),
             addresses: vec!["10.0.0.1".parse().unwrap()],

@@ -23,11 +23,12 @@ use mesh_agent::{
     metrics::{ConnectionLabels, Metrics},
     net::netns::Namespace,
     record::AccessLog,
+    wants::{Known, Wants},
 };
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Endpoint, Mode, Name, Service, ServicePort, Workload},
-    view::{Mesh, NodeView, Resource, Snapshot},
+    model::{Choice, Endpoint, Mode, Name, Service, ServicePort, Workload},
+    view::{Demand, Mesh, NodeView, Resource, Snapshot},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::{crypto::ring, sign::CertifiedKey};
@@ -36,6 +37,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream},
     sync::watch,
+    task::JoinHandle,
 };
 
 pub(crate) const CLIENT: &str = "127.0.1.1";
@@ -106,11 +108,14 @@ pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) services: Vec<Service>,
     pub(crate) policies: Vec<mesh_core::model::Policy>,
+    /// Set: the view has not everything, and there is more in all of loopback.
+    pub(crate) by_demand: bool,
 }
 
 pub(crate) fn workload(account: &str, addresses: &[&str]) -> Workload {
     Workload {
         name: name(account),
+        uid: String::new(),
         node: "node".into(),
         service_account: account.into(),
         addresses: addresses.iter().map(|text| ip(text)).collect(),
@@ -128,7 +133,7 @@ impl Default for Plan {
             workload("web", &[WEB]),
             workload("api", &[API]),
         ];
-        Self { workloads, services: vec![], policies: vec![] }
+        Self { workloads, services: vec![], policies: vec![], by_demand: false }
     }
 }
 
@@ -142,22 +147,29 @@ impl Plan {
         let vip: SocketAddr = VIP.parse().expect("an address");
         let endpoints = endpoints
             .iter()
-            .map(|(account, at)| Endpoint { workload: name(account), address: at.ip(), port: at.port() })
+            .map(|(account, at)| Endpoint {
+                workload: Some(name(account)),
+                address: at.ip(),
+                port: at.port(),
+            })
             .collect();
         self.services = vec![Service {
             name: name("service"),
             addresses: vec![vip.ip()],
             ports: vec![ServicePort { name: String::new(), port: vip.port(), endpoints }],
+            choice: Choice::default(),
         }];
     }
 
     pub(crate) fn snapshot(&self, version: &str, ca: &Ca) -> Arc<Snapshot> {
         let trust_domain = TrustDomain::parse("td").expect("a trust domain");
         let mesh = Resource::Mesh(Arc::new(Mesh { trust_domain, roots: vec![ca.root.to_vec()] }));
+        let demand = Demand { blocks: vec!["127.0.0.0/8".parse().expect("a block")] };
         let view: NodeView = std::iter::once(mesh)
             .chain(self.workloads.iter().map(|w| Resource::Workload(Arc::new(w.clone()))))
             .chain(self.services.iter().map(|s| Resource::Service(Arc::new(s.clone()))))
             .chain(self.policies.iter().map(|p| Resource::Policy(Arc::new(p.clone()))))
+            .chain(self.by_demand.then(|| Resource::Demand(Arc::new(demand))))
             .collect();
         Arc::new(Snapshot::new("node", version, &view).expect("a view"))
     }
@@ -169,6 +181,7 @@ pub(crate) struct Agent {
     pub(crate) identities: Arc<Identities>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) drain: Drain,
+    pub(crate) wants: Arc<Wants>,
     log: AccessLog,
     log_path: PathBuf,
     _dir: tempfile::TempDir,
@@ -180,16 +193,17 @@ impl Agent {
         let log_path = dir.path().join("access.log");
         let (identities, (metrics, _), drain) = (Arc::new(Identities::new()), Metrics::new(), Drain::new());
         let log = AccessLog::open(&log_path, metrics.clone()).expect("a log");
+        let wants = Wants::new(64);
         let node = Node::new(
             name.into(),
-            view,
+            Known { view, wants: wants.clone() },
             identities.clone(),
             metrics.clone(),
             log.clone(),
             limits,
             drain.clone(),
         );
-        Self { node, identities, metrics, drain, log, log_path, _dir: dir }
+        Self { node, identities, metrics, drain, wants, log, log_path, _dir: dir }
     }
 
     /// The access log's lines so far.
@@ -233,6 +247,7 @@ pub(crate) struct World {
     pub(crate) destination: Agent,
     pub(crate) ca: Ca,
     view: watch::Sender<Option<Arc<Snapshot>>>,
+    at_destination: watch::Sender<Option<Arc<Snapshot>>>,
     client: Arc<Local>,
 }
 
@@ -244,13 +259,14 @@ impl World {
     pub(crate) fn with(plan: &Plan, at_source: Limits, at_destination: Limits) -> Self {
         let ca = Ca::new();
         let (view, watched) = watch::channel(Some(plan.snapshot("1", &ca)));
-        let source = Agent::new("node-a", watched.clone(), at_source);
+        let source = Agent::new("node-a", watched, at_source);
+        let (view_b, watched) = watch::channel(view.borrow().clone());
         let destination = Agent::new("node-b", watched, at_destination);
         ca.install(&source.identities, &identity("client"), &identity("client"));
         for account in ["web", "api"] {
             ca.install(&destination.identities, &identity(account), &identity(account));
         }
-        Self { source, destination, ca, view, client: local("client", CLIENT) }
+        Self { source, destination, ca, view, at_destination: view_b, client: local("client", CLIENT) }
     }
 
     /// The view that is in force, without keeping it.
@@ -259,7 +275,16 @@ impl World {
     }
 
     pub(crate) fn publish(&self, plan: &Plan, version: &str) {
+        self.publish_at_source(plan, version);
+        self.publish_at_destination(plan, version);
+    }
+
+    pub(crate) fn publish_at_source(&self, plan: &Plan, version: &str) {
         self.view.send_replace(Some(plan.snapshot(version, &self.ca)));
+    }
+
+    pub(crate) fn publish_at_destination(&self, plan: &Plan, version: &str) {
+        self.at_destination.send_replace(Some(plan.snapshot(version, &self.ca)));
     }
 
     /// An application of `web` that really listens, behind the destination's agent.
@@ -358,8 +383,8 @@ pub(crate) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     in_time(listener.accept()).await.expect("accepts")
 }
 
-/// Serves every connection by giving back what it sent, after it ended.
-pub(crate) fn echo(listener: TcpListener) {
+/// Serves every connection by giving back what it sent, after it ended. Nobody listens any more once it is aborted.
+pub(crate) fn echo(listener: TcpListener) -> JoinHandle<()> {
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             tokio::spawn(async move {
@@ -369,7 +394,7 @@ pub(crate) fn echo(listener: TcpListener) {
                 }
             });
         }
-    });
+    })
 }
 
 /// One request, half closed, and the whole answer.
@@ -415,13 +440,19 @@ pub(crate) async fn is_reset(stream: &TcpStream) {
 
 /// Writes until nothing more fits for a while.
 pub(crate) async fn fill(stream: &TcpStream) -> usize {
+    try_fill(stream).await.expect("there is no end before it is full")
+}
+
+/// The same, or the error that came first.
+pub(crate) async fn try_fill(stream: &TcpStream) -> std::io::Result<usize> {
     let chunk = vec![7; 256 * 1024];
     let mut written = 0;
     while tokio::time::timeout(Duration::from_millis(300), stream.writable()).await.is_ok() {
         match stream.try_write(&chunk) {
             Ok(n) => written += n,
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
-    written
+    Ok(written)
 }

@@ -47,11 +47,24 @@ const SECRET: [u8; 32] = [0x5e; 32];
 /// What an agent said.
 #[derive(Debug)]
 pub(crate) enum Event {
-    Join { node: String },
-    Renew { by: String },
-    Certify { identity: String },
-    Hello { version: String },
-    Ack { version: String, error: String },
+    /// A handshake failed.
+    Refused,
+    Join {
+        node: String,
+    },
+    Renew {
+        by: String,
+    },
+    Certify {
+        identity: String,
+    },
+    Hello {
+        version: String,
+    },
+    Ack {
+        version: String,
+        error: String,
+    },
     Report(Vec<(String, i32, String)>),
 }
 
@@ -75,6 +88,7 @@ struct Inner {
     leaf_life: Duration,
     server_id: String,
     token_used: bool,
+    refuse_renewals: bool,
     stream: Option<mpsc::Sender<Result<proto::ViewUpdate, Status>>>,
     connections: JoinSet<()>,
 }
@@ -168,6 +182,7 @@ impl Fake {
             leaf_life: Duration::DAY,
             server_id: "spiffe://td/controller".into(),
             token_used: false,
+            refuse_renewals: false,
             stream: None,
             connections: JoinSet::new(),
         };
@@ -192,6 +207,25 @@ impl Fake {
 
     pub(crate) fn roots(&self) -> Vec<Vec<u8>> {
         self.inner().bundle.iter().map(|root| root.to_vec()).collect()
+    }
+
+    /// As the file of roots that a pod has.
+    pub(crate) fn roots_pem(&self) -> String {
+        use base64::Engine;
+        let pem = |root: &CertificateDer<'_>| {
+            let text = base64::engine::general_purpose::STANDARD.encode(root);
+            format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
+        };
+        self.inner().bundle.iter().map(pem).collect()
+    }
+
+    pub(crate) fn refuse_renewals(&self, refuse: bool) {
+        self.inner().refuse_renewals = refuse;
+    }
+
+    /// A handshake that a client has ended.
+    pub(crate) async fn refused_handshake(&mut self) {
+        self.expect(|event| matches!(event, Event::Refused).then_some(())).await;
     }
 
     pub(crate) fn set_leaf_life(&self, life: Duration) {
@@ -299,7 +333,10 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 async fn serve(stream: TcpStream, config: ServerConfig, shared: Arc<Shared>) {
-    let Ok(stream) = tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(stream).await else { return };
+    let Ok(stream) = tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(stream).await else {
+        let _ = shared.events.send(Event::Refused);
+        return;
+    };
     let peer = peer_identity(stream.get_ref().1.peer_certificates()).ok().map(|id| id.to_string());
     let caller = Caller { shared, peer };
     let routes = tonic::service::Routes::new(EnrolmentServer::new(caller.clone()))
@@ -335,6 +372,15 @@ impl Enrolment for Caller {
         let request = request.into_inner();
         self.say(Event::Join { node: request.node.clone() });
         let mut inner = self.shared.inner.lock().unwrap();
+        match request.service_account_token.as_str() {
+            "" => {}
+            "good" => {
+                let identity = format!("spiffe://td/node/{}", request.node);
+                return Ok(Response::new(inner.issue(&request.csr_der, &identity)));
+            }
+            "expired" => return Err(Status::unauthenticated("the token has expired")),
+            other => return Err(Status::permission_denied(other)),
+        }
         if std::mem::replace(&mut inner.token_used, true) {
             return Err(Status::permission_denied("the token was used"));
         }
@@ -351,6 +397,9 @@ impl Node for Caller {
         let node = self.node()?;
         self.say(Event::Renew { by: node.clone() });
         let inner = self.shared.inner.lock().unwrap();
+        if inner.refuse_renewals {
+            return Err(Status::unavailable("not now"));
+        }
         Ok(Response::new(inner.issue(&request.get_ref().csr_der, &node)))
     }
 
@@ -392,7 +441,7 @@ impl Node for Caller {
                             .collect(),
                     ),
                     // What it says of itself is for people.
-                    Body::Condition(_) => continue,
+                    Body::Condition(_) | Body::Wants(_) => continue,
                 };
                 caller.say(event);
             }

@@ -78,6 +78,15 @@ pub struct AgentRow {
     /// How full what can become full there is.
     #[serde(default)]
     pub fills: Vec<Fill>,
+    /// Its view has what it asked for, not the whole mesh.
+    #[serde(default)]
+    pub by_demand: bool,
+    /// What its view has: workloads, services, policies and the like.
+    #[serde(default)]
+    pub resources: usize,
+    /// The addresses that it asks for.
+    #[serde(default)]
+    pub addresses_asked: usize,
 }
 
 /// Something that can become full.
@@ -138,6 +147,9 @@ impl AgentRow {
             error: None,
             problems: Vec::new(),
             fills: Vec::new(),
+            by_demand: false,
+            resources: 0,
+            addresses_asked: 0,
         }
     }
 }

@@ -3,9 +3,11 @@
 //! | module | what |
 //! |---|---|
 //! | [`answer`] | what the JSON is, for both ends |
+//! | [`whole`] | one answer out of those of all controllers |
 //! | [`why`] | one connection, decided and explained |
 
 pub mod answer;
+mod whole;
 pub mod why;
 
 use std::{
@@ -27,7 +29,7 @@ use mesh_core::{
 use mesh_settings::{InForce, admin::Limits, log::LogFilter};
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use self::answer::{
@@ -40,7 +42,9 @@ use crate::{
     distribute::{AgentState, Hub, World},
     metrics::Metrics,
     model::ModeFrom,
+    others::Others,
     report::State as Reported,
+    source::Presence,
 };
 
 /// What the answers are made from.
@@ -58,7 +62,14 @@ pub struct Admin {
     pub settings: Vec<InForce>,
     /// What the log says.
     pub log: LogFilter,
+    /// Whether what is in force is what the source says.
+    pub presence: watch::Receiver<Presence>,
+    /// Who else has agents.
+    pub others: Others,
 }
+
+/// What is said of a controller that is cut off.
+const AWAY: &str = "the API server does not answer: what is known stays in force; look at the network between this pod and it\n";
 
 type Shared = State<Arc<Admin>>;
 
@@ -66,8 +77,7 @@ type Shared = State<Arc<Admin>>;
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: CancellationToken) {
     let router = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
-        // Whoever can ask is answered by a controller that has read its source: it listens only then.
-        .route("/readyz", get(|| async { "ready\n" }))
+        .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/api/v1/status", get(status))
         .route("/api/v1/certificates", get(certificates))
@@ -82,25 +92,63 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
     mesh_settings::admin::serve(listener, router, Limits::default(), cancel).await;
 }
 
+/// A controller listens only once it has read its source. One that the source has not answered for a while goes on serving
+/// its agents; others shall not come to it.
+async fn ready(State(admin): Shared) -> (StatusCode, &'static str) {
+    match admin.presence.borrow().answered {
+        true => (StatusCode::OK, "ready\n"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, AWAY),
+    }
+}
+
 async fn metrics(State(admin): Shared) -> ([(&'static str, &'static str); 1], String) {
     let content = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    let presence = *admin.presence.borrow();
+    admin.metrics.presence(presence.answered, presence.leads);
     (content, admin.metrics.text())
 }
 
-async fn status(State(admin): Shared) -> Json<Status> {
+/// Of this controller alone, or of all.
+#[derive(Debug, Deserialize)]
+struct Scope {
+    #[serde(default)]
+    here: bool,
+}
+
+async fn status(State(admin): Shared, Query(scope): Query<Scope>) -> Json<Status> {
+    let mut status = own_status(&admin);
+    if scope.here {
+        return Json(status);
+    }
+    let (mut rows, mut silent) = (vec![std::mem::take(&mut status.agents)], vec![]);
+    for (address, answer) in admin.others.ask::<Status>("/api/v1/status?here=true").await {
+        match answer {
+            Ok(theirs) => rows.push(theirs.agents),
+            Err(error) => silent.push((address, error)),
+        }
+    }
+    status.agents = whole::agents(rows);
+    status.problems.extend(silent.into_iter().map(|(address, error)| {
+        format!("the controller at {address} cannot be asked: {error}; of the agents that are connected to it nothing is known here")
+    }));
+    status.roots = all_certificates(&admin).await.roots;
+    Json(status)
+}
+
+fn own_status(admin: &Admin) -> Status {
     let world = admin.hub.world();
-    Json(Status {
+    Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         trust_domain: admin.trust_domain.to_string(),
-        roots: roots(&admin),
-        problems: problems(&admin),
+        roots: roots(admin),
+        problems: problems(admin),
         agents: agents(&admin.hub, &world),
         documents: Documents {
             accepted: world.ledger.documents_accepted(),
             refused: world.ledger.documents_refused(),
             problems: world.ledger.refused().to_vec(),
         },
-    })
+    }
 }
 
 /// The roots, with how many certificates lead to each.
@@ -128,12 +176,29 @@ fn roots(admin: &Admin) -> Vec<Root> {
 #[derive(Debug, Deserialize)]
 struct OfNode {
     node: Option<String>,
+    #[serde(default)]
+    here: bool,
 }
 
 async fn certificates(State(admin): Shared, Query(of): Query<OfNode>) -> Json<Certificates> {
+    let mut all = if of.here { own_certificates(&admin) } else { all_certificates(&admin).await };
+    if let Some(node) = of.node {
+        all.certificates.retain(|it| it.node == node);
+        all.silent.retain(|it| *it == node);
+    }
+    Json(all)
+}
+
+/// Of the agents of all controllers that answer; the others' are silent.
+async fn all_certificates(admin: &Admin) -> Certificates {
+    let others = admin.others.ask("/api/v1/certificates?here=true").await;
+    let others = others.into_iter().filter_map(|(_, answer)| answer.ok());
+    whole::certificates(own_certificates(admin), others.collect())
+}
+
+fn own_certificates(admin: &Admin) -> Certificates {
     let world = admin.hub.world();
     let agents = admin.hub.agents();
-    let wanted = |node: &str| of.node.as_deref().is_none_or(|of| of == node);
     let says = |node: &str| {
         agents.iter().any(|it| it.node == node && it.connected && it.condition.certificates.is_some())
     };
@@ -141,8 +206,8 @@ async fn certificates(State(admin): Shared, Query(of): Query<OfNode>) -> Json<Ce
     silent.extend(agents.iter().map(|agent| agent.node.clone()));
     silent.sort();
     silent.dedup();
-    silent.retain(|node| wanted(node) && !says(node));
-    let held = agents.iter().filter(|agent| wanted(&agent.node)).flat_map(|agent| {
+    silent.retain(|node| !says(node));
+    let held = agents.iter().flat_map(|agent| {
         agent.condition.certificates.iter().flatten().map(|it| HeldCertificate {
             identity: it.identity.clone(),
             node: agent.node.clone(),
@@ -151,7 +216,7 @@ async fn certificates(State(admin): Shared, Query(of): Query<OfNode>) -> Json<Ce
             error: it.error.clone(),
         })
     });
-    Json(Certificates { roots: roots(&admin), certificates: held.collect(), silent })
+    Certificates { roots: roots(admin), certificates: held.collect(), silent }
 }
 
 /// What is wrong with the controller itself.
@@ -164,6 +229,9 @@ fn problems(admin: &Admin) -> Vec<String> {
              are void (until the next start)"
                 .to_owned(),
         );
+    }
+    if !admin.presence.borrow().answered {
+        problems.push(AWAY.trim().to_owned());
     }
     problems.extend(admin.metrics.unsaved.problems());
     problems
@@ -197,6 +265,9 @@ fn agent(state: &AgentState) -> AgentRow {
             .iter()
             .map(|(what, entries, limit)| Fill { what: what.clone(), entries: *entries, limit: *limit })
             .collect(),
+        by_demand: state.by_demand,
+        resources: state.resources,
+        addresses_asked: state.asked,
     }
 }
 

@@ -9,7 +9,7 @@ use mesh_core::{
     model::{Name, Workload},
     policy::{Decision, Request, Verdict, decide},
     refusal::{Reason, Step},
-    route::{self, Route, Transport},
+    route::{self, Reached, Route, Transport},
     view::{Snapshot, SnapshotError},
 };
 
@@ -81,7 +81,7 @@ struct Story<'a> {
 impl Story<'_> {
     fn tell(&mut self) -> Vec<End> {
         self.identify();
-        let route = match route::outbound(self.snapshot, self.asked) {
+        let route = match route::outbound(self.snapshot, self.source, self.asked) {
             Ok(route) => route,
             Err(reason) => {
                 self.step(Step::Route, format!("{}: {}", self.asked, reason.says()));
@@ -111,11 +111,18 @@ impl Story<'_> {
                     format!("{} is service {} with {count} ready endpoint(s)", self.asked, service.name),
                 );
                 let reach = |endpoint: &mesh_core::model::Endpoint| {
-                    let workload = self.snapshot.workload(&endpoint.workload)?.clone();
-                    Some((workload, SocketAddr::new(endpoint.address, endpoint.port)))
+                    let reached = route::reached(self.snapshot, endpoint)?;
+                    Some((reached, SocketAddr::new(endpoint.address, endpoint.port)))
                 };
                 let reached: Vec<_> = endpoints.iter().filter_map(reach).collect();
-                reached.iter().map(|(workload, address)| self.end(workload, *address)).collect()
+                let end = |(reached, address)| match reached {
+                    Reached::Workload(workload) => self.end(&workload, address),
+                    Reached::Outside => {
+                        let says = "the endpoint is no workload: nobody in the mesh decides about it";
+                        allowed(address.to_string(), Transport::Plaintext, says)
+                    }
+                };
+                reached.into_iter().map(end).collect()
             }
         }
     }

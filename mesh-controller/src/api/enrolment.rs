@@ -1,4 +1,4 @@
-//! How a machine becomes a node: a join token for a certificate.
+//! How a machine becomes a node: a join token, or its pod's service-account token, for a certificate.
 
 use mesh_core::{
     identity::SpiffeId,
@@ -9,6 +9,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::{Api, services::enrolment_server::Enrolment, tls::Peer};
 use crate::{
+    attest::AttestError,
     metrics::{CertificateKind, JoinLabels, JoinResult, Limit},
     token::TokenError,
 };
@@ -48,13 +49,45 @@ async fn admit(api: &Api, request: JoinRequest) -> Result<Certificate, Status> {
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     // Signed before the token is used up: a request that cannot be signed leaves the token good.
     let certificate = api.sign(&request.csr_der, &id)?;
+    match request.service_account_token.as_str() {
+        "" => redeem(api, request).await?,
+        token => attest(api, token, &request.node).await.map_err(unattested)?,
+    }
+    api.count_certificate(CertificateKind::node);
+    Ok(certificate)
+}
+
+async fn redeem(api: &Api, request: JoinRequest) -> Result<(), Status> {
     // Until then an agent may come that knows of uses of this token that this state has forgotten.
     api.hub.settled().await;
     let (tokens, now) = (api.tokens.clone(), api.clock.now());
     let redeemed = tokio::task::spawn_blocking(move || tokens.redeem(&request.token, &request.node, now));
-    redeemed.await.map_err(|error| Status::internal(error.to_string()))?.map_err(refusal)?;
-    api.count_certificate(CertificateKind::node);
-    Ok(certificate)
+    redeemed.await.map_err(|error| Status::internal(error.to_string()))?.map_err(refusal)
+}
+
+async fn attest(api: &Api, token: &str, node: &str) -> Result<(), AttestError> {
+    api.attestor.as_ref().ok_or(AttestError::Off)?.check(token, node, api.clock.now()).await
+}
+
+/// Unauthenticated: another token may do. Permission denied: something has to be put right first.
+fn unattested(error: AttestError) -> Status {
+    let text = error.to_string();
+    match error {
+        AttestError::Expired(_) | AttestError::Refused(_) | AttestError::PodGone { .. } => {
+            Status::unauthenticated(text)
+        }
+        AttestError::Off
+        | AttestError::Malformed
+        | AttestError::Audience { .. }
+        | AttestError::Account { .. }
+        | AttestError::Unbound
+        | AttestError::OtherNode { .. } => Status::permission_denied(text),
+        AttestError::Forbidden(_) => {
+            tracing::error!(error = text, "service-account tokens cannot be reviewed");
+            Status::internal(text)
+        }
+        AttestError::Unreachable(_) => Status::unavailable(text),
+    }
 }
 
 fn refusal(error: TokenError) -> Status {

@@ -27,6 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
 use crate::{
+    attest::Attestor,
     ca::{Authority, SignError},
     clock::Clock,
     distribute::Hub,
@@ -74,6 +75,8 @@ pub struct Api {
     pub generation: Arc<Generation>,
     /// Who may join.
     pub tokens: Tokens,
+    /// Who may join by Kubernetes' word; nobody without.
+    pub attestor: Option<Attestor>,
     /// How often anybody may ask.
     pub limits: limits::Limits,
     /// Where reports go.
@@ -90,6 +93,8 @@ pub struct Api {
     pub watches: TaskTracker,
     /// Ends them.
     pub cancel: CancellationToken,
+    /// Sends agents to another controller.
+    pub elsewhere: tls::Elsewhere,
 }
 
 impl Api {
@@ -98,7 +103,7 @@ impl Api {
             self.authority.sign(csr_der, id, self.certificate_ttl, self.clock.now()).map_err(|error| {
                 match error {
                     SignError::Request(_) | SignError::Key => Status::invalid_argument(error.to_string()),
-                    SignError::Make(_) => {
+                    SignError::Make(_) | SignError::Ended => {
                         tracing::error!(%error, %id, "signing failed");
                         Status::internal(error.to_string())
                     }
@@ -165,7 +170,7 @@ pub async fn serve(
     api: Arc<Api>,
 ) -> Result<(), tonic::transport::Error> {
     let cancel = api.cancel.clone();
-    let incoming = tls::incoming(listener, tls, api.metrics.clone(), cancel.clone());
+    let incoming = tls::incoming(listener, tls, api.metrics.clone(), api.elsewhere.clone(), cancel.clone());
     tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))

@@ -1,11 +1,17 @@
 //! What a node may ask for, by the certificate that its connection showed: its own renewal, certificates of its own
 //! workloads, its own view.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
 
 use mesh_core::{
     identity::SpiffeId,
-    wire::proto::{Certificate, CertifyRequest, RenewRequest, ViewUpdate, WatchRequest, watch_request::Body},
+    wire::{
+        addresses_of,
+        proto::{Certificate, CertifyRequest, RenewRequest, ViewUpdate, WatchRequest, watch_request::Body},
+    },
 };
 use prometheus_client::metrics::counter::Counter;
 use tokio::{sync::mpsc, time::timeout};
@@ -23,6 +29,9 @@ use crate::{
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Updates that are on their way to an agent; what comes later is gathered into one.
 const UPDATE_QUEUE: usize = 2;
+/// How soon a node is heard again that has asked for addresses: each time costs its part of a lock that all nodes share.
+/// What it says meanwhile waits on its own connection.
+const ASKED_AGAIN: Duration = Duration::from_millis(10);
 
 #[tonic::async_trait]
 impl Node for Api {
@@ -71,7 +80,8 @@ impl Node for Api {
             return Err(Status::invalid_argument("the first word of a watch must be Hello"));
         };
         self.hear(&node, &hello.version).await;
-        let subscription = self.hub.connect(&node, &hello.version, &hello.agent_version);
+        let asked = hello.by_demand.then(|| addresses_of(&hello.asked).collect());
+        let subscription = self.hub.connect(&node, &hello.version, &hello.agent_version, asked);
         self.count_agents();
         tracing::info!(%node, has = hello.version, agent = hello.agent_version, "agent watches");
         let (sender, receiver) = mpsc::channel(UPDATE_QUEUE);
@@ -160,6 +170,11 @@ impl Watch {
                     }
                 }
                 Ok(Some(WatchRequest { body: Some(Body::Condition(said)) })) => acks.condition(said),
+                Ok(Some(WatchRequest { body: Some(Body::Wants(wants)) })) => {
+                    let less: Vec<IpAddr> = addresses_of(&wants.given_up).collect();
+                    acks.wants(addresses_of(&wants.asked).collect(), &less);
+                    tokio::time::sleep(ASKED_AGAIN).await;
+                }
                 // A second Hello, or a word of a later version, says nothing here.
                 Ok(Some(WatchRequest { body: Some(Body::Hello(_)) | None })) => {}
                 Ok(None) => return Status::cancelled("the agent ended the watch"),

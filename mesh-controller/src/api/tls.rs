@@ -7,7 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::{Duration, SystemTime},
 };
@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, transport::server::Connected};
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
@@ -133,10 +133,28 @@ impl Peer {
     }
 }
 
+/// Ends the connections of agents, so that they come again, to whichever controller their way leads them then.
+#[derive(Debug, Clone, Default)]
+pub struct Elsewhere {
+    current: Arc<Mutex<CancellationToken>>,
+}
+
+impl Elsewhere {
+    /// Ends those that are open now.
+    pub fn send(&self) {
+        std::mem::take(&mut *self.current()).cancel();
+    }
+
+    fn current(&self) -> MutexGuard<'_, CancellationToken> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A connection that has shaken hands.
 pub struct AgentStream {
     stream: TlsStream<Box<dyn Stream>>,
     peer: Peer,
+    sent_elsewhere: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Of its address and of all, for as long as it is open.
     _places: (Place, OwnedSemaphorePermit),
 }
@@ -161,6 +179,9 @@ impl AsyncRead for AgentStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.sent_elsewhere.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
@@ -202,6 +223,7 @@ pub fn incoming(
     listener: impl Listen,
     tls: watch::Receiver<Arc<ServerConfig>>,
     metrics: Arc<Metrics>,
+    elsewhere: Elsewhere,
     cancel: CancellationToken,
 ) -> ReceiverStream<io::Result<AgentStream>> {
     let (sender, receiver) = mpsc::channel(SERVE_QUEUE);
@@ -209,7 +231,7 @@ pub fn incoming(
         // Cancel-safe: what `accept` drops, the kernel resets; the stream's end is what the server waits for.
         tokio::select! {
             () = cancel.cancelled() => {}
-            () = accept(listener, tls, metrics, sender) => {}
+            () = accept(listener, tls, metrics, elsewhere, sender) => {}
         }
     });
     ReceiverStream::new(receiver)
@@ -219,6 +241,7 @@ async fn accept(
     mut listener: impl Listen,
     tls: watch::Receiver<Arc<ServerConfig>>,
     metrics: Arc<Metrics>,
+    elsewhere: Elsewhere,
     served: mpsc::Sender<io::Result<AgentStream>>,
 ) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
@@ -246,8 +269,14 @@ async fn accept(
         };
         let acceptor = TlsAcceptor::from(tls.borrow().clone());
         let (served, metrics) = (served.clone(), metrics.clone());
+        let sent_elsewhere = elsewhere.current().clone();
         tokio::spawn(async move {
-            match timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, (place, one), &acceptor)).await {
+            match timeout(
+                HANDSHAKE_TIMEOUT,
+                handshake(stream, address, (place, one), sent_elsewhere, &acceptor),
+            )
+            .await
+            {
                 Ok(Ok(stream)) => drop(served.send(Ok(stream)).await),
                 Ok(Err(error)) => {
                     metrics.handshakes_refused.inc();
@@ -267,6 +296,7 @@ async fn handshake(
     stream: Box<dyn Stream>,
     address: SocketAddr,
     places: (Place, OwnedSemaphorePermit),
+    sent_elsewhere: CancellationToken,
     acceptor: &TlsAcceptor,
 ) -> io::Result<AgentStream> {
     let stream = acceptor.accept(stream).await?;
@@ -274,7 +304,8 @@ async fn handshake(
         Some(leaf) => Some(peer_certificate(leaf).map_err(io::Error::other)?),
         None => None,
     };
-    Ok(AgentStream { stream, peer: Peer { address, certificate }, _places: places })
+    let sent_elsewhere = Box::pin(sent_elsewhere.cancelled_owned());
+    Ok(AgentStream { stream, peer: Peer { address, certificate }, sent_elsewhere, _places: places })
 }
 
 /// The identity in a certificate whose chain the handshake has verified (X509-SVID §2: exactly one URI name).

@@ -27,17 +27,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     document,
-    ledger::{FileContent, InForce, Ledger},
+    ledger::{FileContent, Ledger},
+    published::{Published, PublishedError, limit_documents},
 };
-use crate::{
-    digest::digest,
-    store::{self, Part, Unsaved},
-};
+use crate::{digest::digest, store::Unsaved};
 
 /// Largest file that is read: a document is some hundred bytes, and parsing holds all of a file in memory.
 pub const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
-/// Most documents of a directory: a mesh of this size fits the controller's memory and a node's view.
-pub const MAX_DOCUMENTS: usize = 100_000;
 /// Deepest subdirectory.
 const MAX_DEPTH: usize = 16;
 /// After the last event, how long nothing more must happen before a look.
@@ -64,26 +60,16 @@ pub enum FilesError {
         /// What the system said.
         error: io::Error,
     },
-    /// What was kept over a restart cannot be read.
-    #[error(
-        "{path} is damaged: {reason}; remove it (what is lost are the last good versions of documents that are \
-         refused now) and start again"
-    )]
-    Kept {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The state cannot be read or written.
+    /// What is in force cannot be published.
     #[error(transparent)]
-    Store(#[from] store::StoreError),
+    Published(#[from] PublishedError),
 }
 
 /// Reads a directory once: what `meshctl check` does.
 pub fn check(root: &Path) -> Result<Ledger, FilesError> {
     let mut directory = Directory::open(root)?;
     directory.look();
+    limit_documents(&mut directory.contents);
     Ok(Ledger::default().next(&directory.contents))
 }
 
@@ -152,7 +138,6 @@ impl Directory {
             contents.insert(directory, Arc::new(content));
         }
         self.read.retain(|file, _| contents.contains_key(file));
-        limit_documents(&mut contents);
         let changed = contents != self.contents;
         self.contents = contents;
         changed
@@ -284,61 +269,29 @@ impl Listing {
     }
 }
 
-/// Refuses the files beyond [`MAX_DOCUMENTS`], in the order of their names.
-fn limit_documents(contents: &mut BTreeMap<PathBuf, Arc<FileContent>>) {
-    let mut documents = 0;
-    for content in contents.values_mut() {
-        documents += content.len();
-        if documents > MAX_DOCUMENTS {
-            *content = Arc::new(FileContent::unreadable(
-                format!("with this file the directory has more than {MAX_DOCUMENTS} documents"),
-                "remove what is not needed".into(),
-            ));
-        }
-    }
-}
-
 /// A watched directory: looks once when opened, then whenever something changes.
 #[derive(Debug)]
 pub struct Source {
     directory: Directory,
-    kept_file: PathBuf,
-    ledger: watch::Sender<Arc<Ledger>>,
-    unsaved: Unsaved,
+    published: Published,
 }
 
 impl Source {
     /// Reads the directory. The last good versions of what is refused are kept in `kept_file` over restarts.
     pub fn open(root: &Path, kept_file: PathBuf) -> Result<Self, FilesError> {
-        let kept = match store::read(&kept_file)? {
-            None => vec![],
-            Some(bytes) => serde_json::from_slice::<Vec<InForce>>(&bytes)
-                .map_err(|error| FilesError::Kept { path: kept_file.clone(), reason: error.to_string() })?,
-        };
-        let mut source = Self {
-            directory: Directory::open(root)?,
-            kept_file,
-            ledger: watch::channel(Arc::new(Ledger::remembering(kept))).0,
-            unsaved: Unsaved::default(),
-        };
+        let mut source = Self { directory: Directory::open(root)?, published: Published::open(kept_file)? };
         source.look();
         Ok(source)
     }
 
     /// What is in force, now and as it changes.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Ledger>> {
-        self.ledger.subscribe()
+        self.published.subscribe()
     }
 
     /// The same, which says there what it could not save.
-    pub fn telling(mut self, unsaved: Unsaved) -> Self {
-        if self.unsaved.has(Part::Kept) {
-            let before = std::mem::replace(&mut self.unsaved, unsaved).problems().join("; ");
-            self.unsaved.tried(Part::Kept, &Err::<(), _>(before));
-        } else {
-            self.unsaved = unsaved;
-        }
-        self
+    pub fn telling(self, unsaved: Unsaved) -> Self {
+        Self { published: self.published.telling(unsaved), ..self }
     }
 
     /// Follows the directory until cancelled.
@@ -372,44 +325,10 @@ impl Source {
     }
 
     fn look(&mut self) {
-        let first = self.ledger.borrow().documents_accepted() == 0;
-        if self.unsaved.has(Part::Kept) {
-            self.keep(&self.ledger.borrow());
-        }
-        if !self.directory.look() && !first {
-            return;
-        }
-        let before = self.ledger.borrow().clone();
-        let next = before.next(&self.directory.contents);
-        if next == *before {
-            return;
-        }
-        for refused in next.refused() {
-            if !before.refused().contains(refused) {
-                tracing::warn!(last_good_in_force = refused.last_good_in_force, "refused: {refused}");
-            }
-        }
-        if !before.kept().eq(next.kept()) {
-            self.keep(&next);
-        }
-        tracing::info!(
-            accepted = next.documents_accepted(),
-            refused = next.documents_refused(),
-            "manifests read"
-        );
-        self.ledger.send_replace(Arc::new(next));
-    }
-
-    fn keep(&self, ledger: &Ledger) {
-        let kept: Vec<&InForce> = ledger.kept().collect();
-        let written = serde_json::to_vec_pretty(&kept)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| store::replace(&self.kept_file, &bytes).map_err(|error| error.to_string()));
-        let news = self.unsaved.tried(Part::Kept, &written);
-        if let Err(error) = written
-            && news
-        {
-            tracing::error!(%error, "the last good versions of refused documents would not survive a restart");
+        if self.directory.look() || self.published.is_empty() {
+            self.published.publish(self.directory.contents.clone());
+        } else {
+            self.published.save_again();
         }
     }
 }
@@ -592,8 +511,8 @@ mod tests {
         world.write("a.yaml", &workload("a").replace("10.0.0.1", "nonsense"));
         world.receiver.wait_for(|ledger| ledger.documents_refused() == 1).await.unwrap();
         let restarted = Source::open(world.dir.path(), world.state.path().join("kept.json")).unwrap();
-        assert_eq!(restarted.ledger.borrow().model().workloads.len(), 1);
-        assert_eq!(restarted.ledger.borrow().documents_refused(), 1);
+        assert_eq!(restarted.subscribe().borrow().model().workloads.len(), 1);
+        assert_eq!(restarted.subscribe().borrow().documents_refused(), 1);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::FutureExt;
 use hyper_util::rt::TokioIo;
 use mesh_controller::{
     api::services::{enrolment_client::EnrolmentClient, node_client::NodeClient},
@@ -18,7 +19,8 @@ use mesh_controller::{
     token::Tokens,
 };
 use mesh_core::wire::proto::{
-    Ack, Certificate, Hello, JoinRequest, RenewRequest, Report, ViewUpdate, WatchRequest, watch_request::Body,
+    Ack, Certificate, Hello, JoinRequest, RenewRequest, Report, ViewUpdate, Wants, WatchRequest,
+    watch_request::Body,
 };
 use mesh_settings::log::LogFilter;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
@@ -52,6 +54,7 @@ pub struct World {
     controller: Controller,
     source: tempfile::TempDir,
     state: tempfile::TempDir,
+    whole_views_up_to: usize,
     started_in: Duration,
 }
 
@@ -70,18 +73,23 @@ impl Joined {
 
 impl World {
     pub async fn start(manifests: &[(&str, String)]) -> Self {
+        Self::start_with(manifests, usize::MAX).await
+    }
+
+    /// With whole views up to so many workloads and services.
+    pub async fn start_with(manifests: &[(&str, String)], whole_views_up_to: usize) -> Self {
         let (source, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         for (name, text) in manifests {
             std::fs::write(source.path().join(name), text).unwrap();
         }
-        Self::open(source, state).await
+        Self::open(source, state, whole_views_up_to).await
     }
 
-    async fn open(source: tempfile::TempDir, state: tempfile::TempDir) -> Self {
+    async fn open(source: tempfile::TempDir, state: tempfile::TempDir, whole_views_up_to: usize) -> Self {
         let started = std::time::Instant::now();
-        let controller =
-            Controller::start(config(&source, &state), LogFilter::detached("info")).await.unwrap();
-        Self { controller, source, state, started_in: started.elapsed() }
+        let config = Config { whole_views_up_to, ..config(&source, &state) };
+        let controller = Controller::start(config, LogFilter::detached("info")).await.unwrap();
+        Self { controller, source, state, whole_views_up_to, started_in: started.elapsed() }
     }
 
     /// How long the controller took from its start until agents are served.
@@ -90,9 +98,9 @@ impl World {
     }
 
     pub async fn restart(self) -> Self {
-        let Self { controller, source, state, .. } = self;
+        let Self { controller, source, state, whole_views_up_to, .. } = self;
         controller.stop().await;
-        Self::open(source, state).await
+        Self::open(source, state, whole_views_up_to).await
     }
 
     pub async fn stop(self) {
@@ -113,16 +121,14 @@ impl World {
 
     /// As `mesh-controller token` does.
     pub fn token(&self, node: &str, ttl: Duration) -> String {
-        let root = Authority::open(self.state.path(), SystemTime::now()).unwrap().root_digest();
+        let root = Authority::open_in(self.state.path(), SystemTime::now()).unwrap().root_digest();
         Tokens::open(self.state.path()).unwrap().create(node, SystemTime::now() + ttl, &root).unwrap()
     }
 
     /// As `mesh-controller rotate-root` does.
     pub fn rotate_root(&self) {
-        Authority::open(self.state.path(), SystemTime::now())
-            .unwrap()
-            .rotate_root(SystemTime::now())
-            .unwrap();
+        let authority = Authority::open_in(self.state.path(), SystemTime::now()).unwrap();
+        authority.rotate_root(SystemTime::now()).now_or_never().unwrap().unwrap();
     }
 
     /// Joins once the controller answers with the root that the token pins (after a rotation it takes a moment).
@@ -148,7 +154,8 @@ impl World {
         };
         let (csr_der, key) = csr();
         let channel = self.connect(trust, None).await?;
-        let request = JoinRequest { node: node.into(), token: token.into(), csr_der };
+        let request =
+            JoinRequest { node: node.into(), token: token.into(), csr_der, ..JoinRequest::default() };
         let certificate = EnrolmentClient::new(channel).join(request).await?.into_inner();
         Ok(Joined { certificate, key })
     }
@@ -195,17 +202,22 @@ impl World {
         asked.is_ok().then_some(client)
     }
 
+    /// As an agent that can do with whole views only.
     pub async fn watch(&self, node: &Joined, version: &str) -> Watch {
+        self.watch_as(node, Hello { version: version.into(), ..Hello::default() }).await
+    }
+
+    pub async fn watch_as(&self, node: &Joined, hello: Hello) -> Watch {
         let mut client = self.client_with(node).await;
         let (words, receiver) = mpsc::channel(8);
-        let hello = Hello { version: version.into(), agent_version: "test".into() };
+        let hello = Hello { agent_version: "test".into(), ..hello };
         words.send(WatchRequest { body: Some(Body::Hello(hello)) }).await.unwrap();
         let updates = client.watch(ReceiverStream::new(receiver)).await.unwrap().into_inner();
         Watch { words, updates }
     }
 
     fn roots(&self) -> Vec<CertificateDer<'static>> {
-        Authority::open(self.state.path(), SystemTime::now()).unwrap().roots()
+        Authority::open_in(self.state.path(), SystemTime::now()).unwrap().roots()
     }
 
     async fn connect(&self, trust: Trust, node: Option<&Joined>) -> Result<Channel, Status> {
@@ -299,6 +311,12 @@ impl From<Ack> for Word {
     }
 }
 
+impl From<Wants> for Word {
+    fn from(wants: Wants) -> Self {
+        Self(Body::Wants(wants))
+    }
+}
+
 impl From<Report> for Word {
     fn from(report: Report) -> Self {
         Self(Body::Report(report))
@@ -307,13 +325,19 @@ impl From<Report> for Word {
 
 fn config(source: &tempfile::TempDir, state: &tempfile::TempDir) -> Config {
     Config {
-        source: source.path().to_owned(),
+        source: mesh_controller::source::Place::Directory(source.path().to_owned()),
         state_dir: state.path().to_owned(),
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         admin_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         trust_domain: "td".parse().unwrap(),
         default_mode: mesh_core::model::Mode::Permissive,
+        whole_views_up_to: usize::MAX,
         certificate_ttl: Duration::from_secs(3600),
+        ca_secret: None,
+        issuer_dir: None,
+        roots_config_map: None,
+        join_service_account: None,
+        controllers: None,
         log_level: "info".into(),
         in_force: vec![],
     }

@@ -15,6 +15,9 @@ pub use self::policy::{
 };
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
+/// The label that says in which zone something runs (Kubernetes, "Well-Known Labels").
+pub const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// The namespaced name of an object, printed as `namespace/name`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -116,6 +119,9 @@ impl std::str::FromStr for Mode {
 pub struct Workload {
     /// Its name.
     pub name: Name,
+    /// `metadata.uid` of the pod that it is: its processes are found by it, and one that comes after it under the same
+    /// name is another. Empty for what is no pod.
+    pub uid: String,
     /// The node it runs on.
     pub node: String,
     /// The account that gives it its identity.
@@ -133,6 +139,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// Where it runs.
+    pub fn place(&self) -> Place {
+        Place::of(&self.node, &self.labels)
+    }
+
     /// The identity that its certificates carry.
     pub fn identity(&self, trust_domain: &TrustDomain) -> Result<SpiffeId, IdentityError> {
         SpiffeId::workload(trust_domain, &self.name.namespace, &self.service_account)
@@ -148,6 +159,55 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// `spec.ports`, those of TCP, each with the endpoints that are ready.
     pub ports: Vec<ServicePort>,
+    /// Which of the endpoints a client gets.
+    #[serde(default)]
+    pub choice: Choice,
+}
+
+/// Which of a service's endpoints a client gets, where it is not all the same.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Choice {
+    /// How near they have to be.
+    pub distribution: Distribution,
+    /// `spec.sessionAffinity: ClientIP`: for how long after its last new connection a client keeps its endpoint, seconds.
+    pub affinity: Option<u32>,
+    /// Where the endpoints are, by address; of those that are not here nobody knows. Empty where it does not matter.
+    pub places: BTreeMap<IpAddr, Place>,
+}
+
+/// How near an endpoint has to be to its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Distribution {
+    /// All are the same.
+    #[default]
+    Any,
+    /// `spec.trafficDistribution: PreferSameZone` (or `PreferClose`): those of the client's zone, if there are any.
+    SameZone,
+    /// `spec.trafficDistribution: PreferSameNode`: those of the client's node, if there are any, or else of its zone.
+    SameNode,
+    /// `spec.internalTrafficPolicy: Local`: those of the client's node, or none.
+    OnlySameNode,
+}
+
+impl Distribution {
+    /// All.
+    pub const ALL: [Self; 4] = [Self::Any, Self::SameZone, Self::SameNode, Self::OnlySameNode];
+}
+
+/// Where something runs; empty where that is not known.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Place {
+    /// The node.
+    pub node: String,
+    /// The node's zone.
+    pub zone: String,
+}
+
+impl Place {
+    /// Of a workload on this node with these labels.
+    pub fn of(node: &str, labels: &BTreeMap<String, String>) -> Self {
+        Self { node: node.to_owned(), zone: labels.get(ZONE).cloned().unwrap_or_default() }
+    }
 }
 
 /// One port of a service and what serves it.
@@ -161,12 +221,12 @@ pub struct ServicePort {
     pub endpoints: Vec<Endpoint>,
 }
 
-/// One (workload, port) that serves a service.
+/// One address and port that serves a service: a workload's, or one outside of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// The workload.
-    pub workload: Name,
-    /// The workload's address, of the family of the virtual address that was asked for.
+    /// The workload; none for an address that nobody said to be a workload's, such as the API server's.
+    pub workload: Option<Name>,
+    /// Its address, of the family of the virtual address that was asked for.
     pub address: IpAddr,
     /// The workload's port (`spec.ports[].targetPort`).
     pub port: u16,

@@ -12,12 +12,18 @@ use ipnet::IpNet;
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
     model::{
-        Action, Endpoint, Enforcement, Expression, IdentityPattern, Mode, Name, Operator, Policy, PortRange,
-        Rule, Selector, Service, ServicePort, Source, Target, Traits, Workload,
+        Action, Choice, Distribution, Endpoint, Enforcement, Expression, IdentityPattern, Mode, Name,
+        Operator, Place, Policy, PortRange, Rule, Selector, Service, ServicePort, Source, Target, Traits,
+        Workload,
     },
-    view::{Mesh, NodeView, Resource},
+    view::{Demand, Mesh, NodeView, Resource},
 };
-use proptest::{collection::vec, option, prelude::*, sample::select};
+use proptest::{
+    collection::{btree_map, vec},
+    option,
+    prelude::*,
+    sample::select,
+};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const DOMAINS: [&str; 2] = ["td", "td2"];
@@ -124,25 +130,36 @@ pub(crate) fn mode() -> impl Strategy<Value = Mode> {
 }
 
 pub(crate) fn workload() -> impl Strategy<Value = Workload> {
-    let who = (name(), word(), word(), labels());
+    let who = (name(), option::of(word()), word(), word(), labels());
     let how = (vec(address(), 0..3), any::<bool>(), any::<bool>(), mode());
-    (who, how).prop_map(|((name, node, service_account, labels), (addresses, enrolled, captured, mode))| {
-        Workload { name, node, service_account, addresses, labels, enrolled, captured, mode }
-    })
+    (who, how).prop_map(
+        |((name, uid, node, service_account, labels), (addresses, enrolled, captured, mode))| {
+            let uid = uid.unwrap_or_default();
+            Workload { name, uid, node, service_account, addresses, labels, enrolled, captured, mode }
+        },
+    )
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
-    (name(), address(), port()).prop_map(|(workload, address, port)| Endpoint { workload, address, port })
+    (option::of(name()), address(), port()).prop_map(|(workload, address, port)| Endpoint {
+        workload,
+        address,
+        port,
+    })
 }
 
 pub(crate) fn service() -> impl Strategy<Value = Service> {
     let port = (option::of(word()), port(), vec(endpoint(), 0..4))
         .prop_map(|(name, port, endpoints)| ServicePort { name: name.unwrap_or_default(), port, endpoints });
-    (name(), vec(address(), 0..3), vec(port, 0..3)).prop_map(|(name, addresses, ports)| Service {
-        name,
-        addresses,
-        ports,
-    })
+    (name(), vec(address(), 0..3), vec(port, 0..3), choice())
+        .prop_map(|(name, addresses, ports, choice)| Service { name, addresses, ports, choice })
+}
+
+fn choice() -> impl Strategy<Value = Choice> {
+    let place = (word(), word()).prop_map(|(node, zone)| Place { node, zone });
+    let distribution = select(&Distribution::ALL[..]);
+    (distribution, option::of(1..=u32::MAX), btree_map(address(), place, 0..4))
+        .prop_map(|(distribution, affinity, places)| Choice { distribution, affinity, places })
 }
 
 fn mesh() -> impl Strategy<Value = Mesh> {
@@ -152,13 +169,17 @@ fn mesh() -> impl Strategy<Value = Mesh> {
 
 /// A view with everything that a view can have.
 pub(crate) fn view() -> impl Strategy<Value = NodeView> {
+    let demand = option::of(vec(block(), 0..4).prop_map(|blocks| Demand { blocks }));
+    let answers = (demand, vec(address(), 0..3));
     let parts = (option::of(mesh()), vec(workload(), 0..6), vec(service(), 0..4), vec(policy(), 0..4));
-    parts.prop_map(|(mesh, workloads, services, policies)| {
+    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody))| {
         mesh.map(|it| Resource::Mesh(Arc::new(it)))
             .into_iter()
             .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
             .chain(services.into_iter().map(|it| Resource::Service(Arc::new(it))))
             .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
+            .chain(demand.map(|it| Resource::Demand(Arc::new(it))))
+            .chain(nobody.into_iter().map(Resource::Nobody))
             .collect()
     })
 }

@@ -3,7 +3,11 @@
 //! `NODEMESH_KUBECONFIG` may name a cluster that is there already. It is not `KUBECONFIG` itself, so that a shell which
 //! has that for other work does not get privileged pods into the wrong cluster by running tests.
 
+pub mod machines;
+pub mod mesh;
 pub mod names;
+pub mod shop;
+pub mod traces;
 
 use std::{
     fs::File,
@@ -174,6 +178,10 @@ impl Ours {
 
 /// The program that `cargo xtask` runs, beside those under test.
 fn xtask() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program's own path")?;
+    if own.file_name() == Some("xtask".as_ref()) {
+        return Ok(own);
+    }
     let path = process::binaries()?.join("xtask");
     ensure!(path.is_file(), "{} is not there: cargo build --package xtask", path.display());
     Ok(path)

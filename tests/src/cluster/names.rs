@@ -4,7 +4,7 @@
 use std::{
     fmt,
     fs::{self, File},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     str::FromStr,
 };
@@ -134,6 +134,39 @@ impl Names {
     /// The services' addresses.
     pub fn services(self) -> String {
         format!("{}/17", self.address(128, 0))
+    }
+
+    /// An address of the cluster's IPv6, where it has that: `fd00:24N:0:third::fourth`; services are in `fd00:24N:1::`.
+    pub fn address6(self, third: u16, fourth: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x240 + u16::from(self.0), 0, third, 0, 0, 0, fourth)
+    }
+
+    /// As [`Self::of_machine`].
+    pub fn of_machine6(self, machine: Machine) -> Ipv6Addr {
+        match machine {
+            Machine::Control => self.address6(0, 2),
+            Machine::Node(index) => self.address6(0, 11 + u16::from(index)),
+        }
+    }
+
+    /// As [`Self::of_host`].
+    pub fn of_host6(self) -> Ipv6Addr {
+        self.address6(0, 1)
+    }
+
+    /// As [`Self::pods`].
+    pub fn pods6(self) -> String {
+        format!("{}/48", self.address6(0, 0))
+    }
+
+    /// As [`Self::pods_of`].
+    pub fn pods_of6(self, node: u8) -> String {
+        format!("{}/64", self.address6(u16::from(node) + 1, 0))
+    }
+
+    /// As [`Self::services`].
+    pub fn services6(self) -> String {
+        format!("{}/112", Ipv6Addr::new(0xfd00, 0x240 + u16::from(self.0), 1, 0, 0, 0, 0, 0))
     }
 
     /// Takes one of the cluster's locks; `None` when somebody has it. `change` is held by a command that brings it up or

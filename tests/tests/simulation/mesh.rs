@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     path::PathBuf,
     sync::{
         Arc,
@@ -10,8 +11,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::FutureExt;
 use mesh_agent::{
     config::{Config, Invocation},
+    connection::Direction,
     control::Control,
     identity::{join::JoinToken, store::Identities},
     surroundings::{Chance, Clock, Surroundings},
@@ -29,6 +32,7 @@ use mesh_core::{
     identity::SpiffeId,
     version::{Succession, Version},
     view::{NodeView, Resource, Snapshot},
+    wire::addresses_of,
 };
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -76,6 +80,7 @@ pub(crate) struct Controller {
     ledger: watch::Sender<Arc<Ledger>>,
     time: Time,
     off_seconds: i64,
+    whole_views_up_to: usize,
     net: Net,
     running: Option<RunningController>,
 }
@@ -88,12 +93,13 @@ struct RunningController {
 }
 
 impl Controller {
-    pub(crate) fn new(time: &Time, off_seconds: i64, net: &Net) -> Self {
+    pub(crate) fn new(time: &Time, off_seconds: i64, whole_views_up_to: usize, net: &Net) -> Self {
         Self {
             state: tempfile::tempdir_in("/dev/shm").unwrap(),
             ledger: watch::Sender::default(),
             time: time.clone(),
             off_seconds,
+            whole_views_up_to,
             net: net.clone(),
             running: None,
         }
@@ -110,6 +116,11 @@ impl Controller {
             trust_domain: "td".parse().unwrap(),
             certificate_ttl: CERTIFICATE_TTL,
             default_mode: mesh_core::model::Mode::default(),
+            whole_views_up_to: self.whole_views_up_to,
+            authority: Arc::new(Authority::open_in(self.state.path(), self.now()).unwrap()),
+            bundle: None,
+            attestor: None,
+            pods: None,
         };
         let clock = ControllerClock::new(move || time.wall(off));
         let parts = Parts::assemble(settings, self.ledger.subscribe(), clock).unwrap();
@@ -141,19 +152,22 @@ impl Controller {
         self.ledger.send_replace(Arc::new(next));
     }
 
-    /// What a node should know.
-    pub(crate) fn view(&self, node: &str) -> NodeView {
-        self.running.as_ref().expect("the controller runs").hub.world().common.view(node)
+    /// What a node should know whose agent asks for these addresses.
+    pub(crate) fn view(&self, node: &str, asked: &BTreeSet<IpAddr>) -> NodeView {
+        let hub = &self.running.as_ref().expect("the controller runs").hub;
+        let common = &hub.world().common;
+        if hub.by_demand() { common.demanded(node, asked).view().clone() } else { common.view(node) }
     }
 
     pub(crate) fn token(&self, node: &str) -> String {
-        let root = Authority::open(self.state.path(), self.now()).unwrap().root_digest();
+        let root = Authority::open_in(self.state.path(), self.now()).unwrap().root_digest();
         let until = self.now() + Duration::from_secs(24 * 3600);
         Tokens::open(self.state.path()).unwrap().create(node, until, &root).unwrap()
     }
 
     pub(crate) fn rotate_root(&self) {
-        Authority::open(self.state.path(), self.now()).unwrap().rotate_root(self.now()).unwrap();
+        let authority = Authority::open_in(self.state.path(), self.now()).unwrap();
+        authority.rotate_root(self.now()).now_or_never().unwrap().unwrap();
     }
 }
 
@@ -222,6 +236,19 @@ impl Agent {
         self.running = None;
     }
 
+    /// What it asks for.
+    pub(crate) fn asked(&self) -> BTreeSet<IpAddr> {
+        let all = self.running.as_ref().map(|running| running.control.wants.all()).unwrap_or_default();
+        addresses_of(&all).collect()
+    }
+
+    /// A connection of the node uses an address, for a moment.
+    pub(crate) fn connects(&self, address: IpAddr) {
+        if let Some(running) = &self.running {
+            drop(running.control.wants.hold((1, Direction::Outbound), address));
+        }
+    }
+
     /// What holds at any moment: who had a certificate, and is still of this node, has one that is valid.
     pub(crate) fn check(&mut self) {
         let Some(running) = &mut self.running else { return };
@@ -274,7 +301,10 @@ fn local_identities(snapshot: &Snapshot) -> BTreeSet<SpiffeId> {
 /// A snapshot as the view that it was made of.
 fn resources(snapshot: &Snapshot) -> NodeView {
     let mesh = std::iter::once(Resource::Mesh(Arc::new(snapshot.mesh().clone())));
-    mesh.chain(snapshot.workloads().cloned().map(Resource::Workload))
+    let demand = snapshot.demand().map(|demand| Resource::Demand(Arc::new(demand.clone())));
+    mesh.chain(demand)
+        .chain(snapshot.nobody().map(Resource::Nobody))
+        .chain(snapshot.workloads().cloned().map(Resource::Workload))
         .chain(snapshot.services().cloned().map(Resource::Service))
         .chain(snapshot.policies().cloned().map(Resource::Policy))
         .collect()

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_agent::identity::join::join;
+use mesh_agent::identity::join::{Proof, join};
 
 use crate::{
     chances::Chances,
@@ -67,7 +67,9 @@ impl<'a> Run<'a> {
         let time = Time::begin();
         let net = Net::new(&NODES, chances.fork());
         let off = || chances.between(0, 2 * CLOCK_OFF + 1).cast_signed() - CLOCK_OFF.cast_signed();
-        let controller = Controller::new(&time, off(), &net);
+        // Whole views, views by demand, and a mesh that goes from one to the other.
+        let whole_views_up_to = *chances.one_of(&[usize::MAX, 0, 3]);
+        let controller = Controller::new(&time, off(), whole_views_up_to, &net);
         let agents = NODES.map(|node| Agent::new(node, &time, off(), &net, &chances)).into();
         let placed = BTreeMap::from([("web", ("n1", 0)), ("api", ("n1", 0)), ("db", ("n2", 0))]);
         let mut run = Self { story, chances, time, net, controller, agents, placed, rotations: 0 };
@@ -110,6 +112,7 @@ impl<'a> Run<'a> {
     async fn calm(&mut self) {
         for _ in 0..self.chances.between(0, 4) {
             self.change();
+            self.connect();
             let pause = self.chances.between(0, 60);
             self.pass(pause).await;
         }
@@ -125,6 +128,7 @@ impl<'a> Run<'a> {
             if self.chances.once_in(2) {
                 self.change();
             }
+            self.connect();
             let pause = self.chances.between(0, 30).min(left);
             left -= pause;
             self.pass(pause).await;
@@ -200,6 +204,14 @@ impl<'a> Run<'a> {
         self.publish();
     }
 
+    /// A node's workloads connect to somebody, and to an address that may be nobody's.
+    fn connect(&self) {
+        let agent = self.chances.one_of(&self.agents);
+        let last = self.chances.between(1, 10) as u8;
+        self.tell(format_args!("{} connects to 10.0.0.{last}", agent.node));
+        agent.connects([10, 0, 0, last].into());
+    }
+
     fn publish(&self) {
         let mut text =
             "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {nodemesh.io/enroll: 'true'}}\n"
@@ -224,7 +236,8 @@ impl<'a> Run<'a> {
                 .agents
                 .iter()
                 .filter_map(|agent| {
-                    let wrong = agent.settled(&self.controller.view(&agent.node)).err()?;
+                    let expected = self.controller.view(&agent.node, &agent.asked());
+                    let wrong = agent.settled(&expected).err()?;
                     Some(format!("{}: {wrong}", agent.node))
                 })
                 .collect();
@@ -239,7 +252,7 @@ impl<'a> Run<'a> {
     async fn use_a_token_again(&self) {
         let agent = self.chances.one_of(&self.agents);
         let controller = "controller:15012".parse().unwrap();
-        let thief = join(&controller, &agent.node, &agent.token(), &agent.surroundings).await;
+        let thief = join(&controller, &agent.node, &Proof::Token(agent.token()), &agent.surroundings).await;
         // After a rotation the token names a root that the controller's chain does not end in: refused earlier still.
         assert!(thief.is_err(), "the token of {} was used again", agent.node);
     }

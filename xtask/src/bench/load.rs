@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +21,11 @@ const ANSWER: &str =
     "hello from the server pod, in a body of about one hundred bytes, as small answers of services are ....";
 /// A file for downloads that stall: more than all buffers on the way.
 const LARGE: u64 = 64 << 20;
+
+/// Buffers are full when less than this passes...
+const QUIET_BYTES: u64 = 64 << 10;
+/// ...for so long: more than the longest delay of an acknowledgement.
+const QUIET_TIME: Duration = Duration::from_millis(300);
 
 /// What iperf3 saw.
 #[derive(Debug)]
@@ -174,7 +179,34 @@ pub(super) fn stalled(client: &Workload, server: &Workload, count: usize) -> Res
         filled.map_err(anyhow::Error::msg)?;
         all.push(upload);
     }
+    quiet(&[client, server])?;
     Ok(all)
+}
+
+/// Waits until hardly a byte passes: whatever has buffers on the way has filled them.
+fn quiet(workloads: &[&Workload]) -> Result<()> {
+    let (mut seen, mut since) = (u64::MAX, Instant::now());
+    let still = wait::try_until(STARTED, || {
+        let passed = workloads.iter().map(|it| passed(it)).sum::<Result<u64>>().map_err(|e| e.to_string())?;
+        // Probes of closed windows go on.
+        if passed.abs_diff(seen) > QUIET_BYTES {
+            (seen, since) = (passed, Instant::now());
+        }
+        wait::holds(since.elapsed() >= QUIET_TIME, || "buffers still fill".into())
+    });
+    still.map_err(anyhow::Error::msg)
+}
+
+/// Bytes that all interfaces of a namespace have received and sent.
+fn passed(workload: &Workload) -> Result<u64> {
+    // Two lines of heads; then a line an interface: its name, eight numbers of what came in, eight of what went out.
+    let counters = workload.shell("cat /proc/net/dev")?;
+    let bytes = |line: &str| -> Option<u64> {
+        let numbers: Vec<u64> =
+            line.split_once(':')?.1.split_whitespace().map_while(|it| it.parse().ok()).collect();
+        Some(numbers.first()? + numbers.get(8)?)
+    };
+    counters.lines().skip(2).map(bytes).sum::<Option<u64>>().context("/proc/net/dev has another form")
 }
 
 /// Writes what is taken at once; how much that was.

@@ -13,6 +13,7 @@
 //! | [`cost`] | CPU time, memory and descriptors of the systems' processes |
 //! | [`figures`] | samples, medians, ratios |
 //! | [`report`], [`plot`] | JSON and tables; SVG |
+//! | [`scale`] | a large Kubernetes of fake nodes and pods, and the controller that serves it |
 //! | [`soak`] | many idle connections, and churn for as long as one likes, with memory and descriptors watched |
 
 mod cost;
@@ -21,6 +22,7 @@ mod load;
 mod peers;
 mod plot;
 mod report;
+mod scale;
 mod scenarios;
 mod soak;
 mod systems;
@@ -69,6 +71,8 @@ pub(crate) struct Arguments {
 enum Long {
     /// Ten thousand idle connections, then churn, with flat memory and descriptors or an error.
     Soak(soak::Arguments),
+    /// A large cluster of fake nodes and pods: what it costs the controller, how long changes take.
+    Scale(scale::Arguments),
 }
 
 /// Runs it.
@@ -90,6 +94,7 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     cost::raise_descriptor_limit()?;
     match &arguments.long {
         Some(Long::Soak(arguments)) => soak::soak(arguments),
+        Some(Long::Scale(arguments)) => scale::scale(arguments),
         None => compare(arguments),
     }
 }

@@ -3,7 +3,7 @@
 use mesh_tests::cluster::names::{Machine, Names};
 
 use super::{
-    Parts,
+    Options, Parts,
     certificates::{file, kubeconfig},
     machine::Program,
 };
@@ -14,9 +14,10 @@ const ETCD: &str = "http://127.0.0.1:2379";
 const ETCD_PEERS: &str = "http://127.0.0.1:2380";
 
 /// What it runs; each waits for those it needs.
-pub(super) fn programs(names: Names, parts: &Parts) -> Vec<Program> {
+pub(super) fn programs(names: Names, options: Options, parts: &Parts) -> Vec<Program> {
     let path = |name: &str| file(names, name).display().to_string();
     let home = names.machine_home(Machine::Control);
+    let services = options.both(names.services(), names.services6());
     vec![
         Program::kubernetes(parts, "etcd")
             .flag("data-dir", home.join("etcd").display())
@@ -36,7 +37,7 @@ pub(super) fn programs(names: Names, parts: &Parts) -> Vec<Program> {
             .flag("service-account-key-file", path("tokens.pub"))
             .flag("service-account-signing-key-file", path("tokens.key"))
             .flag("service-account-issuer", "https://kubernetes.default.svc")
-            .flag("service-cluster-ip-range", names.services())
+            .flag("service-cluster-ip-range", &services)
             .flag("authorization-mode", "Node,RBAC")
             // Agents are privileged pods.
             .flag("allow-privileged", true)
@@ -49,9 +50,9 @@ pub(super) fn programs(names: Names, parts: &Parts) -> Vec<Program> {
             .switch("use-service-account-credentials")
             .flag("service-account-private-key-file", path("tokens.key"))
             .flag("root-ca-file", path("ca.crt"))
-            .flag("cluster-cidr", names.pods())
+            .flag("cluster-cidr", options.both(names.pods(), names.pods6()))
             .flag("allocate-node-cidrs", false)
-            .flag("service-cluster-ip-range", names.services())
+            .flag("service-cluster-ip-range", &services)
             .flag("cluster-signing-cert-file", path("ca.crt"))
             .flag("cluster-signing-key-file", path("ca.key")),
         Program::kubernetes(parts, "kube-scheduler")

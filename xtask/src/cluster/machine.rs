@@ -38,11 +38,12 @@ const SYSCTLS: [&str; 6] = [
     "vm/panic_on_oom",
 ];
 /// Directories that a node has for itself, with what must be in them.
-const OWN: [(&str, &[&str]); 3] = [
-    ("/run", &["containerd", "lock", "netns"]),
-    ("/var/lib", &["containerd", "kubelet", "cni"]),
-    ("/var/log", &["pods", "containers"]),
-];
+const OWN: [(&str, &[&str]); 2] =
+    [("/var/lib", &["containerd", "kubelet", "cni"]), ("/var/log", &["pods", "containers"])];
+/// What is in a node's `/run`, which is a tmpfs as on any node.
+const RUN: [&str; 3] = ["/run/containerd", "/run/lock", "/run/netns"];
+/// What of it this machine reaches too: images are brought by containerd's socket.
+const REACHED: &str = "/run/containerd";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// A program that a machine runs.
@@ -135,11 +136,11 @@ pub(super) fn run(names: Names, machine: Machine, options: Options, parts: &Part
     println!("{machine}: {options:?}");
     fs::write("/proc/sys/kernel/hostname", machine.to_string()).context("setting the host name")?;
     let programs = match machine {
-        Machine::Control => control_plane::programs(names, parts),
+        Machine::Control => control_plane::programs(names, options, parts),
         Machine::Node(_) => {
             mounts(names, machine)?;
             cgroups(&names.machine(machine))?;
-            node::programs(names, machine, parts)
+            node::programs(names, machine, options, parts)
         }
     };
     supervise(&programs, &names.machine_home(machine).join("log"))
@@ -189,11 +190,19 @@ fn mounts(names: Names, machine: Machine) -> Result<()> {
         }
         bind(&own, Path::new(place))?;
     }
+    let none: Option<&str> = None;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))
+        .context("mounting /run")?;
+    for directory in RUN {
+        fs::create_dir_all(directory)?;
+    }
+    let reached = home.join(REACHED.trim_start_matches('/'));
+    fs::create_dir_all(&reached)?;
+    bind(&reached, Path::new(REACHED))?;
     // Network devices in /sys are those of the namespace in which it was mounted.
     let aside = home.join("cgroups");
     fs::create_dir_all(&aside)?;
     bind(Path::new(CGROUPS), &aside)?;
-    let none: Option<&str> = None;
     mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).context("mounting /sys")?;
     bind(&aside, Path::new(CGROUPS))?;
     set(&aside, MsFlags::MS_PRIVATE | MsFlags::MS_REC)?;

@@ -68,6 +68,11 @@ enum Task {
     Down,
     /// Say which nodes and pods there are, with their addresses, and where KUBECONFIG is.
     Status,
+    /// Switch a node off, as by its power, and on again. Its disk stays; returns when it has been switched on.
+    Reboot {
+        /// Which.
+        node: Machine,
+    },
     /// Give images, as `cargo xtask image` makes them, to both nodes.
     LoadImage {
         /// Archives; those that `cargo xtask image` made, without any.
@@ -94,6 +99,43 @@ pub(crate) struct Options {
     /// How the CNI plugin connects a pod with its node.
     #[arg(long, value_enum, default_value_t = Shape::Ptp)]
     cni: Shape,
+    /// Which addresses machines, pods and services have.
+    #[arg(long, value_enum, default_value_t = Families::Ipv4)]
+    families: Families,
+}
+
+impl Options {
+    /// Those of one node.
+    fn of_node(self, index: u8) -> Self {
+        let first = index == 0;
+        let proxy = match self.proxy {
+            Proxy::Mixed if first => Proxy::Iptables,
+            Proxy::Mixed => Proxy::Nftables,
+            same => same,
+        };
+        let cni = match self.cni {
+            Shape::Mixed if first => Shape::Ptp,
+            Shape::Mixed => Shape::Bridge,
+            same => same,
+        };
+        Self { proxy, cni, ..self }
+    }
+
+    /// One value, or two with a comma between them, as Kubernetes' programs take what there is of each family.
+    fn both(self, ipv4: impl std::fmt::Display, ipv6: impl std::fmt::Display) -> String {
+        match self.families {
+            Families::Ipv4 => ipv4.to_string(),
+            Families::Dual => format!("{ipv4},{ipv6}"),
+        }
+    }
+}
+
+/// Families of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+enum Families {
+    Ipv4,
+    /// IPv6 besides.
+    Dual,
 }
 
 /// kube-proxy's mode.
@@ -101,6 +143,8 @@ pub(crate) struct Options {
 enum Proxy {
     Iptables,
     Nftables,
+    /// iptables on the first node, nftables on the second.
+    Mixed,
 }
 
 /// The CNI plugin.
@@ -110,6 +154,8 @@ enum Shape {
     Ptp,
     /// A bridge for a node's pods.
     Bridge,
+    /// Routes on the first node, a bridge on the second.
+    Mixed,
 }
 
 /// Runs one of the commands.
@@ -122,6 +168,7 @@ pub(crate) fn cluster(arguments: Arguments) -> Result<()> {
             step("Take the cluster down", || sweep::everything(names))
         }
         Task::Status => status(names),
+        Task::Reboot { node } => reboot(names, node),
         Task::LoadImage { files } => load(names, files),
         Task::Kubectl { arguments } => succeed(kubectl(names).args(arguments)),
         Task::Prepare => prepare().map(drop),
@@ -140,7 +187,7 @@ fn up(names: Names, options: Options) -> Result<()> {
         sweep::everything(names)?;
         files(names, options, &parts)?;
         certificates::write(names)?;
-        network::make(names)?;
+        network::make(names, options)?;
         for machine in MACHINES {
             machine::start(names, machine, &parts)?;
         }
@@ -149,6 +196,19 @@ fn up(names: Names, options: Options) -> Result<()> {
         import(names, &parts, &parts.images)
     })?;
     say_where(names)
+}
+
+fn reboot(names: Names, node: Machine) -> Result<()> {
+    ensure!(matches!(node, Machine::Node(_)), "only nodes are switched off: {NODES:?}");
+    let parts = parts::made()?;
+    let _lock = lock(names)?;
+    step("Switch the node off and on", || {
+        network::unplug(names, node)?;
+        sweep::machines(names, &[node])?;
+        node::forget(names, node)?;
+        network::plug_in_again(names, node, options(names)?)?;
+        machine::start(names, node, &parts)
+    })
 }
 
 /// Held while the cluster is changed.

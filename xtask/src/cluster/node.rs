@@ -13,7 +13,7 @@ use mesh_tests::cluster::names::{Machine, Names};
 use serde_json::json;
 
 use super::{
-    Options, Parts, Proxy, Shape,
+    Families, Options, Parts, Proxy, Shape,
     certificates::{file, kubeconfig},
     machine::Program,
     parts::PAUSE_IMAGE,
@@ -29,12 +29,18 @@ pub(super) fn socket(names: Names, node: Machine) -> PathBuf {
     names.machine_home(node).join(SOCKET.trim_start_matches('/'))
 }
 
+/// Removes what a node has in memory only, and this machine reaches.
+pub(super) fn forget(names: Names, node: Machine) -> Result<()> {
+    let run = names.machine_home(node).join("run");
+    fs::remove_dir_all(&run).with_context(|| format!("removing {}", run.display()))
+}
+
 fn setting(names: Names, node: Machine, name: &str) -> PathBuf {
     names.machine_home(node).join("etc").join(name)
 }
 
 /// What it runs.
-pub(super) fn programs(names: Names, node: Machine, parts: &Parts) -> Vec<Program> {
+pub(super) fn programs(names: Names, node: Machine, options: Options, parts: &Parts) -> Vec<Program> {
     let setting = |name: &str| setting(names, node, name);
     vec![
         Program::new("containerd", parts.tool("usr/bin/containerd"))
@@ -47,7 +53,7 @@ pub(super) fn programs(names: Names, node: Machine, parts: &Parts) -> Vec<Progra
             .flag("config", setting("kubelet.json").display())
             .flag("kubeconfig", kubeconfig(names, &node.to_string()).display())
             .flag("hostname-override", node)
-            .flag("node-ip", names.of_machine(node))
+            .flag("node-ip", options.both(names.of_machine(node), names.of_machine6(node)))
             .after(SOCKET),
         Program::kubernetes(parts, "kube-proxy").flag("config", setting("kube-proxy.json").display()),
     ]
@@ -56,15 +62,16 @@ pub(super) fn programs(names: Names, node: Machine, parts: &Parts) -> Vec<Progra
 /// Writes settings and makes directories.
 pub(super) fn write(names: Names, node: Machine, options: Options, parts: &Parts) -> Result<()> {
     let Machine::Node(index) = node else { unreachable!("only nodes have a node's settings") };
+    let options = options.of_node(index);
     let put = |name: &str, content: String| {
         let path = setting(names, node, name);
         fs::create_dir_all(path.parent().context("a file is in a directory")?)?;
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))
     };
     put("containerd.toml", containerd(&setting(names, node, "cni"), parts))?;
-    put("cni/10-pods.conflist", pretty(&pods_network(names, index, options.cni))?)?;
+    put("cni/10-pods.conflist", pretty(&pods_network(names, index, options))?)?;
     put("kubelet.json", pretty(&kubelet(names, node))?)?;
-    put("kube-proxy.json", pretty(&proxy(names, node, options.proxy))?)?;
+    put("kube-proxy.json", pretty(&proxy(names, node, options))?)?;
     put("resolv.conf", format!("nameserver {}\n", names.of_machine(Machine::Control)))
 }
 
@@ -97,13 +104,18 @@ fn containerd(cni: &Path, parts: &Parts) -> String {
 }
 
 /// CNI's configuration: pods have addresses of their node's range, which other nodes have a route to.
-fn pods_network(names: Names, node: u8, shape: Shape) -> serde_json::Value {
-    let addresses = json!({
+fn pods_network(names: Names, node: u8, options: Options) -> serde_json::Value {
+    let mut addresses = json!({
         "type": "host-local",
         "ranges": [[{"subnet": names.pods_of(node)}]],
         "routes": [{"dst": "0.0.0.0/0"}],
     });
-    let connects = match shape {
+    if options.families == Families::Dual {
+        addresses["ranges"] = json!([[{"subnet": names.pods_of(node)}], [{"subnet": names.pods_of6(node)}]]);
+        addresses["routes"] = json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]);
+    }
+    let connects = match options.cni {
+        Shape::Mixed => unreachable!("a node has one shape"),
         Shape::Ptp => json!({"type": "ptp", "ipMasq": false, "ipam": addresses}),
         Shape::Bridge => {
             json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipam": addresses})
@@ -131,6 +143,8 @@ fn kubelet(names: Names, node: Machine) -> serde_json::Value {
         // Machines with cgroup v1 are refused otherwise.
         "failCgroupV1": false,
         "failSwapOn": false,
+        // Tests read all that a pod has said: its log stays one file.
+        "containerLogMaxSize": "1Gi",
         "clusterDNS": [names.address(128, 10).to_string()],
         "clusterDomain": DOMAIN,
         "containerRuntimeEndpoint": format!("unix://{SOCKET}"),
@@ -149,14 +163,18 @@ fn kubelet(names: Names, node: Machine) -> serde_json::Value {
     })
 }
 
-fn proxy(names: Names, node: Machine, mode: Proxy) -> serde_json::Value {
+fn proxy(names: Names, node: Machine, options: Options) -> serde_json::Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
-        "mode": match mode { Proxy::Iptables => "iptables", Proxy::Nftables => "nftables" },
+        "mode": match options.proxy {
+            Proxy::Mixed => unreachable!("a node has one mode"),
+            Proxy::Iptables => "iptables",
+            Proxy::Nftables => "nftables",
+        },
         "hostnameOverride": node.to_string(),
         "clientConnection": {"kubeconfig": kubeconfig(names, "proxy")},
-        "clusterCIDR": names.pods(),
+        "clusterCIDR": options.both(names.pods(), names.pods6()),
         // These are of the whole machine, and cannot be set from a namespace.
         "conntrack": {
             "maxPerCore": 0,

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use mesh_tests::{
-    cluster::names::{MACHINES, Names},
+    cluster::names::{MACHINES, Machine, Names},
     netns, wait,
 };
 use nix::{
@@ -23,25 +23,11 @@ const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Removes all of it; nothing to remove is fine.
 pub(super) fn everything(names: Names) -> Result<()> {
-    let namespaces: Vec<String> = MACHINES
-        .into_iter()
-        .map(|machine| names.machine(machine))
-        .filter(|name| Path::new(netns::NAMES).join(name).exists())
-        .collect();
-    first_processes(&namespaces)?;
-    netns::end_processes(&namespaces)?;
-    for machine in MACHINES {
-        for root in hierarchies()? {
-            cgroup(&root.join(names.machine(machine)))?;
-        }
-    }
     let link = names.prefix();
     if Path::new("/sys/class/net").join(&link).exists() {
         netns::run(Command::new("ip").args(["link", "delete", &link]), None)?;
     }
-    for namespace in &namespaces {
-        netns::delete(namespace)?;
-    }
+    machines(names, &MACHINES)?;
     let home = names.home();
     if home.exists() {
         fs::remove_dir_all(&home).with_context(|| format!("removing {}", home.display()))?;
@@ -51,6 +37,23 @@ pub(super) fn everything(names: Names) -> Result<()> {
         let _ = fs::remove_dir(clusters);
     }
     Ok(())
+}
+
+/// Removes what of these machines is gone when one is switched off: processes, namespaces, cgroups. Its files stay.
+pub(super) fn machines(names: Names, machines: &[Machine]) -> Result<()> {
+    let namespaces: Vec<String> = machines
+        .iter()
+        .map(|machine| names.machine(*machine))
+        .filter(|name| Path::new(netns::NAMES).join(name).exists())
+        .collect();
+    first_processes(&namespaces)?;
+    netns::end_processes(&namespaces)?;
+    for machine in machines {
+        for root in hierarchies()? {
+            cgroup(&root.join(names.machine(*machine)))?;
+        }
+    }
+    namespaces.iter().try_for_each(|namespace| netns::delete(namespace))
 }
 
 /// Ends the machines' first processes, before all others, so that the kernel ends what is on them, in pods too.

@@ -75,6 +75,17 @@ pub(crate) fn make(from: Option<PathBuf>, to: Option<PathBuf>) -> Result<()> {
     })
 }
 
+/// Makes an image of one program, `NAME.tar`.
+pub(crate) fn of_program(program: &Path, to: Option<PathBuf>) -> Result<()> {
+    setup::programs(&[("strip", "binutils")])?;
+    let name = program.file_name().context("a program has a name")?.to_string_lossy();
+    let image = Image::new(&format!("{REGISTRY}/{name}:test"), &[&format!("/usr/bin/{name}")]).user(NOBODY);
+    let to = to.unwrap_or_else(directory);
+    fs::create_dir_all(&to)?;
+    let image = image.file("etc/passwd", 0o644, NAMES.as_bytes().to_vec());
+    with_programs(image, [program.to_owned()])?.write(&to.join(format!("{name}.tar")))
+}
+
 /// The archives that are there.
 pub(crate) fn made() -> Result<Vec<PathBuf>> {
     let paths = IMAGES.iter().map(|content| directory().join(format!("{}.tar", content.name)));
@@ -92,7 +103,7 @@ fn name(content: &Content) -> String {
 
 fn image(content: &Content, binaries: &Path) -> Result<Image> {
     let first = content.programs.first().context("an image has a program")?;
-    let mut image = Image::new(&name(content), &[&format!("/usr/bin/{first}")])
+    let image = Image::new(&name(content), &[&format!("/usr/bin/{first}")])
         .user(content.user)
         .label("title", &format!("nodemesh {}", content.name))
         .label("description", content.description)
@@ -101,10 +112,15 @@ fn image(content: &Content, binaries: &Path) -> Result<Image> {
         .label("revision", &revision())
         .file("etc/passwd", 0o644, NAMES.as_bytes().to_vec())
         .directory("tmp", 0o1777);
+    with_programs(image, content.programs.iter().map(|program| binaries.join(program)))
+}
+
+/// Puts programs into an image, and what they load.
+fn with_programs(mut image: Image, programs: impl IntoIterator<Item = PathBuf>) -> Result<Image> {
     let mut libraries = BTreeSet::new();
-    for program in content.programs {
-        let path = binaries.join(program);
-        image = image.file(&format!("usr/bin/{program}"), 0o755, elf::stripped(&path)?);
+    for path in programs {
+        let name = path.file_name().context("a program has a name")?.to_string_lossy();
+        image = image.file(&format!("usr/bin/{name}"), 0o755, elf::stripped(&path)?);
         libraries.extend(elf::needed(&path)?);
     }
     for library in libraries {

@@ -26,7 +26,7 @@ use crate::{
 use machine::Verdict;
 
 /// Tests that are about the kernel: what loads, attaches, captures, guards, is attacked, is repaired, is taken over.
-const TESTS: [&str; 14] = [
+const TESTS: [&str; 15] = [
     "kernel_features",
     "kernel_maps",
     "first_light",
@@ -41,6 +41,7 @@ const TESTS: [&str; 14] = [
     "operations",
     "identity",
     "streams",
+    "by_demand",
 ];
 
 /// Tests of those above that stay out, each with its reason.
@@ -49,10 +50,11 @@ const LEFT_OUT: [(&str, &str); 0] = [];
 /// Seconds that one test may take.
 const SECONDS: u32 = 300;
 /// Tests that take longer when all of it is emulated, and the seconds that each may take.
-const LONG: [(&str, u32); 5] = [
+const LONG: [(&str, u32); 6] = [
     ("fifty_kills_under_load_show_no_plaintext_refuse_at_once_and_heal_within_a_second", 1800),
     ("twenty_upgrades_under_load_lose_nothing", 1800),
     ("what_is_taken_away_is_refused_repaired_within_five_seconds_and_counted", 900),
+    ("two_hundred_and_fifty_workloads_are_enrolled_within_ten_seconds", 900),
     ("forty_megabytes_both_ways_at_once_are_the_same_bytes", 900),
     ("forty_megabytes_either_way_are_the_same_bytes", 900),
 ];

@@ -4,19 +4,19 @@
 mod ask;
 mod bundle;
 mod check;
+mod install;
 mod retire;
+mod rotate;
 mod show;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
-use mesh_controller::{
-    admin::answer::{
-        AgentState, Certificates, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
-    },
-    ca::Authority,
+use mesh_controller::admin::answer::{
+    AgentState, Certificates, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
 };
+use mesh_core::model::Name;
 use serde::Serialize;
 
 /// Looks into a Nodemesh mesh. Exit code 0 for an answer, 1 for manifests that are not good, 2 if there is no answer.
@@ -72,6 +72,12 @@ enum Command {
         #[arg(long, conflicts_with = "node")]
         local: bool,
     },
+    /// Makes something new in the place of what is in use, which stays trusted. Controllers that run take it over.
+    Rotate {
+        /// Of which kind.
+        #[command(subcommand)]
+        what: Rotate,
+    },
     /// Takes something out of use for good.
     Retire {
         /// Of which kind.
@@ -109,6 +115,21 @@ enum Command {
         #[arg(value_name = "FILE", default_value = "nodemesh-bundle.tar.gz")]
         file: PathBuf,
     },
+    /// Installs the mesh to the Kubernetes cluster of KUBECONFIG, or brings it up to this version.
+    Install {
+        /// How long it may take until all of it serves.
+        #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = mesh_controller::config::duration)]
+        timeout: Duration,
+    },
+    /// Removes the mesh from the Kubernetes cluster of KUBECONFIG, and from its nodes, whoever installed it.
+    Uninstall {
+        /// How long each step may take.
+        #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = mesh_controller::config::duration)]
+        timeout: Duration,
+        /// The image that takes off the nodes what agents put there, where no agents are left to tell theirs.
+        #[arg(long, value_name = "IMAGE")]
+        agent_image: Option<String>,
+    },
     /// What a shell needs to complete this command: `meshctl completion bash > /etc/bash_completion.d/meshctl`.
     Completion {
         /// Which shell.
@@ -116,10 +137,14 @@ enum Command {
         shell: clap_complete::Shell,
     },
     /// Whether the manifests in a directory are good, and what in them is suspicious; needs no controller. Exit code
-    /// 1 if one is refused.
+    /// 1 if one is refused. With --pre, whether the mesh can be installed to a Kubernetes cluster.
     Check {
         /// The directory.
-        dir: PathBuf,
+        #[arg(required_unless_present = "pre")]
+        dir: Option<PathBuf>,
+        /// What the Kubernetes cluster of KUBECONFIG lacks, or you may not do there. Exit code 1 if there is such a thing.
+        #[arg(long, conflicts_with_all = ["dir", "strict", "default_mode"])]
+        pre: bool,
         /// Exit code 1 also for warnings.
         #[arg(long)]
         strict: bool,
@@ -144,15 +169,35 @@ enum What {
 }
 
 #[derive(Debug, Subcommand)]
+enum Rotate {
+    /// A new root, and an issuing certificate below it. Agents renew under it within seconds; the old root stays trusted
+    /// until it is retired. Join tokens that were made before are no longer good.
+    Root(Authority),
+    /// A new issuing certificate below the same root. Certificates that were signed by the one before stay valid, and are
+    /// renewed when they are due.
+    Intermediate(Authority),
+}
+
+/// Whose authority.
+#[derive(Debug, clap::Args)]
+struct Authority {
+    /// The state directory of the controller.
+    #[arg(long, value_name = "DIR", required_unless_present = "ca_secret", conflicts_with = "ca_secret")]
+    state_dir: Option<PathBuf>,
+    /// The Secret of the controllers in Kubernetes, where theirs is one.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    ca_secret: Option<Name>,
+}
+
+#[derive(Debug, Subcommand)]
 enum Retire {
     /// The oldest root: what leads to it alone is refused within a second, open connections included. Refused while an
     /// agent holds such a certificate or does not say what it holds. Run it on the controller's machine, as its user.
     Root {
         /// Its SHA-256 in hex, or the beginning of it; `meshctl get roots` has them.
         fingerprint: String,
-        /// The state directory of the controller.
-        #[arg(long, value_name = "DIR")]
-        state_dir: PathBuf,
+        #[command(flatten)]
+        authority: Authority,
         /// Also while certificates lead to it, and without asking the controller.
         #[arg(long)]
         force: bool,
@@ -214,11 +259,20 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             let answer = ask()?.get::<Certificates>("/api/v1/certificates", &[])?;
             print(cli.output, &answer.roots, |roots| show::roots(roots))?;
         }
-        Command::Retire { what: Retire::Root { fingerprint, state_dir, force } } => {
+        Command::Rotate { what: Rotate::Root(authority) } => {
+            let roots = wait_for(rotate::root(authority))?;
+            let said = format!("new root; {roots} roots are trusted now\n");
+            print(Output::Table, &(), |()| said)?;
+        }
+        Command::Rotate { what: Rotate::Intermediate(authority) } => {
+            wait_for(rotate::intermediate(authority))?;
+            print(Output::Table, &(), |()| "new issuing certificate\n".to_owned())?;
+        }
+        Command::Retire { what: Retire::Root { fingerprint, authority, force } } => {
             if !force {
                 retire::may(&ask()?.get("/api/v1/certificates", &[])?, fingerprint)?;
             }
-            Authority::existing(state_dir)?.retire_root(fingerprint)?;
+            wait_for(retire::root(fingerprint, authority))?;
             print(Output::Table, &(), |()| "retired; a running controller takes it over\n".to_owned())?;
         }
         Command::Connections { workload, limit } => {
@@ -247,11 +301,24 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);
             print(Output::Table, &(), |()| String::from_utf8_lossy(&script).into_owned())?;
         }
-        Command::Check { dir, strict, default_mode } => {
+        Command::Check { dir: Some(dir), strict, default_mode, .. } => {
             return check::check(cli.output, dir, *strict, *default_mode);
+        }
+        Command::Check { dir: None, .. } => {
+            let good = wait_for(install::check())?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) });
+        }
+        Command::Install { timeout } => wait_for(install::install(*timeout))?,
+        Command::Uninstall { timeout, agent_image } => {
+            wait_for(install::uninstall(*timeout, agent_image.as_deref()))?
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs what waits for a cluster.
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
 fn print<T: Serialize>(output: Output, answer: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {

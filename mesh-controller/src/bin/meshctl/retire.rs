@@ -1,7 +1,9 @@
-//! Whether a root may go: nobody's certificate leads to it alone, as far as everybody says.
+//! Whether a root may go: nobody's certificate leads to it alone, as far as everybody says. And its going.
 
 use anyhow::{bail, ensure};
-use mesh_controller::admin::answer::Certificates;
+use mesh_controller::admin::answer::{Certificates, HeldCertificate};
+
+use crate::{Authority, rotate::authority};
 
 /// Names certificates of an error at most.
 const NAMED: usize = 5;
@@ -13,8 +15,7 @@ pub(crate) fn may(known: &Certificates, fingerprint: &str) -> anyhow::Result<()>
     if root.signs {
         return Ok(());
     }
-    let leads =
-        |it: &&mesh_controller::admin::answer::HeldCertificate| it.root.as_ref() == Some(&root.sha256);
+    let leads = |it: &&HeldCertificate| it.root.as_ref() == Some(&root.sha256);
     let held: Vec<String> =
         known.certificates.iter().filter(leads).map(|it| format!("{} on {}", it.identity, it.node)).collect();
     if !held.is_empty() {
@@ -35,9 +36,14 @@ pub(crate) fn may(known: &Certificates, fingerprint: &str) -> anyhow::Result<()>
     Ok(())
 }
 
+/// Takes a root out of an authority.
+pub(crate) async fn root(fingerprint: &str, of: &Authority) -> anyhow::Result<()> {
+    Ok(authority(of).await?.retire_root(fingerprint).await?)
+}
+
 #[cfg(test)]
 mod tests {
-    use mesh_controller::admin::answer::{HeldCertificate, Root};
+    use mesh_controller::admin::answer::Root;
 
     use super::*;
 

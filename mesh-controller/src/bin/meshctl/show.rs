@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
-    AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow, Root,
-    ServiceRow, Status, Why, WorkloadRow,
+    AgentRow, AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow,
+    Root, ServiceRow, Status, Why, WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -37,11 +37,24 @@ pub(crate) fn status(status: &Status) -> String {
             agent.agent_version.clone(),
             agent.acked_view.clone().unwrap_or_default(),
             agent.current_view.clone(),
+            knows(agent),
             fullest(&agent.fills),
             agent.error.clone().unwrap_or_default(),
         ]
     });
-    text + &table(["NODE", "AGENT", "SINCE", "VERSION", "VIEW", "NEWEST", "FULLEST", "ERROR"], agents)
+    text + &table(
+        ["NODE", "AGENT", "SINCE", "VERSION", "VIEW", "NEWEST", "KNOWS", "FULLEST", "ERROR"],
+        agents,
+    )
+}
+
+/// How much of the mesh a node is told.
+fn knows(agent: &AgentRow) -> String {
+    match (agent.by_demand, agent.resources) {
+        (_, 0) => String::new(),
+        (true, known) => format!("{known}, asks for {}", agent.addresses_asked),
+        (false, known) => format!("all {known}"),
+    }
 }
 
 /// What is nearest to its limit.
@@ -168,7 +181,11 @@ pub(crate) fn services(rows: &[ServiceRow]) -> String {
     let lines = rows.iter().flat_map(|row| {
         row.ports.iter().map(move |port| {
             let endpoint = |it: &mesh_core::model::Endpoint| {
-                format!("{} {}", it.workload, std::net::SocketAddr::new(it.address, it.port))
+                let address = std::net::SocketAddr::new(it.address, it.port);
+                match &it.workload {
+                    Some(workload) => format!("{workload} {address}"),
+                    None => format!("{address}, outside"),
+                }
             };
             let endpoints: Vec<String> = port.endpoints.iter().map(endpoint).collect();
             let endpoints =

@@ -6,12 +6,18 @@
 //! |---|---|
 //! | [`workload`] | namespaces and workloads |
 //! | [`service`] | services |
+//! | [`slice`] | who serves them |
 //! | [`policy`] | authorization policies |
 //! | [`check`] | what is checked the same way in all of them |
+//!
+//! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
 
 mod check;
+#[cfg(test)]
+mod crd;
 mod policy;
 mod service;
+mod slice;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -20,6 +26,7 @@ use mesh_core::model::Name;
 use serde::{Deserialize, de::IgnoredAny};
 
 use self::check::{Check, MAX_NAME};
+pub(in crate::source) use self::slice::SERVICE_NAME;
 use super::{
     Problem,
     document::{Document, Node, one_of},
@@ -61,6 +68,7 @@ pub fn parse(document: &Document<'_>) -> Outcome {
         Kind::Namespace => document.typed(&tree).map(|raw| check.namespace(raw)),
         Kind::Workload => document.typed(&tree).map(|raw| check.workload(raw)),
         Kind::Service => document.typed(&tree).map(|raw| check.service(raw)),
+        Kind::EndpointSlice => document.typed(&tree).map(|raw| check.slice(raw)),
         Kind::AuthorizationPolicy => document.typed(&tree).map(|raw| check.policy(raw)),
     });
     match object {
@@ -275,7 +283,7 @@ spec:
         };
         assert_eq!(service.name.to_string(), "default/web");
         assert_eq!(service.addresses.len(), 2);
-        assert_eq!(service.ports, [Port { name: "http".into(), port: 80, target: 8080 }]);
+        assert_eq!(service.ports, [Port { name: "http".into(), port: 80, target: Some(8080) }]);
     }
 
     #[test]

@@ -31,65 +31,183 @@ const MAX_POLICY_ENTRIES: usize = 16 * 1024;
 const IDENTITY_CURE: &str = "write spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT, spiffe://TRUST-DOMAIN/ns/NAMESPACE/* \
                              or spiffe://TRUST-DOMAIN/*";
 
+/// Who may connect to workloads of a namespace.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct RawPolicy {
+    /// Which workloads of the namespace it is about; left out, all of them.
     #[serde(default)]
     selector: RawSelector,
+    /// What happens to a connection that a rule matches. With an Allow policy, what no rule of any matches is refused; a Deny
+    /// wins over every Allow.
+    #[cfg_attr(test, schemars(extend("enum" = ["Allow", "Deny"])))]
     action: String,
+    /// Audit decides nothing, and counts and logs what it would refuse; left out, Enforce.
+    #[cfg_attr(test, schemars(extend("enum" = ["Enforce", "Audit"])))]
     enforcement: Option<String>,
+    /// It matches what one of them matches; without any, nothing.
+    #[cfg_attr(test, schemars(length(max = 1024)))]
     #[serde(default)]
     rules: Vec<RawRule>,
 }
 
+/// Workloads by their labels: all that it says has to hold.
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawSelector {
+    /// Labels that a workload has to have, with these values.
+    #[cfg_attr(test, schemars(extend("maxProperties" = 256)))]
     #[serde(default)]
     match_labels: BTreeMap<String, String>,
+    /// What else has to hold of its labels.
+    #[cfg_attr(test, schemars(length(max = 1024)))]
     #[serde(default)]
     match_expressions: Vec<RawExpression>,
 }
 
+/// What has to hold of one label.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[cfg_attr(test, schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.operator in ['In', 'NotIn'] ? has(self.values) && size(self.values) > 0 : !has(self.values) || size(self.values) == 0",
+    "message": "In and NotIn need values, Exists and DoesNotExist look at none",
+}])))]
 struct RawExpression {
+    /// The label's key.
+    #[cfg_attr(test, schemars(length(min = 1, max = 317)))]
     key: String,
+    /// How its value is compared; Exists and DoesNotExist ask only whether it is there.
+    #[cfg_attr(test, schemars(extend("enum" = ["In", "NotIn", "Exists", "DoesNotExist"])))]
     operator: String,
+    /// What it is compared with.
+    #[cfg_attr(test, schemars(length(max = 1024), inner(length(max = 63))))]
     #[serde(default)]
     values: Vec<String>,
 }
 
+/// It matches a connection that one of `from` and one of `to` match; one that is left out matches all.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawRule {
+    /// Who connects.
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     from: Option<Vec<RawSource>>,
+    /// Where to.
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     to: Option<Vec<RawTarget>>,
 }
 
+/// Who connects: of each list that is there one entry has to match, and of the lists with `not` none.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawSource {
+    /// Identities: spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT, spiffe://TRUST-DOMAIN/ns/NAMESPACE/* or
+    /// spiffe://TRUST-DOMAIN/*.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 2048), regex(pattern = r"^spiffe://[^/]+/(\*|ns/[^/]+/(\*|sa/[^/]+))$"))
+        )
+    )]
     identities: Option<Vec<String>>,
+    /// Namespaces of identities.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 253), regex(pattern = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"))
+        )
+    )]
     namespaces: Option<Vec<String>>,
+    /// Trust domains of identities.
+    #[cfg_attr(
+        test,
+        schemars(length(min = 1, max = 1024), inner(length(max = 255), regex(pattern = r"^[a-z0-9._-]+$")))
+    )]
     trust_domains: Option<Vec<String>>,
+    /// Blocks of source addresses, such as 10.1.0.0/16 or fd00::/8.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 64), regex(pattern = r"^[0-9a-fA-F:.]{2,45}/[0-9]{1,3}$"))
+        )
+    )]
     address_blocks: Option<Vec<String>>,
+    /// Not these identities.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 2048), regex(pattern = r"^spiffe://[^/]+/(\*|ns/[^/]+/(\*|sa/[^/]+))$"))
+        )
+    )]
     not_identities: Option<Vec<String>>,
+    /// Not of these namespaces.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 253), regex(pattern = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"))
+        )
+    )]
     not_namespaces: Option<Vec<String>>,
+    /// Not of these trust domains.
+    #[cfg_attr(
+        test,
+        schemars(length(min = 1, max = 1024), inner(length(max = 255), regex(pattern = r"^[a-z0-9._-]+$")))
+    )]
     not_trust_domains: Option<Vec<String>>,
+    /// Not from these blocks.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 64), regex(pattern = r"^[0-9a-fA-F:.]{2,45}/[0-9]{1,3}$"))
+        )
+    )]
     not_address_blocks: Option<Vec<String>>,
 }
 
+/// Where to.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawTarget {
+    /// The workload's ports, not the Service's: 8080, or a range such as 9000-9100.
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     ports: Option<Vec<RawPorts>>,
+    /// Not these ports.
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     not_ports: Option<Vec<RawPorts>>,
 }
 
 /// A port or a range of them: a number, or a text such as `9000-9100`.
 #[derive(Debug)]
 struct RawPorts(String);
+
+#[cfg(test)]
+impl schemars::JsonSchema for RawPorts {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Ports".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "x-kubernetes-int-or-string": true,
+            "minimum": 1,
+            "maximum": 65535,
+            "maxLength": 11,
+            "pattern": "^[0-9]{1,5}(-[0-9]{1,5})?$",
+        })
+    }
+}
 
 impl<'de> Deserialize<'de> for RawPorts {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
