@@ -11,6 +11,7 @@
 //! | [`version`] | which controller's start counted a view, and how far |
 //! | [`route`] | where a captured connection leads |
 //! | [`policy`] | who may connect; the one `decide` |
+//! | [`http`] | which rule a request falls under, and what is done with it |
 //! | [`balance`] | which endpoint takes the next connection |
 //! | [`frame`] | the frames inside a tunnel |
 //! | [`refusal`] | every reason for which a connection is refused |
@@ -18,6 +19,7 @@
 
 pub mod balance;
 pub mod frame;
+pub mod http;
 pub mod identity;
 pub mod model;
 pub mod policy;

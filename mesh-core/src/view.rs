@@ -13,8 +13,12 @@ use std::{
 use serde::Serialize;
 
 use crate::{
+    http::table::{Table, Tables},
     identity::{SpiffeId, TrustDomain},
-    model::{IpNet, Name, Policy, Service, Workload},
+    model::{
+        IpNet, Name, Policy, Service, Workload,
+        http::{RequestRoute, RouteKind},
+    },
 };
 
 /// Most addresses that a node may ask for at a time: what a view by demand is bounded by.
@@ -56,6 +60,8 @@ pub enum Key {
     Service(Name),
     /// A policy.
     Policy(Name),
+    /// A route of requests.
+    Route(RouteKind, Name),
 }
 
 impl std::fmt::Display for Key {
@@ -67,6 +73,8 @@ impl std::fmt::Display for Key {
             Self::Workload(name) => write!(f, "workload/{name}"),
             Self::Service(name) => write!(f, "service/{name}"),
             Self::Policy(name) => write!(f, "policy/{name}"),
+            Self::Route(RouteKind::Http, name) => write!(f, "http-route/{name}"),
+            Self::Route(RouteKind::Grpc, name) => write!(f, "grpc-route/{name}"),
         }
     }
 }
@@ -89,6 +97,8 @@ impl std::str::FromStr for Key {
             "workload" => Ok(Self::Workload(name)),
             "service" => Ok(Self::Service(name)),
             "policy" => Ok(Self::Policy(name)),
+            "http-route" => Ok(Self::Route(RouteKind::Http, name)),
+            "grpc-route" => Ok(Self::Route(RouteKind::Grpc, name)),
             _ => Err(bad()),
         }
     }
@@ -109,6 +119,8 @@ pub enum Resource {
     Service(Arc<Service>),
     /// A policy that selects a workload of this node.
     Policy(Arc<Policy>),
+    /// Where requests to services of this view lead.
+    Route(Arc<RequestRoute>),
 }
 
 impl Resource {
@@ -121,6 +133,7 @@ impl Resource {
             Self::Workload(workload) => Key::Workload(workload.name.clone()),
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Policy(policy) => Key::Policy(policy.name.clone()),
+            Self::Route(route) => Key::Route(route.kind, route.name.clone()),
         }
     }
 }
@@ -211,6 +224,8 @@ pub struct Snapshot {
     workloads: BTreeMap<Name, Arc<Workload>>,
     services: BTreeMap<Name, Arc<Service>>,
     policies: BTreeMap<Name, Arc<Policy>>,
+    routes: Vec<Arc<RequestRoute>>,
+    tables: Tables,
     identities: HashMap<Name, Arc<SpiffeId>>,
     ambiguous: BTreeSet<IpAddr>,
     demand: Option<Arc<Demand>>,
@@ -242,6 +257,7 @@ impl Snapshot {
         let mut workloads = BTreeMap::new();
         let mut services = BTreeMap::new();
         let mut policies = BTreeMap::new();
+        let mut routes = Vec::new();
         for resource in view.resources() {
             match resource {
                 Resource::Mesh(found) => mesh = Some(found.clone()),
@@ -250,6 +266,7 @@ impl Snapshot {
                 Resource::Workload(found) => drop(workloads.insert(found.name.clone(), found.clone())),
                 Resource::Service(found) => drop(services.insert(found.name.clone(), found.clone())),
                 Resource::Policy(found) => drop(policies.insert(found.name.clone(), found.clone())),
+                Resource::Route(found) => routes.push(found.clone()),
             }
         }
         let mesh = mesh.ok_or(SnapshotError::NoMesh)?;
@@ -276,6 +293,7 @@ impl Snapshot {
         for address in &ambiguous {
             by_address.remove(address);
         }
+        let tables = Tables::new(&services, &routes);
         Ok(Self {
             node: node.to_owned(),
             version: version.into(),
@@ -284,6 +302,8 @@ impl Snapshot {
             workloads,
             services,
             policies,
+            routes,
+            tables,
             identities,
             ambiguous,
             demand,
@@ -367,6 +387,17 @@ impl Snapshot {
     /// All services, by name.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values()
+    }
+
+    /// All routes of requests.
+    pub fn routes(&self) -> impl Iterator<Item = &Arc<RequestRoute>> {
+        self.routes.iter()
+    }
+
+    /// The rules for what workloads of a namespace ask of a port of a service; `None` where there are none, and bytes are
+    /// carried as they come.
+    pub fn table(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<Table>> {
+        self.tables.get(service, port, client_namespace)
     }
 
     /// The identity of a workload of this view.
@@ -455,6 +486,8 @@ pub(crate) mod tests {
             "workload/shop/web",
             "service/shop/web",
             "policy/shop/web",
+            "http-route/shop/web",
+            "grpc-route/shop/web",
         ] {
             assert_eq!(text.parse::<Key>().unwrap().to_string(), text);
         }

@@ -2,6 +2,8 @@
 //!
 //! What comes off the wire is checked here: an agent puts a view in force only when every resource of it converts.
 
+mod routes;
+
 use std::{net::IpAddr, sync::Arc};
 
 use crate::{
@@ -71,6 +73,7 @@ fn resource_to_proto(resource: &view::Resource) -> proto::Resource {
         view::Resource::Workload(workload) => Body::Workload(workload_to_proto(workload)),
         view::Resource::Service(service) => Body::Service(service_to_proto(service)),
         view::Resource::Policy(policy) => Body::AuthorizationPolicy(policy_to_proto(policy)),
+        view::Resource::Route(route) => Body::RequestRoute(routes::to_proto(route)),
     };
     proto::Resource { key: resource.key().to_string(), body: Some(body) }
 }
@@ -96,6 +99,7 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
         Some(Body::AuthorizationPolicy(policy)) => {
             view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?))
         }
+        Some(Body::RequestRoute(route)) => view::Resource::Route(Arc::new(routes::from_proto(key, route)?)),
     };
     if converted.key().to_string() != key {
         return Err(error(key, "key", format_args!("the body names {}", converted.key())));

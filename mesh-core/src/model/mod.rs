@@ -3,6 +3,7 @@
 //! Stands apart from the manifests: those are parsed in the controller, checked, and turned into these. Names are
 //! checked there; these types are what both sides of the wire agree on.
 
+pub mod http;
 mod policy;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -15,6 +16,11 @@ use mesh_core::{
         Action, Choice, Distribution, Endpoint, Enforcement, Expression, IdentityPattern, Mode, Name,
         Operator, Place, Policy, PortRange, Rule, Selector, Service, ServicePort, Source, Target, Traits,
         Workload,
+        http::{
+            Backend, BackendTarget, Cors, Filters, HeaderEdits, Mirror, Parent, PathEdit, PathMatch,
+            PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
+            RouteRule, TextMatch, Timeouts, ValueMatch,
+        },
     },
     view::{Demand, Mesh, NodeView, Resource},
 };
@@ -162,6 +168,128 @@ fn choice() -> impl Strategy<Value = Choice> {
         .prop_map(|(distribution, affinity, places)| Choice { distribution, affinity, places })
 }
 
+fn text_match() -> impl Strategy<Value = TextMatch> {
+    let pattern = select(vec!["a", "a|b", "[ab]+", ".*"]);
+    prop_oneof![
+        2 => word().prop_map(TextMatch::Exact),
+        1 => pattern.prop_map(|text| TextMatch::Pattern(text.parse().expect("a pattern"))),
+    ]
+}
+
+fn value_match() -> impl Strategy<Value = ValueMatch> {
+    (word(), text_match()).prop_map(|(name, value)| ValueMatch { name, value })
+}
+
+/// A path of up to three segments.
+pub(crate) fn path() -> impl Strategy<Value = String> {
+    (vec(word(), 0..4), any::<bool>()).prop_map(|(segments, slash)| {
+        let whole: String = segments.iter().map(|segment| format!("/{segment}")).collect();
+        if slash || whole.is_empty() { whole + "/" } else { whole }
+    })
+}
+
+fn path_match(kind: RouteKind) -> BoxedStrategy<PathMatch> {
+    let pattern = select(vec!["/a", "/a.*", "/[ab]/?", "/.*"]);
+    match kind {
+        RouteKind::Http => prop_oneof![
+            2 => path().prop_map(PathMatch::Exact),
+            3 => path().prop_map(|path| PathMatch::Prefix(path.trim_end_matches('/').to_owned())),
+            1 => pattern.prop_map(|text| PathMatch::Pattern(text.parse().expect("a pattern"))),
+        ]
+        .boxed(),
+        RouteKind::Grpc => (option::of(text_match()), option::of(text_match()))
+            .prop_map(|(service, method)| PathMatch::Call { service, method })
+            .boxed(),
+    }
+}
+
+fn request_match(kind: RouteKind) -> impl Strategy<Value = RequestMatch> {
+    let method = option::of(select(vec!["GET", "POST"]).prop_map(ToOwned::to_owned));
+    (path_match(kind), vec(value_match(), 0..3), vec(value_match(), 0..2), method)
+        .prop_map(|(path, headers, query, method)| RequestMatch { path, headers, query, method })
+}
+
+fn backend_target() -> impl Strategy<Value = BackendTarget> {
+    let service = (name(), port()).prop_map(|(service, port)| BackendTarget::Service { service, port });
+    prop_oneof![4 => service, 1 => Just(BackendTarget::Nowhere)]
+}
+
+fn filters() -> impl Strategy<Value = Filters> {
+    let header = || (word(), word());
+    let edits = || {
+        (vec(header(), 0..2), vec(header(), 0..2), vec(word(), 0..2))
+            .prop_map(|(set, add, remove)| HeaderEdits { set, add, remove })
+    };
+    let edit = || prop_oneof![path().prop_map(PathEdit::Full), path().prop_map(PathEdit::Prefix)];
+    let where_to = (option::of(word()), option::of(word()), option::of(edit()), option::of(port()));
+    let redirect =
+        (where_to, select(vec![301u16, 302, 307])).prop_map(|((scheme, hostname, path, port), status)| {
+            Redirect { scheme, hostname, path, port, status }
+        });
+    let rewrite =
+        (option::of(word()), option::of(edit())).prop_map(|(hostname, path)| Rewrite { hostname, path });
+    let mirror = (backend_target(), 0u32..4, 1u32..4).prop_map(|(to, copies, of)| Mirror { to, copies, of });
+    let words = || vec(word(), 0..2);
+    let cors = (words(), words(), words(), words(), any::<bool>(), any::<u32>()).prop_map(
+        |(origins, methods, headers, expose, credentials, max_age)| Cors {
+            origins,
+            methods,
+            headers,
+            expose,
+            credentials,
+            max_age,
+        },
+    );
+    let answered = (option::of(redirect), option::of(rewrite), option::of(cors));
+    (edits(), edits(), answered, vec(mirror, 0..2)).prop_map(
+        |(request_headers, response_headers, (redirect, rewrite, cors), mirrors)| Filters {
+            request_headers,
+            response_headers,
+            redirect,
+            rewrite,
+            mirrors,
+            cors,
+        },
+    )
+}
+
+fn route_rule(kind: RouteKind) -> impl Strategy<Value = RouteRule> {
+    let millis = || option::of((1u64..9).prop_map(Duration::from_millis));
+    let backend = (backend_target(), 0u32..4, filters()).prop_map(|(to, weight, filters)| Backend {
+        to,
+        weight,
+        filters,
+    });
+    let retry =
+        (vec(select(vec![500u16, 503]), 0..2), 0u32..3, 0u64..9).prop_map(|(codes, attempts, backoff)| {
+            Retry { codes, attempts, backoff: Duration::from_millis(backoff) }
+        });
+    let by = select(vec![PersistBy::Cookie, PersistBy::Header]);
+    let persistence =
+        (word(), by, option::of(1u32..9)).prop_map(|(name, by, lifetime)| Persistence { name, by, lifetime });
+    let how = (millis(), millis(), option::of(retry), option::of(persistence));
+    (word(), vec(request_match(kind), 0..3), filters(), vec(backend, 0..3), how).prop_map(
+        |(name, matches, filters, backends, (request, backend, retry, persistence))| RouteRule {
+            name,
+            matches,
+            filters,
+            backends,
+            timeouts: Timeouts { request, backend },
+            retry,
+            persistence,
+        },
+    )
+}
+
+pub(crate) fn route() -> impl Strategy<Value = RequestRoute> {
+    select(&RouteKind::ALL[..]).prop_flat_map(|kind| {
+        let parent = (name(), option::of(port())).prop_map(|(service, port)| Parent { service, port });
+        (name(), 0i64..3, vec(parent, 1..3), vec(route_rule(kind), 0..3)).prop_map(
+            move |(name, created, parents, rules)| RequestRoute { kind, name, created, parents, rules },
+        )
+    })
+}
+
 fn mesh() -> impl Strategy<Value = Mesh> {
     (trust_domain(), vec(vec(any::<u8>(), 0..4), 0..3))
         .prop_map(|(trust_domain, roots)| Mesh { trust_domain, roots })
@@ -170,9 +298,9 @@ fn mesh() -> impl Strategy<Value = Mesh> {
 /// A view with everything that a view can have.
 pub(crate) fn view() -> impl Strategy<Value = NodeView> {
     let demand = option::of(vec(block(), 0..4).prop_map(|blocks| Demand { blocks }));
-    let answers = (demand, vec(address(), 0..3));
+    let answers = (demand, vec(address(), 0..3), vec(route(), 0..3));
     let parts = (option::of(mesh()), vec(workload(), 0..6), vec(service(), 0..4), vec(policy(), 0..4));
-    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody))| {
+    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody, routes))| {
         mesh.map(|it| Resource::Mesh(Arc::new(it)))
             .into_iter()
             .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
@@ -180,6 +308,7 @@ pub(crate) fn view() -> impl Strategy<Value = NodeView> {
             .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
             .chain(demand.map(|it| Resource::Demand(Arc::new(it))))
             .chain(nobody.into_iter().map(Resource::Nobody))
+            .chain(routes.into_iter().map(|it| Resource::Route(Arc::new(it))))
             .collect()
     })
 }

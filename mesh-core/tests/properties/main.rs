@@ -2,6 +2,7 @@
 
 mod arbitrary;
 mod frame;
+mod http;
 mod policy;
 mod route;
 mod view;

@@ -1,0 +1,16 @@
+//! Requests: which rule one falls under, and what is done with it. Pure, so that `meshctl why` gives the agent's own
+//! answer.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`table`] | the rules for one port of a service, in their order, and the one that a request falls under |
+//! | [`matches`] | whether a request is as a match says |
+//! | [`edit`] | headers, paths, redirects, what is told to browsers |
+//! | [`choose`] | which backend gets it, and when it is tried again |
+
+pub mod choose;
+pub mod edit;
+pub mod matches;
+pub mod table;
+
+pub use table::{Chosen, Table};
