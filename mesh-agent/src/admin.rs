@@ -19,7 +19,7 @@ use axum::{
 };
 use mesh_core::{
     identity::SpiffeId,
-    model::{Name, Policy, Service, Workload},
+    model::{Name, Policy, Service, Workload, http::RequestRoute},
     view::{Demand, Snapshot},
 };
 use mesh_settings::{InForce, admin::Limits, log::LogFilter};
@@ -222,6 +222,7 @@ struct View<'a> {
     workloads: Vec<&'a Workload>,
     services: Vec<&'a Service>,
     policies: Vec<&'a Policy>,
+    routes: Vec<&'a RequestRoute>,
 }
 
 async fn view(State(shared): State<Shared>) -> Response {
@@ -236,6 +237,7 @@ async fn view(State(shared): State<Shared>) -> Response {
         workloads: view.workloads().map(AsRef::as_ref).collect(),
         services: view.services().map(AsRef::as_ref).collect(),
         policies: view.policies().map(AsRef::as_ref).collect(),
+        routes: view.routes().map(AsRef::as_ref).collect(),
     })
     .into_response()
 }

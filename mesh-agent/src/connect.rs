@@ -68,8 +68,8 @@ pub(crate) struct Ask<'a> {
     pub(crate) local: &'a Arc<Local>,
     /// Its identity.
     pub(crate) identity: &'a Arc<SpiffeId>,
-    /// The application's connection.
-    pub(crate) app: &'a TcpStream,
+    /// The application's connection, whose first bytes go along; `None` where the agent itself speaks.
+    pub(crate) app: Option<&'a TcpStream>,
     /// Its own end, as the application knows it.
     pub(crate) address: SocketAddr,
     /// What it asks for.
@@ -101,7 +101,8 @@ pub(crate) struct Lease {
 }
 
 /// Why one destination was not reached.
-enum Miss {
+#[derive(Debug)]
+pub(crate) enum Miss {
     /// It took nothing: another one may be tried.
     NotTaken(Refusal),
     /// That was it.
@@ -155,18 +156,8 @@ impl Connector {
             let Some((index, attempt)) = picked else { break };
             let endpoint = untried.swap_remove(index);
             let to = SocketAddr::new(endpoint.address, endpoint.port);
-            let reached = match route::reached(ask.view, endpoint) {
-                None => continue,
-                Some(Reached::Workload(workload)) => self.reach(ask, &workload, to, first, entry).await,
-                Some(Reached::Outside) => {
-                    // What an endpoint that was tried before had for a name is not this one's.
-                    entry.told().destination.workload = None;
-                    entry.told().destination.identity = None;
-                    entry.told().destination.address = Some(to);
-                    self.plaintext(ask, to, first, entry).await
-                }
-            };
-            match reached {
+            let Some(reached) = route::reached(ask.view, endpoint) else { continue };
+            match self.endpoint(ask, reached, to, first, entry).await {
                 Ok(way) => {
                     attempt.connected();
                     if let Some((client, long)) = stays {
@@ -185,6 +176,37 @@ impl Connector {
         Err(last.into())
     }
 
+    /// The way to an endpoint of which nothing has been asked yet.
+    pub(crate) async fn open_endpoint(
+        &self,
+        ask: &Ask<'_>,
+        reached: Reached,
+        to: SocketAddr,
+        entry: &mut Entry,
+    ) -> Result<Way, Miss> {
+        self.endpoint(ask, reached, to, &mut First::default(), entry).await
+    }
+
+    async fn endpoint(
+        &self,
+        ask: &Ask<'_>,
+        reached: Reached,
+        to: SocketAddr,
+        first: &mut First,
+        entry: &mut Entry,
+    ) -> Result<Way, Miss> {
+        match reached {
+            Reached::Workload(workload) => self.reach(ask, &workload, to, first, entry).await,
+            Reached::Outside => {
+                // What an endpoint that was tried before had for a name is not this one's.
+                entry.told().destination.workload = None;
+                entry.told().destination.identity = None;
+                entry.told().destination.address = Some(to);
+                self.plaintext(ask, to, first, entry).await
+            }
+        }
+    }
+
     async fn reach(
         &self,
         ask: &Ask<'_>,
@@ -195,6 +217,10 @@ impl Connector {
     ) -> Result<Way, Miss> {
         entry.told().destination.workload = Some(workload.name.clone());
         entry.told().destination.address = Some(to);
+        if workload.name == ask.local.name {
+            // To itself, by a service's address: within its pod, where nothing is captured and nobody else is.
+            return self.plaintext(ask, to, first, entry).await;
+        }
         match route::transport(workload).map_err(|reason| Miss::NotTaken(reason.into()))? {
             Transport::Tunnel => {
                 let peer = ask
@@ -278,7 +304,9 @@ impl Connector {
         first: &mut First,
         entry: &mut Entry,
     ) -> Result<Lease, Miss> {
-        first.read(ask.app).map_err(|_| Stop::from(Failure::SourceReset))?;
+        if let Some(app) = ask.app {
+            first.read(app).map_err(|_| Stop::from(Failure::SourceReset))?;
+        }
         let open = Open { source: ask.address, port: key.destination.port() };
         let asked = lease::open(&mut link, open, first.bytes());
         let asked = tokio::time::timeout(self.limits.open_timeout, until_reset(ask.app, asked)).await;
@@ -436,7 +464,8 @@ async fn timed(
 }
 
 /// Waits for something on behalf of an application, unless that resets its connection meanwhile.
-async fn until_reset<T>(app: &TcpStream, work: impl Future<Output = T>) -> Result<T, Stop> {
+async fn until_reset<T>(app: Option<&TcpStream>, work: impl Future<Output = T>) -> Result<T, Stop> {
+    let Some(app) = app else { return Ok(work.await) };
     tokio::select! {
         biased;
         done = work => Ok(done),
@@ -475,7 +504,7 @@ fn refused(reason: Option<Reason>) -> Miss {
 }
 
 impl Miss {
-    fn stop(self) -> Stop {
+    pub(crate) fn stop(self) -> Stop {
         match self {
             Self::NotTaken(refusal) => refusal.into(),
             Self::Final(stop) => stop,

@@ -97,6 +97,13 @@ impl std::ops::Deref for Registered {
     }
 }
 
+impl Registered {
+    /// The connection, for whoever counts its bytes elsewhere.
+    pub fn shared(&self) -> Arc<Live> {
+        self.live.clone()
+    }
+}
+
 impl Drop for Registered {
     fn drop(&mut self) {
         self.all.shard(self.id).remove(&self.id);

@@ -2,15 +2,18 @@
 //!
 //! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use mesh_core::view::Snapshot;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
@@ -62,6 +65,44 @@ pub struct AuditLabels {
     pub reason: &'static str,
 }
 
+/// Labels of `nodemesh_requests_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// The workload of this node that asked, `namespace/name`.
+    pub workload: String,
+    /// The service that it asked, `namespace/name`.
+    pub service: String,
+    /// The route that it fell under, `KIND/namespace/name`; empty for none.
+    pub route: String,
+    /// The service that it went to, `namespace/name`; empty for none.
+    pub backend: String,
+    /// The answer's status; empty if there was none.
+    pub status: String,
+    /// The status of a call of gRPC; empty where there is none.
+    pub grpc_status: String,
+    /// Why it did not go well: a reason's label, `cut_short` if its answer did not come to its end; else empty.
+    pub reason: &'static str,
+}
+
+/// Labels of `nodemesh_request_duration_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestTimeLabels {
+    /// The workload of this node that asked, `namespace/name`.
+    pub workload: String,
+    /// The service that it asked, `namespace/name`.
+    pub service: String,
+    /// The service that it went to, `namespace/name`; empty for none.
+    pub backend: String,
+}
+
+/// Upper bounds of what requests take, seconds: a millisecond to ten seconds.
+const REQUEST_SECONDS: [f64; 13] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+fn request_seconds() -> Histogram {
+    Histogram::new(REQUEST_SECONDS)
+}
+
 /// A set of one label, that says which way.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct DirectionLabels {
@@ -72,7 +113,7 @@ pub struct DirectionLabels {
 /// Labels of `nodemesh_view_entries`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct KindLabels {
-    /// `workload`, `service`, `policy` or `nobody`.
+    /// `workload`, `service`, `policy`, `route` or `nobody`.
     pub kind: &'static str,
 }
 
@@ -157,6 +198,8 @@ pub struct ByteCounters {
 pub struct Metrics {
     connections: Family<ConnectionLabels, Counter>,
     active: Family<DirectionLabels, Gauge>,
+    requests: Family<RequestLabels, Counter>,
+    request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
     inbound_bytes: ByteCounters,
@@ -199,6 +242,8 @@ impl Metrics {
         let metrics = Self {
             connections: Family::default(),
             active: Family::default(),
+            requests: Family::default(),
+            request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
             inbound_bytes: both(Direction::Inbound),
@@ -235,6 +280,16 @@ impl Metrics {
         registry.register("connections", "Connections that ended", m.connections.clone());
         registry.register("connections_active", "Connections that are carried now", m.active.clone());
         registry.register(
+            "requests",
+            "Requests of this node's workloads to services whose requests are routed",
+            m.requests.clone(),
+        );
+        registry.register(
+            "request_duration_seconds",
+            "From a request's head to the end of its answer",
+            m.request_seconds.clone(),
+        );
+        registry.register(
             "policy_audit_refusals",
             "Connections that an audited policy would have refused, had it been enforced",
             m.audit_refusals.clone(),
@@ -263,7 +318,7 @@ impl Metrics {
         );
         registry.register(
             "view_entries",
-            "What the view in force has: workloads, services, policies, and addresses that are nobody's",
+            "What the view in force has: workloads, services, policies, routes of requests, and addresses that are nobody's",
             m.view_entries.clone(),
         );
         registry.register(
@@ -349,6 +404,16 @@ impl Metrics {
         self.connections.get_or_create(labels).inc();
     }
 
+    /// A request ended.
+    pub fn request_ended(&self, labels: &RequestLabels) {
+        self.requests.get_or_create(labels).inc();
+    }
+
+    /// A request took so long.
+    pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration) {
+        self.request_seconds.get_or_create(labels).observe(took.as_secs_f64());
+    }
+
     /// How many connections ended with these labels.
     pub fn connections(&self, labels: &ConnectionLabels) -> u64 {
         self.connections.get_or_create(labels).get()
@@ -417,6 +482,7 @@ impl Metrics {
         set("workload", view.workloads().count());
         set("service", view.services().count());
         set("policy", view.policies().count());
+        set("route", view.routes().count());
         set("nobody", view.nobody().count());
     }
 

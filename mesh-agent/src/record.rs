@@ -23,7 +23,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    live::{Connections, Party, Registered, Told, transport_label},
+    live::{Connections, Live, Party, Registered, Told, transport_label},
     metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics},
     quota::Share,
     refusal::{Failure, Stop},
@@ -181,6 +181,15 @@ pub(crate) struct Entry {
 }
 
 impl Recorder {
+    /// Appends an event to the access log; one that its writer cannot keep up with is counted.
+    pub(crate) fn write(&self, event: &impl Serialize) {
+        match serde_json::to_string(event).map(|line| self.log.lines.try_send(Line::Text(line + "\n"))) {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => drop(self.metrics.log_dropped().inc()),
+            Err(error) => tracing::error!(%error, "an access-log line cannot be written as JSON"),
+        }
+    }
+
     /// A connection of this workload has arrived.
     pub(crate) fn begin(&self, direction: Direction, workload: &Name) -> Box<Entry> {
         let flow = Flow::new(self.metrics.bytes(direction).clone());
@@ -209,6 +218,11 @@ impl Entry {
     /// Bytes can flow.
     pub(crate) fn opened(&self) {
         self.told().open = true;
+    }
+
+    /// The connection, for whoever counts its bytes elsewhere.
+    pub(crate) fn shared(&self) -> Arc<Live> {
+        self.live.shared()
     }
 
     /// Which way it goes.
@@ -264,7 +278,7 @@ impl Entry {
         }
     }
 
-    fn line(&self) -> Result<String, serde_json::Error> {
+    fn write(&self) {
         let (bytes_sent, bytes_received) = self.flow().totals();
         let detail = self.result.as_ref().err().map(|stop| match stop {
             Stop::Refused(refusal) if refusal.detail.is_empty() => refusal.reason.says().to_owned(),
@@ -272,7 +286,7 @@ impl Entry {
             Stop::Failed(failure) => failure.to_string(),
         });
         let told = self.told();
-        let event = Event {
+        self.recorder.write(&Event {
             time: OffsetDateTime::from(self.live.time).format(&Rfc3339).unwrap_or_default(),
             duration_ms: self.began.elapsed().as_secs_f64() * 1000.0,
             direction: self.live.direction,
@@ -293,10 +307,7 @@ impl Entry {
             reason: reason(&self.result),
             detail,
             view: self.view.as_deref(),
-        };
-        let mut line = serde_json::to_string(&event)?;
-        line.push('\n');
-        Ok(line)
+        });
     }
 }
 
@@ -317,11 +328,7 @@ impl Drop for Entry {
             reason: reason(&self.result).unwrap_or(""),
             transport: transport_label(self.told().transport),
         });
-        match self.line().map(|line| self.recorder.log.lines.try_send(Line::Text(line))) {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => drop(self.recorder.metrics.log_dropped().inc()),
-            Err(error) => tracing::error!(%error, "an access-log line cannot be written as JSON"),
-        }
+        self.write();
     }
 }
 

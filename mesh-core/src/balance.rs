@@ -67,6 +67,51 @@ impl Load {
     }
 }
 
+/// Requests that are asked for by which one may be made again, at most: a fifth of them.
+const REQUESTS_PER_RETRY: f64 = 5.0;
+/// That may be made again in a second, however few are asked for.
+const RETRIES_PER_SECOND: f64 = 10.0;
+/// That may be saved up: those of ten seconds.
+const RETRIES_SAVED: f64 = 100.0;
+
+/// How many requests may be made again: some in a second, and a share of all. So a service that fails altogether is asked
+/// little more than before. Times are since an epoch that the caller chooses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Budget {
+    saved: f64,
+    filled: Duration,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { saved: RETRIES_SAVED, filled: Duration::ZERO }
+    }
+}
+
+impl Budget {
+    /// A request is asked for.
+    pub fn asked(&mut self, now: Duration) {
+        self.fill(now);
+        self.saved = (self.saved + 1.0 / REQUESTS_PER_RETRY).min(RETRIES_SAVED);
+    }
+
+    /// Whether one may be made again, which is taken out.
+    pub fn take(&mut self, now: Duration) -> bool {
+        self.fill(now);
+        let may = self.saved >= 1.0;
+        if may {
+            self.saved -= 1.0;
+        }
+        may
+    }
+
+    fn fill(&mut self, now: Duration) {
+        let since = now.saturating_sub(self.filled).as_secs_f64();
+        self.saved = (self.saved + since * RETRIES_PER_SECOND).min(RETRIES_SAVED);
+        self.filled = self.filled.max(now);
+    }
+}
+
 /// Picks an index of `loads`, or `None` if it is empty. `random` gives three independent numbers.
 ///
 /// Ejected endpoints are chosen only if all are ejected: refusing everything would be worse than trying.
@@ -115,6 +160,24 @@ mod tests {
     /// How many of 1,000 picks, evenly spread over the random numbers, fall on the first endpoint.
     fn share_of_first(loads: &[Load]) -> usize {
         (0..1000u32).filter(|n| pick(loads, MS, (*n, *n, n * (u32::MAX / 1000))) == Some(0)).count()
+    }
+
+    #[test]
+    fn a_service_that_fails_altogether_is_asked_little_more_than_before() {
+        let mut budget = Budget::default();
+        let (mut asked, mut again) = (0u32, 0u32);
+        // A thousand requests a second, all of which fail, for ten seconds.
+        for ms in 0..10_000 {
+            let now = MS * ms;
+            budget.asked(now);
+            asked += 1;
+            again += u32::from(budget.take(now));
+        }
+        assert_eq!(asked, 10_000);
+        // A fifth of them, ten in a second, and what was saved.
+        assert!((2200..=2301).contains(&again), "{again}");
+        // One request in a minute may always be.
+        assert!(budget.take(MS * 70_000));
     }
 
     #[test]

@@ -99,6 +99,12 @@ reasons! {
         cure "check that the agent reaches the controller: meshctl status; if it does, the source asks for more addresses than it may: nodemesh_limit_hits_total{limit=\"addresses\"}";
     DestinationNotCaptured = "destination_not_captured" at Route, "The destination is strict and not captured yet, so it would be plaintext",
         cure "wait for its enrolment, or read why it failed: meshctl get workloads";
+    BadRequest = "bad_request" at Identify, "The request is none that a server could read in one way only",
+        cure "the client is broken, or this is an attack; where the port speaks no HTTP, take the route away";
+    NoRule = "no_rule" at Route, "The port has routes, and the request falls under no rule of theirs",
+        cure "add a rule, or ask for what one matches: meshctl get routes";
+    NoBackend = "no_backend" at Route, "The rule sends the request to a backend that is not there, or that the route may not refer to",
+        cure "read the route's condition ResolvedRefs";
     PlaintextToStrict = "plaintext_to_strict" at Authorize, "The destination is strict and the source spoke plaintext",
         cure "enrol the source, or make the destination's namespace permissive";
     PolicyDeny = "policy_deny" at Authorize, "A deny rule of an AuthorizationPolicy matches",
@@ -141,6 +147,10 @@ reasons! {
         cure "raise the agent's limit of open files (LimitNOFILE of its service), or find what holds so many connections";
     LimitStalled = "limit_stalled" at Relay, "So much waits for a reader who does not read that there is no room for more of it",
         cure "find who does not read: the access log has both ends; raise --stalled-memory if so many may be slow at once";
+    RequestTimeout = "request_timeout" at Relay, "The rule's time for the request was over before its answer began",
+        cure "look at the backend, or raise the rule's timeouts";
+    BackendReset = "backend_reset" at Relay, "The backend's connection broke before it had answered",
+        cure "look at the backend's log and at its agent's access log";
     DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
         cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",

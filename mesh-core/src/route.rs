@@ -84,24 +84,23 @@ pub fn outbound(snapshot: &Snapshot, source: &Workload, destination: SocketAddr)
         None => Ok(Route::Outside(destination)),
         Some(Owner::Workload(workload)) => Ok(Route::Workload(workload.clone(), destination)),
         Some(Owner::Service(service)) => {
-            let port = service
-                .ports
-                .iter()
-                .find(|port| port.port == destination.port())
-                .ok_or(Reason::NoSuchServicePort)?;
-            let endpoints: Vec<Endpoint> = port
-                .endpoints
-                .iter()
-                .filter(|endpoint| endpoint.address.is_ipv4() == destination.is_ipv4())
-                .cloned()
-                .collect();
-            let endpoints = near(endpoints, &service.choice, source);
-            if endpoints.is_empty() {
-                return Err(Reason::NoEndpoint);
-            }
+            let endpoints = endpoints(service, destination.port(), destination.is_ipv4(), source)?;
             Ok(Route::Service { service: service.clone(), endpoints })
         }
     }
+}
+
+/// The endpoints of a port of a service, of one address family, as near to the client as the service wants; never none.
+pub fn endpoints(
+    service: &Service,
+    port: u16,
+    is_ipv4: bool,
+    source: &Workload,
+) -> Result<Vec<Endpoint>, Reason> {
+    let port = service.ports.iter().find(|it| it.port == port).ok_or(Reason::NoSuchServicePort)?;
+    let of_family = port.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv4() == is_ipv4);
+    let endpoints = near(of_family.cloned().collect(), &service.choice, source);
+    if endpoints.is_empty() { Err(Reason::NoEndpoint) } else { Ok(endpoints) }
 }
 
 /// The endpoints that are near enough for a client.

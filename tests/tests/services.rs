@@ -38,6 +38,30 @@ fn a_service_is_balanced_over_its_endpoints() {
 }
 
 #[test]
+fn a_workload_that_serves_what_it_asks_for_may_get_itself_and_stays_within_its_pod() {
+    let strict = mesh_tests::manifests::Mode::Strict;
+    let enrolled = mesh_tests::manifests::Enrolment::Enrolled;
+    let world = World::shop()
+        .namespace("shop", enrolled, strict)
+        .service("shop/itself", "web", 80, 8080)
+        .build()
+        .unwrap();
+    let web = world.workload("web");
+    let _app = web.serve(8080, apps::namer("itself")).unwrap();
+    let mut wire = world.capture().unwrap();
+    for address in world.service("shop/itself").both() {
+        assert_eq!(web.exchange((address, 80).into(), b"").unwrap(), b"itself");
+    }
+    assert!(wire.plaintext(b"itself").unwrap().is_empty());
+    let line = world.agent("a").wait_log("it", |line| line["destination"]["service"] == "shop/itself");
+    assert_eq!(
+        (&line["outcome"], &line["destination"]["workload"]),
+        (&"ok".into(), &"shop/web".into()),
+        "{line}"
+    );
+}
+
+#[test]
 fn an_endpoint_that_refuses_is_passed_over_without_the_client_noticing() {
     let world = pay().build().unwrap();
     let _one = world.workload("pay-1").serve(8080, apps::namer("pay-1")).unwrap();

@@ -5,6 +5,7 @@ mod identify;
 mod inbound;
 mod outbound;
 mod preface;
+mod requests;
 mod turn;
 
 use std::{
@@ -38,6 +39,8 @@ use crate::{
     wants::{self, Denied, Known, Wants},
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
+use outbound::Reading;
+use requests::{Budgets, Upstreams};
 use turn::Turns;
 
 /// A captured connection: what the kernel programs steered to the agent.
@@ -72,6 +75,10 @@ struct Inner {
     /// Idle tunnels of other agents, by workload and source.
     idle: Arc<Quota<(u64, IpAddr)>>,
     stalled: Arc<Stalled>,
+    /// Connections on which requests are sent.
+    upstreams: Arc<Upstreams>,
+    /// How many requests may be made again.
+    budgets: Budgets,
     wants: Arc<Wants>,
     /// A descriptor that is kept for [`Node::refuse_one`].
     spare: Mutex<Option<File>>,
@@ -101,11 +108,16 @@ impl Node {
         drain: Drain,
     ) -> Self {
         let pool = Pool::new(limits, metrics.clone());
-        let (reaped, stopping) = (pool.clone(), drain.clone());
+        let upstreams = Arc::new(Upstreams::default());
+        let (reaped, reaped_upstreams, stopping) = (pool.clone(), upstreams.clone(), drain.clone());
         drain.spawn(async move {
             tokio::select! {
                 () = reaped.reap() => {}
-                () = stopping.draining() => reaped.stop(),
+                () = reaped_upstreams.reap(limits.idle_at_source) => {}
+                () = stopping.draining() => {
+                    reaped.stop();
+                    reaped_upstreams.stop();
+                }
             }
         });
         let connections = Arc::default();
@@ -114,13 +126,27 @@ impl Node {
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
         let stalled = Arc::new(Stalled::new(limits.stalled_memory / SIZE));
         let spare = Mutex::new(descriptor());
-        let inner = Inner { view, recorder, connector, places, turns, idle, stalled, wants, spare };
+        let budgets = Budgets::default();
+        let inner = Inner {
+            view,
+            recorder,
+            connector,
+            places,
+            turns,
+            idle,
+            stalled,
+            upstreams,
+            budgets,
+            wants,
+            spare,
+        };
         Self { inner: Arc::new(inner) }
     }
 
     /// Lets go of what is held for a workload whose enrolment ended: its idle tunnels, and with them its namespace.
     pub fn forget(&self, workload: &Local) {
         self.inner.connector.pool.forget(workload.id());
+        self.inner.upstreams.forget(workload.id());
     }
 
     /// The connections that live now.
@@ -272,10 +298,28 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
     entry.told().destination.address = Some(accepted.original);
     // The story may be cut anywhere: what it leaves behind is reset here.
     let result = tokio::select! {
-        result = outbound::serve(&accepted, &node, &mut entry) => result,
+        result = outbound(&accepted, &node, &mut entry) => result,
         refusal = node.cut(&accepted.workload) => Err(refusal.into()),
     };
-    end(accepted.stream, entry, result);
+    match result {
+        Ok(outbound::Next::Requests(routed)) => {
+            Box::pin(requests::serve(accepted, routed, &node, entry)).await;
+        }
+        Ok(outbound::Next::Ended) => end(accepted.stream, entry, Ok(())),
+        Err(stop) => end(accepted.stream, entry, Err(stop)),
+    }
+}
+
+/// The story of a connection that a workload opens; again, as one of bytes, where it is encrypted between the applications,
+/// so that there are no requests to be read.
+async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<outbound::Next, Stop> {
+    match outbound::serve(accepted, node, entry, Reading::Requests).await? {
+        outbound::Next::Requests(routed) if requests::are_hidden(&accepted.stream).await => {
+            drop(routed);
+            Box::pin(outbound::serve(accepted, node, entry, Reading::Bytes)).await
+        }
+        next => Ok(next),
+    }
 }
 
 /// Ends the application's side of a connection as the connection ended, and records it.

@@ -9,23 +9,47 @@ use mesh_core::{
     view::Snapshot,
 };
 
-use super::{Accepted, Asked, Node, identify};
+use super::{Accepted, Asked, Node, identify, requests::Routed};
 use crate::{
     connect::{Ask, Opened, Way},
     metrics::Direction,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::{self, ResetOnDrop, tunnel::Stopped},
+    trust::Led,
 };
 
+/// Whether requests may be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// Where a route wants it.
+    Requests,
+    /// Not these bytes.
+    Bytes,
+}
+
+/// How the story of a connection goes on.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// It has ended well.
+    Ended,
+    /// It is one of requests.
+    Requests(Routed),
+}
+
 /// The story. Each `?` ends it with a reason; the caller resets the application then, and records either way.
-pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<(), Stop> {
+pub(super) async fn serve(
+    accepted: &Accepted,
+    node: &Node,
+    entry: &mut Entry,
+    reading: Reading,
+) -> Result<Next, Stop> {
     let connector = &node.inner.connector;
     let (local, app, address) = (&accepted.workload, &accepted.stream, accepted.peer);
 
     // Who is asking, and may it have one more?
     entry.place = Some(node.place(local)?);
-    let _place = local.admit(node.limits().max_connections_per_workload)?;
+    let place = local.admit(node.limits().max_connections_per_workload)?;
     let original = accepted.original;
     let (opened, _held) = {
         // One version until the way is open; it says what the destination is, if anybody does.
@@ -33,12 +57,20 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
         entry.view = Some(view.shared_version());
         let (source, identity) = identify::source(accepted, &view, &mut entry.told().source)?;
 
+        // Where a route speaks of it, each request goes its own way.
+        if reading == Reading::Requests
+            && let Some(service) = Routed::service(&view, original, local)
+        {
+            entry.told().destination.service = Some(service.clone());
+            return Ok(Next::Requests(Routed::new(service, original.port(), place, held)));
+        }
+
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
         let route = match route::outbound(&view, &source, original) {
             Err(Reason::DestinationUnanswered) => unanswered(&source, original, entry)?,
             route => route?,
         };
-        let ask = Ask { local, identity: &identity, app, address, asked: original, view: &view };
+        let ask = Ask { local, identity: &identity, app: Some(app), address, asked: original, view: &view };
         let opened = Box::pin(connector.open(&ask, route, entry)).await?;
         // Behind a service is a workload of its own, of which every change is to be heard.
         let reached = entry.told().destination.address.filter(|reached| reached.ip() != original.ip());
@@ -54,7 +86,7 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
     let mut lease = match way {
         Way::Plaintext(to) => {
             return tokio::select! {
-                ended = relay::plain::run(app, ResetOnDrop::new(to), &carried) => ended,
+                ended = relay::plain::run(app, ResetOnDrop::new(to), &carried) => ended.map(|()| Next::Ended),
                 refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => Err(refusal.into()),
             };
         }
@@ -65,14 +97,12 @@ pub(super) async fn serve(accepted: &Accepted, node: &Node, entry: &mut Entry) -
         carried = relay::tunnel::run(app, &mut lease.link, &carried) => carried,
         // The tunnel itself is reset, by being dropped.
         refusal = node.each_view(|view| {
-            if !led.holds(&view.mesh().roots) {
-                return Err(Refusal::new(Reason::PeerCertificateUntrusted, led.withdrawn()));
-            }
+            stays_trusted(view, Some(&led))?;
             goes_on(view, &local.name, entry)
         }) => return Err(refusal.into()),
     };
     let result = match stopped {
-        Stopped::Finished => Ok(()),
+        Stopped::Finished => Ok(Next::Ended),
         // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
         Stopped::ApplicationReset if said.own_end => return Err(Failure::SourceReset.into()),
         Stopped::ApplicationReset => Err(Failure::SourceReset),
@@ -92,13 +122,24 @@ fn unanswered(source: &Workload, destination: SocketAddr, entry: &mut Entry) -> 
     Ok(route)
 }
 
+/// Whether the root is still one of the mesh that the certificate of a tunnel's peer led to.
+pub(super) fn stays_trusted(view: &Snapshot, led: Option<&Led>) -> Result<(), Refusal> {
+    match led {
+        Some(led) if !led.holds(&view.mesh().roots) => {
+            Err(Refusal::new(Reason::PeerCertificateUntrusted, led.withdrawn()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether a live connection is still what it was opened as: between these two identities, or in plaintext to somebody
 /// who takes plaintext. Whether it may be at all is for the destination, as it was; so is a destination that has left.
-fn goes_on(view: &Snapshot, own: &Name, entry: &Entry) -> Result<(), Refusal> {
+pub(super) fn goes_on(view: &Snapshot, own: &Name, entry: &Entry) -> Result<(), Refusal> {
     let told = entry.told();
     let destination = told.destination.address.and_then(|address| view.workload_at(address.ip()));
     match (told.transport, destination) {
-        (Some(Transport::Plaintext), Some(workload)) => {
+        // What a workload asks of itself stays within its pod.
+        (Some(Transport::Plaintext), Some(workload)) if workload.name != *own => {
             if workload.enrolled && workload.mode == Mode::Strict {
                 return Err(Refusal::new(Reason::DestinationBecameStrict, workload.name.to_string()));
             }

@@ -3,6 +3,8 @@
 //! Holds a buffer only while it has bytes in hand. All state is in the value, so waiting for the next frame can be
 //! cancelled at any await.
 
+use std::task::{Context, Poll, ready};
+
 use mesh_core::frame::Cutter;
 pub(crate) use mesh_core::frame::Event;
 
@@ -34,6 +36,18 @@ impl Incoming {
                 return Ok(event);
             }
             self.read(tls).await?;
+        }
+    }
+
+    /// The same for whoever is polled.
+    pub(crate) fn poll_next(&mut self, tls: &Tls, cx: &mut Context<'_>) -> Poll<Result<Event, LinkError>> {
+        loop {
+            if let Some(event) = self.parse()? {
+                return Poll::Ready(Ok(event));
+            }
+            while !self.read_now(tls)? {
+                ready!(tls.poll_readable(cx))?;
+            }
         }
     }
 

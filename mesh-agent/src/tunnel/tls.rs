@@ -11,6 +11,7 @@
 use std::{
     io::{self, Read},
     sync::{Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -138,6 +139,11 @@ impl Tls {
         self.tcp.readable().await
     }
 
+    /// The same for whoever is polled. Of several waiters the last is woken.
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tcp.poll_read_ready(cx)
+    }
+
     /// Waits until the TCP connection is reset, also while nothing is read. Cancel-safe.
     pub(crate) async fn failed(&self) {
         // An error of the wait itself means that the runtime stops: the same for the caller.
@@ -189,6 +195,14 @@ impl Tls {
             self.tcp.writable().await?;
         }
         Ok(())
+    }
+
+    /// The same for whoever is polled. Of several waiters the last is woken.
+    pub(crate) fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.flush_some()? {
+            ready!(self.tcp.poll_write_ready(cx))?;
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Sends what the socket takes at once; whether that was all.

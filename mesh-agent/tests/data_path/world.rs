@@ -27,7 +27,7 @@ use mesh_agent::{
 };
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Choice, Endpoint, Mode, Name, Service, ServicePort, Workload},
+    model::{Choice, Endpoint, Mode, Name, Service, ServicePort, Workload, http::RequestRoute},
     view::{Demand, Mesh, NodeView, Resource, Snapshot},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
@@ -108,6 +108,7 @@ pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) services: Vec<Service>,
     pub(crate) policies: Vec<mesh_core::model::Policy>,
+    pub(crate) routes: Vec<RequestRoute>,
     /// Set: the view has not everything, and there is more in all of loopback.
     pub(crate) by_demand: bool,
 }
@@ -133,7 +134,7 @@ impl Default for Plan {
             workload("web", &[WEB]),
             workload("api", &[API]),
         ];
-        Self { workloads, services: vec![], policies: vec![], by_demand: false }
+        Self { workloads, services: vec![], policies: vec![], routes: vec![], by_demand: false }
     }
 }
 
@@ -161,6 +162,22 @@ impl Plan {
         }];
     }
 
+    /// One more service, on port 80, which has no address to be asked by.
+    pub(crate) fn backend(&mut self, service: &str, account: &str, endpoints: &[SocketAddr]) {
+        let endpoint =
+            |at: &SocketAddr| Endpoint { workload: Some(name(account)), address: at.ip(), port: at.port() };
+        self.services.push(Service {
+            name: name(service),
+            addresses: vec![],
+            ports: vec![ServicePort {
+                name: String::new(),
+                port: 80,
+                endpoints: endpoints.iter().map(endpoint).collect(),
+            }],
+            choice: Choice::default(),
+        });
+    }
+
     pub(crate) fn snapshot(&self, version: &str, ca: &Ca) -> Arc<Snapshot> {
         let trust_domain = TrustDomain::parse("td").expect("a trust domain");
         let mesh = Resource::Mesh(Arc::new(Mesh { trust_domain, roots: vec![ca.root.to_vec()] }));
@@ -169,6 +186,7 @@ impl Plan {
             .chain(self.workloads.iter().map(|w| Resource::Workload(Arc::new(w.clone()))))
             .chain(self.services.iter().map(|s| Resource::Service(Arc::new(s.clone()))))
             .chain(self.policies.iter().map(|p| Resource::Policy(Arc::new(p.clone()))))
+            .chain(self.routes.iter().map(|r| Resource::Route(Arc::new(r.clone()))))
             .chain(self.by_demand.then(|| Resource::Demand(Arc::new(demand))))
             .collect();
         Arc::new(Snapshot::new("node", version, &view).expect("a view"))

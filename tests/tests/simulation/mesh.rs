@@ -307,6 +307,7 @@ fn resources(snapshot: &Snapshot) -> NodeView {
         .chain(snapshot.workloads().cloned().map(Resource::Workload))
         .chain(snapshot.services().cloned().map(Resource::Service))
         .chain(snapshot.policies().cloned().map(Resource::Policy))
+        .chain(snapshot.routes().cloned().map(Resource::Route))
         .collect()
 }
 

@@ -1,0 +1,177 @@
+//! The bodies of requests and answers: carried as they come, a frame at a time, and never gathered, but for small ones of
+//! requests that may have to be sent more than once.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body_util::{BodyExt, Limited};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+
+use super::{exchange::Exchange, upstream::Used};
+
+/// Most bytes of a request that are kept to be sent again: 64 KiB.
+const MOST_KEPT: usize = 64 * 1024;
+
+/// A body that is sent.
+#[derive(Debug)]
+pub(super) enum Body {
+    /// As it comes from the other side.
+    Carried(Incoming),
+    /// This, then the end.
+    Whole(Option<Bytes>),
+    /// An answer's, with what has to be told when it ends.
+    Answer(Box<Answer>),
+}
+
+/// The body of a backend's answer.
+#[derive(Debug)]
+pub(super) struct Answer {
+    body: Incoming,
+    used: Option<Used>,
+    exchange: Exchange,
+}
+
+impl Body {
+    pub(super) const fn empty() -> Self {
+        Self::Whole(None)
+    }
+
+    /// An answer's. Once it has ended, the connection that it came by can be used again.
+    pub(super) fn answer(body: Incoming, used: Used, exchange: Exchange) -> Self {
+        let mut answer = Answer { body, used: Some(used), exchange };
+        if answer.body.is_end_stream() {
+            answer.ended();
+        }
+        Self::Answer(Box::new(answer))
+    }
+}
+
+impl Answer {
+    fn ended(&mut self) {
+        if let Some(used) = self.used.take() {
+            used.give_back();
+        }
+        self.exchange.complete();
+    }
+
+    fn take_in(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.exchange.received(data.len());
+        }
+        if let Some(trailers) = frame.trailers_ref() {
+            self.exchange.trailers(trailers);
+        }
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.get_mut() {
+            Self::Carried(body) => Pin::new(body).poll_frame(cx),
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Answer(answer) => {
+                let frame = ready!(Pin::new(&mut answer.body).poll_frame(cx));
+                match &frame {
+                    Some(Ok(frame)) => answer.take_in(frame),
+                    Some(Err(_)) => {}
+                    None => answer.ended(),
+                }
+                if answer.body.is_end_stream() && matches!(frame, Some(Ok(_))) {
+                    answer.ended();
+                }
+                Poll::Ready(frame)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Carried(body) => body.is_end_stream(),
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Answer(answer) => answer.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Carried(body) => body.size_hint(),
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Answer(answer) => answer.body.size_hint(),
+        }
+    }
+}
+
+/// A request's body before it is sent.
+#[derive(Debug)]
+pub(super) enum Asking {
+    /// It can be sent as often as need be.
+    Kept(Option<Bytes>),
+    /// It can be sent once.
+    Once(Incoming),
+    /// It was.
+    Sent,
+}
+
+impl Asking {
+    /// Keeps a small body. One whose length nobody says is not waited for: it may be one side of a conversation.
+    pub(super) async fn of(body: Incoming) -> Result<Self, hyper::Error> {
+        if body.is_end_stream() {
+            return Ok(Self::Kept(None));
+        }
+        match body.size_hint().exact() {
+            Some(len) if len <= MOST_KEPT as u64 => {
+                let limited = Limited::new(body, MOST_KEPT).collect().await;
+                // It cannot be longer than its head says: hyper ends it there.
+                let whole = limited.map_err(|error| match error.downcast::<hyper::Error>() {
+                    Ok(error) => Some(*error),
+                    Err(_) => None,
+                });
+                match whole {
+                    Ok(whole) => Ok(Self::Kept(Some(whole.to_bytes()))),
+                    Err(Some(error)) => Err(error),
+                    Err(None) => Ok(Self::Sent),
+                }
+            }
+            _ => Ok(Self::Once(body)),
+        }
+    }
+
+    /// Whether it can be sent again.
+    pub(super) fn is_kept(&self) -> bool {
+        matches!(self, Self::Kept(_))
+    }
+
+    /// The body to send now; `None` if it was sent and not kept.
+    pub(super) fn next(&mut self) -> Option<Body> {
+        match self {
+            Self::Kept(bytes) => Some(Body::Whole(bytes.clone())),
+            Self::Once(_) => match std::mem::replace(self, Self::Sent) {
+                Self::Once(body) => Some(Body::Carried(body)),
+                Self::Kept(_) | Self::Sent => None,
+            },
+            Self::Sent => None,
+        }
+    }
+
+    /// A request came back that was never sent: its body can be sent still.
+    pub(super) fn put_back(&mut self, body: Body) {
+        if let (Self::Sent, Body::Carried(body)) = (&*self, body) {
+            *self = Self::Once(body);
+        }
+    }
+}
+
+/// The status of a call, where its answer says it (gRPC over HTTP/2, "Responses").
+pub(super) fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,446 @@
+//! ★ The story of a request: what comes by a connection to a port of a service that has routes, from its head to the last
+//! byte of its answer. [`answer`] tells it from top to bottom.
+//!
+//! | file | what |
+//! |---|---|
+//! | `heads` | what of a head is of one hop, and what is no request that can be read in one way only |
+//! | `body` | bodies, as they pass |
+//! | `attempts` | to which endpoint a request is sent, and when it is tried again |
+//! | `session` | requests of a session go where its first one went |
+//! | `upstream` | connections to backends |
+//! | `stream` | a lease, or a socket, as a stream of bytes |
+//! | `exchange` | what is told of a request |
+//!
+//! Bytes that are no HTTP get no further than this, but for TLS between the applications, which is carried as it is to the
+//! service that was asked for.
+
+mod attempts;
+mod body;
+mod exchange;
+mod heads;
+mod session;
+mod stream;
+mod upstream;
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, Version, header, response};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use mesh_core::{
+    http::{choose, edit, matches::Asked},
+    model::{
+        Name,
+        http::{Backend, BackendTarget, Filters, PathMatch, RouteRule},
+    },
+    refusal::Reason,
+    view::{Owner, Snapshot},
+};
+use tokio::net::TcpStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub(super) use self::{attempts::Budgets, upstream::Upstreams};
+use self::{
+    attempts::{Attempts, Backends},
+    body::{Asking, Body},
+    exchange::Exchange,
+    stream::Socket,
+};
+use super::{Accepted, Node, wants};
+use crate::{
+    local::{Admission, Local},
+    record::Entry,
+    refusal::{Failure, Refusal, Stop},
+};
+
+/// How long a client may take for a head, and be silent between two requests: longer than servers usually allow, so that
+/// it is they who end what is idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
+/// Most bytes of a head: what servers take at most as a rule is less.
+const MOST_HEAD: usize = 128 * 1024;
+/// Most headers of a request.
+const MOST_HEADERS: usize = 256;
+/// Requests of one connection of HTTP/2 at once.
+const STREAMS: u32 = 1000;
+/// What one stream of HTTP/2 may send before it is read, and all of a connection.
+const WINDOW: u32 = 1 << 20;
+
+/// What is asked for by a connection whose requests are routed.
+#[derive(Debug)]
+pub(super) struct Routed {
+    service: Name,
+    port: u16,
+    _admission: Admission,
+    _held: Option<wants::Held>,
+}
+
+impl Routed {
+    /// The service that is asked for, if requests to it are routed; it need not have endpoints of its own.
+    pub(super) fn service(view: &Snapshot, destination: SocketAddr, local: &Local) -> Option<Name> {
+        let Some(Owner::Service(service)) = view.owner(destination.ip()) else { return None };
+        let routed = view.table(&service.name, destination.port(), &local.name.namespace).is_some();
+        routed.then(|| service.name.clone())
+    }
+
+    pub(super) fn new(service: Name, port: u16, admission: Admission, held: Option<wants::Held>) -> Self {
+        Self { service, port, _admission: admission, _held: held }
+    }
+}
+
+/// The first byte of TLS: a record of a handshake (RFC 8446, section 5.1). No request begins with it.
+const HANDSHAKE: u8 = 22;
+
+/// Waits for a client's first byte, and says whether what it speaks is encrypted between it and the application: that is
+/// carried as it is, to the service that was asked for. Cancel-safe: what is looked at stays.
+pub(super) async fn are_hidden(stream: &TcpStream) -> bool {
+    let mut first = [0];
+    let peeked = tokio::time::timeout(HEAD_TIMEOUT, stream.peek(&mut first)).await;
+    matches!(peeked, Ok(Ok(1))) && first[0] == HANDSHAKE
+}
+
+/// Whose requests come by a connection, and what they ask.
+#[derive(Debug)]
+struct Asker {
+    node: Node,
+    local: Arc<Local>,
+    /// The application's own end, as it knows it.
+    peer: SocketAddr,
+    /// What it connected to.
+    original: SocketAddr,
+    service: Name,
+    port: u16,
+    /// What goes on in another protocol.
+    upgraded: TaskTracker,
+    /// Cancelled when the connection must end.
+    ended: CancellationToken,
+}
+
+/// Serves the requests of a connection until it ends, and records how that was.
+pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry: Box<Entry>) {
+    let Accepted { stream, peer, original, workload, .. } = accepted;
+    entry.opened();
+    let socket = Socket::new(stream).counting(entry.shared());
+    let ended = CancellationToken::new();
+    let _ended = ended.clone().drop_guard();
+    let asker = Arc::new(Asker {
+        node: node.clone(),
+        local: workload,
+        peer,
+        original,
+        service: routed.service.clone(),
+        port: routed.port,
+        upgraded: TaskTracker::new(),
+        ended,
+    });
+    let result = tokio::select! {
+        result = converse(socket.clone(), &asker) => result,
+        refusal = node.cut(&asker.local) => Err(refusal.into()),
+    };
+    if result.is_ok() {
+        socket.ended();
+    }
+    entry.finish(result);
+    drop(routed);
+}
+
+/// One request after another, or many at once, as the client likes.
+async fn converse(socket: Socket, asker: &Arc<Asker>) -> Result<(), Stop> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .preserve_header_case(true)
+        .pipeline_flush(true)
+        .max_buf_size(MOST_HEAD)
+        .max_headers(MOST_HEADERS)
+        .auto_date_header(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW * 4)
+        .max_header_list_size(MOST_HEAD as u32)
+        .auto_date_header(false);
+    let service = service_fn({
+        let asker = asker.clone();
+        move |request| {
+            let asker = asker.clone();
+            async move { Ok::<_, Infallible>(Box::pin(answer(&asker, request)).await) }
+        }
+    });
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(socket), service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        // What is under way is answered still.
+        () = asker.node.drain().draining() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    asker.upgraded.close();
+    asker.upgraded.wait().await;
+    match ended {
+        Ok(()) => Ok(()),
+        Err(error) => match error.downcast_ref::<hyper::Error>() {
+            Some(error) if error.is_parse() || error.is_parse_too_large() => {
+                Err(Refusal::new(Reason::BadRequest, error.to_string()).into())
+            }
+            _ => Err(Failure::SourceReset.into()),
+        },
+    }
+}
+
+/// Why a request is answered by ourselves.
+#[derive(Debug)]
+struct Declined {
+    status: StatusCode,
+    refusal: Refusal,
+}
+
+impl Declined {
+    fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
+        Self { status, refusal: refusal.into() }
+    }
+}
+
+/// The story of a request. Whatever happens there is an answer, which tells nobody outside why.
+async fn answer(asker: &Arc<Asker>, request: Request<Incoming>) -> Response<Body> {
+    let mut exchange = Exchange::begin(asker, &request);
+    let grpc = heads::is_grpc(request.headers());
+    match tell(asker, request, &mut exchange).await {
+        Ok(Answered::Here(response)) => {
+            exchange.answered(response.status(), response.headers());
+            exchange.complete();
+            response
+        }
+        Ok(Answered::Backend(parts, incoming, used)) => {
+            exchange.answered(parts.status, &parts.headers);
+            Response::from_parts(parts, Body::answer(incoming, used, exchange))
+        }
+        Err(Declined { status, refusal }) => {
+            let response = said(status, grpc);
+            exchange.answered(response.status(), response.headers());
+            exchange.refused(refusal);
+            exchange.complete();
+            response
+        }
+    }
+}
+
+/// Who answers a request.
+enum Answered {
+    /// We do.
+    Here(Response<Body>),
+    /// The backend did.
+    Backend(response::Parts, Incoming, upstream::Used),
+}
+
+async fn tell(
+    asker: &Arc<Asker>,
+    mut request: Request<Incoming>,
+    exchange: &mut Exchange,
+) -> Result<Answered, Declined> {
+    let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
+    heads::check(&request).map_err(|refusal| Declined::new(StatusCode::BAD_REQUEST, refusal))?;
+
+    // One version for all of it: who asks, and under which rule does it fall?
+    let view = asker.node.view().map_err(unready)?;
+    let own = view.identity(&asker.local.name).ok_or_else(|| unready(Reason::ViewMissing))?;
+    exchange.decided(view.shared_version(), own.clone());
+    let table = view.table(&asker.service, asker.port, &asker.local.name.namespace).cloned();
+    let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
+    let chosen = match &table {
+        None => None,
+        Some(table) => Some(table.choose(&asked).ok_or_else(|| no_rule(table.is_grpc()))?),
+    };
+    let (own_rule, any_path) = (own_rule(&asker.service, asker.port), PathMatch::default());
+    let (rule, matched) = match &chosen {
+        Some(chosen) => {
+            exchange.falls_under(chosen);
+            (chosen.rule, chosen.path)
+        }
+        // The routes have gone while the connection lived.
+        None => (&own_rule, &any_path),
+    };
+
+    // Is it answered here?
+    let cors = rule.filters.cors.as_ref();
+    if let Some(cors) = cors
+        && edit::browser(&asked) == edit::Browser::Preflight
+    {
+        let mut response = empty(StatusCode::OK);
+        *response.headers_mut() = edit::preflight(cors, &asked);
+        return Ok(Answered::Here(response));
+    }
+    if let Some(redirect) = &rule.filters.redirect {
+        let location = edit::location(redirect, matched, &asked, asker.port);
+        let status = StatusCode::from_u16(redirect.status).unwrap_or(StatusCode::FOUND);
+        let mut response = empty(status);
+        if let Ok(location) = HeaderValue::try_from(location) {
+            response.headers_mut().insert(header::LOCATION, location);
+        }
+        edit::headers(&rule.filters.response_headers, response.headers_mut());
+        return Ok(Answered::Here(response));
+    }
+
+    // Which backend, and as what?
+    let session = rule.persistence.as_ref().and_then(|it| session::of(it, request.headers()));
+    let backend = backend(rule, &view, session)?;
+    let BackendTarget::Service { service, port } = &backend.to else {
+        return Err(Declined::new(StatusCode::INTERNAL_SERVER_ERROR, Reason::NoBackend));
+    };
+    exchange.goes_to(service);
+    let origin = request.headers().clone();
+    let upgrade =
+        heads::wants_upgrade(&request).then(|| request.headers().get(header::UPGRADE).cloned()).flatten();
+    let from_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+    let (mut head, body) = {
+        let (mut parts, body) = request.into_parts();
+        heads::take_hop(&mut parts.headers, upgrade);
+        (Request::from_parts(parts, ()), body)
+    };
+    for filters in [&rule.filters, &backend.filters] {
+        if let Some(rewrite) = &filters.rewrite {
+            heads::rewrite(rewrite, matched, &mut head);
+        }
+        edit::headers(&filters.request_headers, head.headers_mut());
+    }
+    if head.version() == Version::HTTP_10 {
+        *head.version_mut() = Version::HTTP_11;
+    }
+    let body = Asking::of(body).await.map_err(|error| {
+        Declined::new(StatusCode::BAD_REQUEST, Refusal::new(Reason::BadRequest, error.to_string()))
+    })?;
+
+    // The way there and the answer's head, as often as the rule says.
+    let backends = Backends::new(&view, asker, service, *port, session)?;
+    let mut attempts = Attempts { asker, view: &view, own, rule, backends, head, body };
+    attempts.mirror([&rule.filters, &backend.filters].into_iter().flat_map(|it| &it.mirrors));
+    let (response, used, endpoint) = attempts.run(exchange).await?;
+
+    // The answer, as the rule wants it.
+    let (mut parts, incoming) = response.into_parts();
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        return switched(asker, parts, incoming, from_client);
+    }
+    heads::take_hop(&mut parts.headers, None);
+    for filters in [&backend.filters, &rule.filters] {
+        edit::headers(&filters.response_headers, &mut parts.headers);
+    }
+    if let Some(cors) = cors {
+        edit::share(cors, &origin, &mut parts.headers);
+    }
+    if let Some(persistence) = &rule.persistence
+        && session != Some(endpoint)
+    {
+        session::begin(persistence, endpoint, &mut parts.headers);
+    }
+    Ok(Answered::Backend(parts, incoming, used))
+}
+
+fn no_rule(grpc: bool) -> Declined {
+    // In gRPC's way a call of an unknown method is answered so, which `said` does for calls.
+    let status = if grpc { StatusCode::NOT_IMPLEMENTED } else { StatusCode::NOT_FOUND };
+    Declined::new(status, Reason::NoRule)
+}
+
+/// What a service without routes does: all of it goes to itself.
+fn own_rule(service: &Name, port: u16) -> RouteRule {
+    let to = BackendTarget::Service { service: service.clone(), port };
+    RouteRule {
+        backends: vec![Backend { to, weight: 1, filters: Filters::default() }],
+        ..RouteRule::default()
+    }
+}
+
+/// The backend of a request: that of its session, or else one by chance.
+fn backend<'a>(
+    rule: &'a RouteRule,
+    view: &Snapshot,
+    session: Option<SocketAddr>,
+) -> Result<&'a Backend, Declined> {
+    let has = |backend: &&Backend, endpoint: SocketAddr| match &backend.to {
+        BackendTarget::Nowhere => false,
+        BackendTarget::Service { service, port } => {
+            let of_port =
+                view.service(service).into_iter().flat_map(|it| &it.ports).filter(|it| it.port == *port);
+            of_port.flat_map(|it| &it.endpoints).any(|it| SocketAddr::new(it.address, it.port) == endpoint)
+        }
+    };
+    let of_session = session.and_then(|endpoint| {
+        rule.backends.iter().filter(|backend| backend.weight > 0).find(|backend| has(backend, endpoint))
+    });
+    let by_chance = || choose::backend(&rule.backends, rand::random());
+    let nobody = || Declined::new(StatusCode::INTERNAL_SERVER_ERROR, Reason::NoBackend);
+    of_session.or_else(by_chance).ok_or_else(nobody)
+}
+
+/// Both sides go on in another protocol: their bytes are carried until both have ended.
+fn switched(
+    asker: &Arc<Asker>,
+    mut parts: response::Parts,
+    incoming: Incoming,
+    from_client: Option<hyper::upgrade::OnUpgrade>,
+) -> Result<Answered, Declined> {
+    let Some(from_client) = from_client else {
+        let unasked =
+            Refusal::new(Reason::BackendReset, "the backend switched to a protocol that nobody asked for");
+        return Err(Declined::new(StatusCode::BAD_GATEWAY, unasked));
+    };
+    let protocol = parts.headers.get(header::UPGRADE).cloned();
+    let mut answered = Response::from_parts(parts.clone(), incoming);
+    let from_backend = hyper::upgrade::on(&mut answered);
+    heads::take_hop(&mut parts.headers, protocol);
+    let ended = asker.ended.clone();
+    asker.upgraded.spawn(async move {
+        let carried = async {
+            let (client, backend) = tokio::try_join!(from_client, from_backend)?;
+            let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
+            // Whichever side broke, the other sees its end.
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut backend).await;
+            Ok::<_, hyper::Error>(())
+        };
+        tokio::select! {
+            carried = carried => if let Err(error) = carried {
+                tracing::debug!(%error, "an upgrade did not come about");
+            },
+            () = ended.cancelled() => {}
+        }
+    });
+    Ok(Answered::Here(Response::from_parts(parts, Body::empty())))
+}
+
+fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    response
+}
+
+/// An answer of ours that is no backend's: in gRPC's way to a call.
+fn said(status: StatusCode, grpc: bool) -> Response<Body> {
+    if grpc {
+        // gRPC, "HTTP to gRPC Status Code Mapping", and DEADLINE_EXCEEDED for a time that is over.
+        let code = match status {
+            StatusCode::BAD_REQUEST => "13",
+            StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => "12",
+            StatusCode::GATEWAY_TIMEOUT => "4",
+            _ => "14",
+        };
+        let mut response = empty(StatusCode::OK);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        response.headers_mut().insert("grpc-status", HeaderValue::from_static(code));
+        return response;
+    }
+    let text = status.canonical_reason().unwrap_or_default();
+    let mut response = Response::new(Body::Whole(Some(Bytes::from_static(text.as_bytes()))));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    response
+}

@@ -1,0 +1,417 @@
+//! Connections to backends on which requests are sent, one after another or many at once, and those that are idle.
+//!
+//! Each belongs to one workload of this node, whose identity it has, and leads to one endpoint: a request of another
+//! workload is never sent on it. A request is given back if it was certainly not taken, so that it can be sent again.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use http::{Request, Response, Version};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_core::{
+    identity::SpiffeId,
+    model::Endpoint,
+    refusal::Reason,
+    route::{self, Reached},
+    view::Snapshot,
+};
+
+use super::{
+    super::{Node, outbound},
+    body::Body,
+    stream::Upstream,
+};
+use crate::{
+    balance::Attempt,
+    connect::{Ask, Miss},
+    local::Local,
+    metrics::Direction,
+    record::Entry,
+    refusal::Refusal,
+    trust::Led,
+};
+
+/// Idle connections for one workload to one endpoint.
+const IDLE_PER_KEY: usize = 64;
+/// Requests on one connection of HTTP/2 before another is opened.
+const STREAMS: usize = 100;
+/// How often idle connections are looked through.
+const REAP: Duration = Duration::from_secs(5);
+/// What of an answer's head is read at most; hyper's smallest is 8 KiB.
+const HEAD: usize = 128 * 1024;
+/// What one stream of HTTP/2 may send before it is read, and all of a connection.
+const WINDOW: u32 = 1 << 20;
+
+/// The connections of this node's workloads to backends.
+#[derive(Debug, Default)]
+pub(in super::super) struct Upstreams {
+    of: Mutex<HashMap<Key, Of>>,
+}
+
+/// Whose a connection is, and where it leads.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    local: u64,
+    to: SocketAddr,
+    own: Arc<SpiffeId>,
+    /// The identity that the endpoint has; `None`: it is outside of the mesh.
+    peer: Option<Arc<SpiffeId>>,
+}
+
+#[derive(Debug, Default)]
+struct Of {
+    idle: Vec<(http1::SendRequest<Body>, Instant)>,
+    shared: Vec<Shared>,
+    /// One at a time opens another, so that those who come together share it.
+    opening: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A connection that carries many requests at once.
+#[derive(Debug, Clone)]
+struct Shared {
+    sender: http2::SendRequest<Body>,
+    streams: Arc<AtomicUsize>,
+    used: Arc<Mutex<Instant>>,
+}
+
+/// What a request is sent on.
+#[derive(Debug)]
+enum Sender {
+    One(http1::SendRequest<Body>),
+    Shared(Stream),
+}
+
+/// A request's place on a connection that carries many.
+#[derive(Debug)]
+struct Stream(Shared);
+
+impl Stream {
+    fn of(shared: Shared) -> Self {
+        shared.streams.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        *self.0.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
+/// A connection after its answer's head.
+#[derive(Debug)]
+pub(super) struct Used {
+    sender: Option<Sender>,
+    key: Key,
+    upstreams: Arc<Upstreams>,
+    /// Counts as a load of its endpoint until the answer has ended.
+    _attempt: Option<Attempt>,
+}
+
+/// Who asks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asking<'a> {
+    pub(super) node: &'a Node,
+    pub(super) local: &'a Arc<Local>,
+    pub(super) own: &'a Arc<SpiffeId>,
+    /// The application's own end.
+    pub(super) address: SocketAddr,
+    /// What it asked for.
+    pub(super) asked: SocketAddr,
+    pub(super) view: &'a Snapshot,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum Unanswered {
+    /// The backend took nothing; the request.
+    NotSent(Box<Request<Body>>, Refusal),
+    /// The connection broke, and the backend may have taken the request.
+    Broke(Refusal),
+}
+
+impl Upstreams {
+    /// Sends a request to an endpoint, and waits for the head of its answer.
+    pub(super) async fn send(
+        self: &Arc<Self>,
+        from: Asking<'_>,
+        endpoint: &Endpoint,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Used), Unanswered> {
+        let to = SocketAddr::new(endpoint.address, endpoint.port);
+        let Some(reached) = route::reached(from.view, endpoint) else {
+            let nobody = Refusal::new(Reason::NoEndpoint, format!("who is at {to} cannot be told"));
+            return Err(Unanswered::NotSent(request.into(), nobody));
+        };
+        let peer = match &reached {
+            Reached::Workload(workload) => from.view.identity(&workload.name).cloned(),
+            Reached::Outside => None,
+        };
+        let key = Key { local: from.local.id(), to, own: from.own.clone(), peer };
+        let many = request.version() == Version::HTTP_2;
+        loop {
+            let (sender, fresh) = match self.checkout(&key, many).await {
+                Some(sender) => (sender, false),
+                None => match self.open(&key, from, reached.clone(), many).await {
+                    Ok(sender) => (sender, true),
+                    Err(refusal) => return Err(Unanswered::NotSent(request.into(), refusal)),
+                },
+            };
+            match sender.send(request).await {
+                Ok((response, sender)) => {
+                    return Ok((
+                        response,
+                        Used { sender: Some(sender), key, upstreams: self.clone(), _attempt: None },
+                    ));
+                }
+                // One that was closed while it was idle: the next one may be open, and a new one is.
+                Err((Some(unsent), _)) if !fresh => request = unsent,
+                Err((Some(unsent), error)) => {
+                    return Err(Unanswered::NotSent(unsent.into(), broke(to, &error)));
+                }
+                Err((None, error)) => return Err(Unanswered::Broke(broke(to, &error))),
+            }
+        }
+    }
+
+    async fn checkout(&self, key: &Key, many: bool) -> Option<Sender> {
+        if many {
+            return self.of(key, Of::shared).flatten().map(|shared| Sender::Shared(Stream::of(shared)));
+        }
+        loop {
+            let (mut sender, _) = self.of(key, |of| of.idle.pop()).flatten()?;
+            // As a rule it is; a moment after an answer's end its connection may not have noticed yet.
+            if sender.ready().await.is_ok() {
+                return Some(Sender::One(sender));
+            }
+        }
+    }
+
+    async fn open(
+        self: &Arc<Self>,
+        key: &Key,
+        from: Asking<'_>,
+        reached: Reached,
+        many: bool,
+    ) -> Result<Sender, Refusal> {
+        let opening = self.lock().entry(key.clone()).or_default().opening.clone();
+        let _turn = if many { Some(opening.lock().await) } else { None };
+        if many && let Some(shared) = self.of(key, Of::shared).flatten() {
+            return Ok(Sender::Shared(Stream::of(shared)));
+        }
+        let opened = Opened::new(key.to, from, reached).await?;
+        if many {
+            let shared = opened.shared(from).await?;
+            self.lock().entry(key.clone()).or_default().shared.push(shared.clone());
+            return Ok(Sender::Shared(Stream::of(shared)));
+        }
+        opened.one(from).await.map(Sender::One)
+    }
+
+    fn of<T>(&self, key: &Key, look: impl FnOnce(&mut Of) -> T) -> Option<T> {
+        self.lock().get_mut(key).map(look)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Of>> {
+        self.of.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes what was idle for too long, until dropped.
+    pub(in super::super) async fn reap(&self, idle: Duration) {
+        let mut timer = tokio::time::interval(REAP);
+        loop {
+            timer.tick().await;
+            self.lock().retain(|_, of| {
+                of.idle.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < idle);
+                of.shared.retain(|shared| !shared.is_idle(idle));
+                !of.idle.is_empty() || !of.shared.is_empty() || Arc::strong_count(&of.opening) > 1
+            });
+        }
+    }
+
+    /// Closes what is idle; what is in use ends when it is done.
+    pub(in super::super) fn stop(&self) {
+        self.lock().clear();
+    }
+
+    /// Closes what is held for a workload that leaves.
+    pub(in super::super) fn forget(&self, local: u64) {
+        self.lock().retain(|key, _| key.local != local);
+    }
+}
+
+impl Of {
+    /// The one with the fewest requests, if that can take more.
+    fn shared(&mut self) -> Option<Shared> {
+        self.shared.retain(|shared| !shared.sender.is_closed());
+        let fewest = self.shared.iter().min_by_key(|shared| shared.streams.load(Ordering::Relaxed))?;
+        (fewest.streams.load(Ordering::Relaxed) < STREAMS).then(|| fewest.clone())
+    }
+}
+
+impl Shared {
+    fn is_idle(&self, long: Duration) -> bool {
+        let used = *self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sender.is_closed() || (self.streams.load(Ordering::Relaxed) == 0 && used.elapsed() >= long)
+    }
+}
+
+impl Sender {
+    /// The answer's head, and itself; or the request, if it was not sent.
+    async fn send(
+        self,
+        request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Self), (Option<Request<Body>>, hyper::Error)> {
+        let failed = |mut error: hyper::client::conn::TrySendError<Request<Body>>| {
+            (error.take_message(), error.into_error())
+        };
+        match self {
+            Self::One(mut sender) => {
+                let response = sender.try_send_request(request).await.map_err(failed)?;
+                Ok((response, Self::One(sender)))
+            }
+            Self::Shared(mut stream) => {
+                let response = stream.0.sender.try_send_request(request).await.map_err(failed)?;
+                Ok((response, Self::Shared(stream)))
+            }
+        }
+    }
+}
+
+impl Used {
+    /// The same, which counts as a load of its endpoint.
+    pub(super) fn counting(self, attempt: Attempt) -> Self {
+        Self { _attempt: Some(attempt), ..self }
+    }
+
+    /// The answer has ended well: another request can be sent.
+    pub(super) fn give_back(mut self) {
+        if let Some(Sender::One(sender)) = self.sender.take()
+            && !sender.is_closed()
+        {
+            let mut all = self.upstreams.lock();
+            let of = all.entry(self.key.clone()).or_default();
+            if of.idle.len() < IDLE_PER_KEY {
+                of.idle.push((sender, Instant::now()));
+            }
+        }
+    }
+}
+
+/// A way that is open, before it is spoken on.
+struct Opened {
+    stream: Upstream,
+    entry: Box<Entry>,
+    led: Option<Led>,
+}
+
+impl Opened {
+    async fn new(to: SocketAddr, from: Asking<'_>, reached: Reached) -> Result<Self, Refusal> {
+        let connector = &from.node.inner.connector;
+        let mut entry = from.node.inner.recorder.begin(Direction::Outbound, &from.local.name);
+        {
+            let mut told = entry.told();
+            told.source.workload = Some(from.local.name.clone());
+            told.source.identity = Some(from.own.clone());
+            told.source.address = Some(from.address);
+        }
+        let ask = Ask {
+            local: from.local,
+            identity: from.own,
+            app: None,
+            address: from.address,
+            asked: from.asked,
+            view: from.view,
+        };
+        match Box::pin(connector.open_endpoint(&ask, reached, to, &mut entry)).await {
+            Ok(way) => {
+                entry.opened();
+                let led = match &way {
+                    crate::connect::Way::Tunnel(lease) => Some(lease.link.led().clone()),
+                    crate::connect::Way::Plaintext(_) => None,
+                };
+                Ok(Self { stream: Upstream::new(way, connector), entry, led })
+            }
+            Err(miss) => {
+                entry.withdraw();
+                Err(match miss {
+                    Miss::NotTaken(refusal) => refusal,
+                    Miss::Final(crate::refusal::Stop::Refused(refusal)) => refusal,
+                    Miss::Final(crate::refusal::Stop::Failed(failure)) => {
+                        Refusal::new(Reason::BackendReset, failure.to_string())
+                    }
+                })
+            }
+        }
+    }
+
+    async fn one(self, from: Asking<'_>) -> Result<http1::SendRequest<Body>, Refusal> {
+        let Self { stream, entry, led } = self;
+        let mut builder = http1::Builder::new();
+        builder.preserve_header_case(true).max_buf_size(HEAD);
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        drive(connection.with_upgrades(), from, entry, led);
+        Ok(sender)
+    }
+
+    async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
+        let Self { stream, entry, led } = self;
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW * 4)
+            .max_header_list_size(HEAD as u32);
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        drive(connection, from, entry, led);
+        let used = Arc::new(Mutex::new(Instant::now()));
+        Ok(Shared { sender, streams: Arc::default(), used })
+    }
+}
+
+/// Runs a connection until it ends, or may not go on.
+fn drive(
+    connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
+    from: Asking<'_>,
+    entry: Box<Entry>,
+    led: Option<Led>,
+) {
+    let (node, local) = (from.node.clone(), from.local.clone());
+    let place = local.admit(usize::MAX);
+    from.node.drain().spawn(async move {
+        let _place = place;
+        let ended = tokio::select! {
+            ended = connection => ended.map_err(|error| error.to_string()),
+            refusal = node.each_view(|view| {
+                outbound::stays_trusted(view, led.as_ref())?;
+                outbound::goes_on(view, &local.name, &entry)
+            }) => Err(refusal.to_string()),
+            refusal = node.cut(&local) => Err(refusal.to_string()),
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a connection to a backend ended");
+        }
+        entry.withdraw();
+    });
+}
+
+fn unspoken(error: hyper::Error) -> Refusal {
+    Refusal::new(Reason::BackendReset, error.to_string())
+}
+
+fn broke(to: SocketAddr, error: &hyper::Error) -> Refusal {
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
+    Refusal::new(Reason::BackendReset, format!("{to}: {error}{cause}"))
+}

@@ -1,0 +1,578 @@
+//! Requests through two agents, from client to backend: under which rule they fall, what is changed on the way, what
+//! happens when a backend does not answer, and what is recorded. Needs root, as the data path does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+#[path = "data_path/world.rs"]
+#[allow(dead_code, reason = "the tests of bytes use the rest of it")]
+mod world;
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    client::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use mesh_core::model::http::{
+    Backend, BackendTarget, Filters, HeaderEdits, Parent, PathEdit, PathMatch, PersistBy, Persistence,
+    Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind, RouteRule, TextMatch, Timeouts,
+    ValueMatch,
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    task::JoinHandle,
+};
+use world::*;
+
+/// An application that says what it was asked, and does what paths say.
+struct App {
+    served: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl App {
+    fn served(&self) -> usize {
+        self.served.load(Ordering::Relaxed)
+    }
+}
+
+fn app(says: &'static str, listener: TcpListener) -> App {
+    let served = Arc::new(AtomicUsize::new(0));
+    let counted = served.clone();
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request| {
+                    let count = counted.fetch_add(1, Ordering::Relaxed);
+                    async move { Ok::<_, Infallible>(respond(says, count, request).await) }
+                });
+                let builder = auto::Builder::new(TokioExecutor::new());
+                let _ = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    App { served, task }
+}
+
+async fn respond(
+    says: &str,
+    count: usize,
+    mut request: Request<Incoming>,
+) -> Response<BoxBody<Bytes, Infallible>> {
+    let path = request.uri().path().to_owned();
+    let mut response = Response::new(Full::new(Bytes::new()).boxed());
+    response.headers_mut().insert("x-app", says.parse().unwrap());
+    match path.as_str() {
+        "/never" => std::future::pending().await,
+        "/late" if count == 0 => std::future::pending().await,
+        "/unready" if count < 2 => *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE,
+        "/die" if count == 0 => panic!("as asked"),
+        "/trailers/say" => {
+            let mut trailers = HeaderMap::new();
+            trailers.insert("grpc-status", "7".parse().unwrap());
+            let frames = [Ok(Frame::data(Bytes::from("body"))), Ok(Frame::trailers(trailers))];
+            *response.body_mut() = BodyExt::boxed(StreamBody::new(futures_util::stream::iter(frames)));
+        }
+        "/upgrade" => {
+            let upgrade = hyper::upgrade::on(&mut request);
+            tokio::spawn(async move {
+                let mut stream = TokioIo::new(upgrade.await.unwrap());
+                let mut bytes = [0; 4];
+                stream.read_exact(&mut bytes).await.unwrap();
+                stream.write_all(&bytes).await.unwrap();
+            });
+            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            response.headers_mut().insert("connection", "upgrade".parse().unwrap());
+            response.headers_mut().insert("upgrade", "echo".parse().unwrap());
+        }
+        _ => {
+            let headers: Vec<(String, String)> = request
+                .headers()
+                .iter()
+                .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+                .collect();
+            let (method, uri) = (request.method().to_string(), request.uri().to_string());
+            let body = request.into_body().collect().await.map(|it| it.to_bytes()).unwrap_or_default();
+            let said = json!({
+                "app": says, "method": method, "uri": uri, "headers": headers, "length": body.len(),
+                "body": String::from_utf8_lossy(&body[..body.len().min(100)]),
+            });
+            *response.body_mut() = Full::new(Bytes::from(said.to_string())).boxed();
+        }
+    }
+    response
+}
+
+fn to(account: &str, weight: u32) -> Backend {
+    let to = BackendTarget::Service { service: name(account), port: 80 };
+    Backend { to, weight, filters: Filters::default() }
+}
+
+fn rule(matches: Vec<RequestMatch>, backends: Vec<Backend>) -> RouteRule {
+    RouteRule { matches, backends, ..RouteRule::default() }
+}
+
+fn prefix(path: &str) -> RequestMatch {
+    RequestMatch { path: PathMatch::Prefix(path.into()), ..RequestMatch::default() }
+}
+
+fn route(rules: Vec<RouteRule>) -> RequestRoute {
+    let parents = vec![Parent { service: name("service"), port: None }];
+    RequestRoute { kind: RouteKind::Http, name: name("route"), created: 0, parents, rules }
+}
+
+/// A client of a service with these rules, whose backends are `web` and `api`.
+struct Bed {
+    world: World,
+    plan: Plan,
+    web: App,
+    api: App,
+    at: SocketAddr,
+}
+
+impl Bed {
+    async fn new(rules: Vec<RouteRule>) -> Self {
+        let mut plan = Plan::default();
+        plan.service(&[]);
+        let world = World::new(&plan);
+        let ((web_at, web), (api_at, api)) = (world.web().await, world.api().await);
+        plan.service(&[("web", web_at), ("api", api_at)]);
+        plan.backend("web", "web", &[web_at]);
+        plan.backend("api", "api", &[api_at]);
+        plan.routes = vec![route(rules)];
+        world.publish(&plan, "2");
+        let at = world.outbound(VIP.parse().unwrap());
+        Self { world, plan, web: app("web", web), api: app("api", api), at }
+    }
+
+    async fn client(&self) -> Client {
+        let (sender, connection) = http1::handshake(TokioIo::new(connect(self.at).await)).await.unwrap();
+        tokio::spawn(connection.with_upgrades());
+        Client(sender)
+    }
+
+    async fn log(&self, path: &str) -> Value {
+        eventually(async || {
+            let lines = self.world.source.log().await;
+            lines.into_iter().find(|line| line["kind"] == "request" && line["path"] == path)
+        })
+        .await
+    }
+}
+
+struct Client(http1::SendRequest<BoxBody<Bytes, Infallible>>);
+
+impl Client {
+    async fn send(&mut self, request: http::request::Builder, body: &'static str) -> Response<Incoming> {
+        let request = request.header("host", "service").body(Full::new(Bytes::from(body)).boxed()).unwrap();
+        in_time(self.0.ready()).await.unwrap();
+        in_time(self.0.send_request(request)).await.unwrap()
+    }
+
+    async fn get(&mut self, path: &str) -> (StatusCode, Value) {
+        self.ask(Request::get(path)).await
+    }
+
+    async fn ask(&mut self, request: http::request::Builder) -> (StatusCode, Value) {
+        said(self.send(request, "").await).await
+    }
+}
+
+async fn said(response: Response<Incoming>) -> (StatusCode, Value) {
+    let status = response.status();
+    let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_goes_where_its_rule_leads_by_a_tunnel_of_its_own_identity() {
+    let header = ValueMatch { name: "version".into(), value: TextMatch::Exact("two".into()) };
+    let by_header = RequestMatch { headers: vec![header], ..RequestMatch::default() };
+    let rules = vec![
+        rule(vec![prefix("/v1")], vec![to("web", 1)]),
+        rule(vec![prefix("/v2"), by_header], vec![to("api", 1)]),
+    ];
+    let bed = Bed::new(rules).await;
+    let mut client = bed.client().await;
+    // One connection of the client's, and every request on its own way.
+    for (request, expected) in [
+        (Request::get("/v1/a"), Some("web")),
+        (Request::get("/v2?x=1"), Some("api")),
+        (Request::get("/other").header("Version", "two"), Some("api")),
+        (Request::get("/v1").header("version", "two"), Some("web")),
+        (Request::get("/other"), None),
+    ] {
+        let (status, said) = client.ask(request).await;
+        match expected {
+            Some(app) => assert_eq!((status, &said["app"]), (StatusCode::OK, &json!(app))),
+            None => assert_eq!(status, StatusCode::NOT_FOUND),
+        }
+    }
+    let line = bed.log("/v2").await;
+    assert_eq!(
+        (&line["route"], &line["rule"], &line["status"]),
+        (&json!("HTTPRoute/shop/route"), &json!("1"), &json!(200))
+    );
+    assert_eq!(
+        (&line["backend"], &line["destination"]["workload"]),
+        (&json!("shop/api"), &json!("shop/api"))
+    );
+    assert_eq!(line["source"]["identity"], "spiffe://td/ns/shop/sa/client");
+    let line = bed.log("/other").await;
+    assert!(line["reason"] == "no_rule" || line["status"] == 200, "{line}");
+    // Two backends, one connection each, whatever the number of requests.
+    drop(client);
+    assert_eq!((bed.web.served(), bed.api.served()), (2, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shares_are_as_the_weights_and_no_request_waits_for_another() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 3), to("api", 1)])]).await;
+    let clients: Vec<_> = (0..8)
+        .map(|_| async {
+            let mut client = bed.client().await;
+            for _ in 0..100 {
+                assert_eq!(client.get("/").await.0, StatusCode::OK);
+            }
+        })
+        .collect();
+    futures_util::future::join_all(clients).await;
+    let share = bed.web.served() as f64 / (bed.web.served() + bed.api.served()) as f64;
+    assert!((0.69..0.81).contains(&share), "{share}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_filters_say_is_done_on_the_way() {
+    let edits = HeaderEdits {
+        set: vec![("x-set".into(), "new".into())],
+        add: vec![("x-add".into(), "more".into())],
+        remove: vec!["x-gone".into()],
+    };
+    let filters = Filters {
+        request_headers: edits,
+        response_headers: HeaderEdits {
+            set: vec![("x-seen".into(), "yes".into())],
+            ..HeaderEdits::default()
+        },
+        rewrite: Some(Rewrite {
+            hostname: Some("backend.example".into()),
+            path: Some(PathEdit::Prefix("/new".into())),
+        }),
+        ..Filters::default()
+    };
+    let away = Redirect {
+        scheme: Some("https".into()),
+        hostname: Some("elsewhere".into()),
+        path: Some(PathEdit::Full("/there".into())),
+        port: None,
+        status: 308,
+    };
+    let redirect = Filters { redirect: Some(away), ..Filters::default() };
+    let bed = Bed::new(vec![
+        RouteRule { filters, ..rule(vec![prefix("/old")], vec![to("web", 1)]) },
+        RouteRule { filters: redirect, ..rule(vec![prefix("/away")], vec![]) },
+    ])
+    .await;
+    let mut client = bed.client().await;
+    let request = Request::get("/old/a?b=c")
+        .header("x-set", "old")
+        .header("x-add", "some")
+        .header("x-gone", "1")
+        .header("connection", "x-hop")
+        .header("x-hop", "1");
+    let response = client.send(request, "").await;
+    assert_eq!(
+        (&response.headers()["x-seen"], &response.headers()["x-app"]),
+        (&"yes".parse().unwrap(), &"web".parse().unwrap())
+    );
+    let (_, said) = said(response).await;
+    assert_eq!(said["uri"], "/new/a?b=c");
+    let headers: Vec<(String, String)> = serde_json::from_value(said["headers"].clone()).unwrap();
+    let of =
+        |name: &str| headers.iter().filter(|it| it.0 == name).map(|it| it.1.as_str()).collect::<Vec<_>>();
+    assert_eq!(
+        (of("x-set"), of("x-add"), of("x-gone"), of("x-hop")),
+        (vec!["new"], vec!["some", "more"], vec![], vec![])
+    );
+    assert_eq!(of("host"), ["backend.example"]);
+
+    let response = client.send(Request::get("/away?q=1"), "").await;
+    assert_eq!(response.status(), StatusCode::PERMANENT_REDIRECT);
+    assert_eq!(response.headers()["location"], "https://elsewhere/there?q=1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_leads_nowhere_is_answered_and_says_why_in_the_log_alone() {
+    let nowhere = Backend { to: BackendTarget::Nowhere, weight: 1, filters: Filters::default() };
+    let mut bed = Bed::new(vec![
+        rule(vec![prefix("/nowhere")], vec![nowhere]),
+        rule(vec![prefix("/nobody")], vec![]),
+        rule(vec![prefix("/zero")], vec![to("web", 0)]),
+        rule(vec![prefix("/empty")], vec![to("empty", 1)]),
+        rule(vec![prefix("/refused")], vec![to("refused", 1)]),
+    ])
+    .await;
+    bed.plan.backend("empty", "web", &[]);
+    bed.plan.backend("refused", "web", &[SocketAddr::new(ip(WEB), 1)]);
+    bed.world.publish(&bed.plan, "3");
+    let mut client = bed.client().await;
+    for (path, status, reason) in [
+        ("/nowhere", 500, "no_backend"),
+        ("/nobody", 500, "no_backend"),
+        ("/zero", 500, "no_backend"),
+        ("/empty", 503, "no_endpoint"),
+        ("/refused", 503, "dial_refused"),
+    ] {
+        let response = client.send(Request::get(path), "").await;
+        assert_eq!(response.status(), status, "{path}");
+        let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
+        let body = String::from_utf8_lossy(&body).to_lowercase();
+        assert!(!body.contains("shop") && !body.contains("127."), "{body}");
+        let line = bed.log(path).await;
+        assert_eq!((&line["outcome"], &line["reason"]), (&json!("refused"), &json!(reason)), "{line}");
+    }
+    // A call is told in its own way.
+    let call = Request::post("/nowhere").header("content-type", "application/grpc");
+    let response = client.send(call, "").await;
+    assert_eq!(
+        (response.status(), &response.headers()["grpc-status"]),
+        (StatusCode::OK, &"14".parse().unwrap())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_tried_again_as_its_rule_says_and_given_up_when_its_time_is_over() {
+    let retry = Retry { codes: vec![503], attempts: 3, backoff: Duration::from_millis(1) };
+    let times = |request, backend| Timeouts {
+        request: Some(Duration::from_millis(request)),
+        backend: Some(Duration::from_millis(backend)),
+    };
+    let bed = Bed::new(vec![
+        RouteRule { retry: Some(retry.clone()), ..rule(vec![prefix("/unready")], vec![to("web", 1)]) },
+        RouteRule {
+            retry: Some(retry),
+            timeouts: times(10_000, 100),
+            ..rule(vec![prefix("/late")], vec![to("api", 1)])
+        },
+        RouteRule { timeouts: times(100, 100), ..rule(vec![prefix("/never")], vec![to("web", 1)]) },
+    ])
+    .await;
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/unready").await.0, StatusCode::OK);
+    assert_eq!(bed.log("/unready").await["attempts"], 3);
+    // A small body goes along each time.
+    assert_eq!(client.send(Request::post("/late"), "once more").await.status(), StatusCode::OK);
+    assert_eq!(bed.log("/late").await["attempts"], 2);
+    assert_eq!(client.get("/never").await.0, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!(bed.log("/never").await["reason"], "request_timeout");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_that_dies_is_not_noticed_by_who_may_ask_twice() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/die").await.0, StatusCode::OK);
+    assert_eq!(bed.log("/die").await["attempts"], 2);
+    drop(bed);
+
+    // Without a rule of its own a POST is not made twice.
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut client = bed.client().await;
+    assert_eq!(client.ask(Request::post("/die")).await.0, StatusCode::SERVICE_UNAVAILABLE);
+    let line = bed.log("/die").await;
+    assert_eq!((&line["attempts"], &line["reason"]), (&json!(1), &json!("backend_reset")));
+    // One that was closed while it was idle had taken nothing: even a POST goes to another.
+    assert_eq!(client.ask(Request::post("/")).await.0, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_go_through_with_their_trailers_many_on_one_connection() {
+    let mut bed = Bed::new(vec![]).await;
+    let call = |service: &str| RequestMatch {
+        path: PathMatch::Call { service: Some(TextMatch::Exact(service.into())), method: None },
+        ..RequestMatch::default()
+    };
+    let rules =
+        vec![rule(vec![call("trailers")], vec![to("web", 1)]), rule(vec![call("b")], vec![to("api", 1)])];
+    bed.plan.routes = vec![RequestRoute { kind: RouteKind::Grpc, ..route(rules) }];
+    bed.world.publish(&bed.plan, "3");
+    let stream = TokioIo::new(connect(bed.at).await);
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+    tokio::spawn(connection);
+    let ask = async |path: &str| {
+        let request = Request::post(format!("http://service{path}"))
+            .version(Version::HTTP_2)
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(Empty::<Bytes>::new())
+            .unwrap();
+        in_time(sender.clone().send_request(request)).await.unwrap()
+    };
+    let all: Vec<_> = (0..50).map(|_| ask("/b/c")).collect();
+    for response in futures_util::future::join_all(all).await {
+        assert_eq!(response.headers()["x-app"], "api");
+    }
+    let unknown = ask("/nobody/c").await;
+    assert_eq!(
+        (unknown.status(), &unknown.headers()["grpc-status"]),
+        (StatusCode::OK, &"12".parse().unwrap())
+    );
+    drop(unknown);
+    bed.plan.routes[0].rules[0].matches = vec![];
+    bed.world.publish(&bed.plan, "4");
+    let response = ask("/trailers/say").await;
+    let collected = in_time(response.into_body().collect()).await.unwrap();
+    assert_eq!(collected.trailers().unwrap()["grpc-status"], "7");
+    assert_eq!(bed.log("/trailers/say").await["grpc_status"], 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ends_go_on_in_another_protocol() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut client = bed.client().await;
+    let asked = Request::get("/upgrade").header("connection", "Upgrade").header("upgrade", "echo");
+    let mut response = client.send(asked, "").await;
+    assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
+    assert_eq!(response.headers()["upgrade"], "echo");
+    let mut stream = TokioIo::new(in_time(hyper::upgrade::on(&mut response)).await.unwrap());
+    stream.write_all(b"ping").await.unwrap();
+    let mut bytes = [0; 4];
+    in_time(stream.read_exact(&mut bytes)).await.unwrap();
+    assert_eq!(&bytes, b"ping");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_could_be_read_in_two_ways_or_is_no_http_gets_no_further() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    for request in [
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nX-A: b\r\n folded: c\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+        "GET / HTTP/1.1\r\n\r\n",
+        "CONNECT b:80 HTTP/1.1\r\nHost: b:80\r\n\r\n",
+        "\x05not http at all\r\n\r\n",
+    ] {
+        let mut stream = connect(bed.at).await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = vec![];
+        // It may be reset behind the answer: what it sent was not read to its end.
+        let _ = in_time(stream.read_to_end(&mut answer)).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.starts_with("HTTP/1.1 4") || answer.is_empty(), "{request:?}: {answer:?}");
+    }
+    assert_eq!(bed.web.served(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_encrypted_between_applications_is_carried_as_it_is() {
+    let mut bed = Bed::new(vec![rule(vec![], vec![to("api", 1)])]).await;
+    let (at, listener) = bed.world.web().await;
+    echo(listener);
+    bed.plan.services.clear();
+    bed.plan.service(&[("web", at)]);
+    bed.world.publish(&bed.plan, "3");
+    let hello = [b"\x16\x03\x01\x00\x05".as_slice(), b"hello"].concat();
+    assert_eq!(
+        ask(bed.at, &hello).await.unwrap(),
+        hello,
+        "by the service itself, and not by its route's backend"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routes_come_and_go_under_a_connection_that_lives() {
+    let mut bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/").await.1["app"], "web");
+    bed.plan.routes = vec![route(vec![rule(vec![], vec![to("api", 1)])])];
+    bed.world.publish(&bed.plan, "3");
+    assert_eq!(client.get("/").await.1["app"], "api");
+    bed.plan.routes = vec![];
+    bed.world.publish(&bed.plan, "4");
+    for _ in 0..20 {
+        assert_eq!(client.get("/").await.0, StatusCode::OK);
+    }
+    assert!(bed.web.served() > 1 && bed.api.served() > 1, "both serve the service itself");
+    // A connection that begins now is one of bytes.
+    let mut stream = connect(bed.at).await;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = vec![];
+    in_time(stream.read_to_end(&mut answer)).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.0 200"), "{}", String::from_utf8_lossy(&answer));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_stays_where_it_began() {
+    let persistence = Persistence { name: "session".into(), by: PersistBy::Header, lifetime: None };
+    let rule = RouteRule { persistence: Some(persistence), ..rule(vec![], vec![to("web", 1), to("api", 1)]) };
+    let bed = Bed::new(vec![rule]).await;
+    let mut client = bed.client().await;
+    let first = client.send(Request::get("/"), "").await;
+    let session = first.headers()["session"].clone();
+    let (_, began) = said(first).await;
+    for _ in 0..20 {
+        let response = client.send(Request::get("/").header("session", session.clone()), "").await;
+        assert!(!response.headers().contains_key("session"));
+        assert_eq!(said(response).await.1["app"], began["app"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_bodies_pass_unchanged_both_ways() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut stream = connect(bed.at).await;
+    const LEN: usize = 40 << 20;
+    let head =
+        format!("POST /large HTTP/1.1\r\nHost: a\r\nContent-Length: {LEN}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    in_time(stream.write_all(&pattern(LEN, 1))).await.unwrap();
+    let mut answer = vec![];
+    in_time(stream.read_to_end(&mut answer)).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.contains(&format!("\"length\":{LEN}")), "{answer}");
+    let lines = eventually(async || {
+        let lines = bed.world.source.log().await;
+        lines.iter().any(|line| line["kind"] != "request").then_some(lines)
+    })
+    .await;
+    let connection = lines.iter().find(|line| line["kind"] != "request").unwrap();
+    assert_eq!(connection["outcome"], "ok", "{connection}");
+    assert!(connection["bytes_sent"].as_u64().unwrap() > LEN as u64, "{connection}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_drains_answers_what_is_under_way_and_takes_nothing_more() {
+    let times = Timeouts { request: Some(Duration::from_secs(1)), backend: None };
+    let bed = Bed::new(vec![RouteRule { timeouts: times, ..rule(vec![], vec![to("web", 1)]) }]).await;
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/").await.0, StatusCode::OK);
+    let under_way = tokio::spawn(async move { (client.get("/never").await.0, client) });
+    eventually(async || (bed.web.served() == 2).then_some(())).await;
+    assert_eq!(bed.world.source.drain.drain(Duration::from_secs(10)).await, 0);
+    let (status, mut client) = under_way.await.unwrap();
+    assert_eq!(status, StatusCode::GATEWAY_TIMEOUT, "it was answered, not cut");
+    assert!(client.0.ready().await.is_err(), "the connection has ended");
+    bed.web.task.abort();
+}
