@@ -1,0 +1,104 @@
+//! Requests: what the routes of a service say, on real kernels and through real agents, from the manifest to the wire.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use mesh_tests::{
+    WorkloadSpec, World, apps,
+    manifests::{Enrolment, Mode},
+    until,
+    wait::holds,
+    workload::TIMEOUT,
+};
+use serde_json::Value;
+
+/// `shop/pay` leads to version one on the client's node, and to version two, on the other, for whoever asks for it.
+const ROUTE: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: shop, name: pay}
+spec:
+  parentRefs: [{group: '', kind: Service, name: pay, port: 80}]
+  rules:
+    - name: second
+      matches:
+        - path: {type: PathPrefix, value: /v2}
+        - headers: [{name: version, value: two}]
+      filters:
+        - type: ResponseHeaderModifier
+          responseHeaderModifier: {set: [{name: x-by, value: mesh}]}
+      backendRefs: [{name: pay-2, port: 80}]
+    - matches: [{path: {type: PathPrefix, value: /v1}}]
+      backendRefs: [{name: pay-1, port: 80}]
+";
+
+fn shop() -> World {
+    let world = World::shop()
+        .namespace("shop", Enrolment::Enrolled, Mode::Strict)
+        .with(WorkloadSpec::new("shop/pay-1", "a").app("pay-1"))
+        .with(WorkloadSpec::new("shop/pay-2", "b").app("pay-2"))
+        .service("shop/pay", "pay-1", 80, 8080)
+        .service("shop/pay-1", "pay-1", 80, 8080)
+        .service("shop/pay-2", "pay-2", 80, 8080)
+        .build()
+        .unwrap();
+    world.yaml.write("route.yaml", ROUTE).unwrap();
+    world
+}
+
+/// What `shop/web` is answered by the service: everything, head and body.
+fn ask(world: &World, request: &str) -> Result<String, String> {
+    let to = (world.service("shop/pay").v4, 80).into();
+    let answer = world.workload("web").exchange(to, request.as_bytes()).map_err(|e| e.to_string())?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+fn get(path: &str, header: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: pay\r\nConnection: close\r\n{header}\r\n")
+}
+
+#[test]
+fn a_request_goes_where_its_route_says_and_by_mutual_tls() {
+    let world = shop();
+    let _apps = ["pay-1", "pay-2"].map(|name| world.workload(name).serve(8080, apps::http(name)).unwrap());
+    until("the route is in force", TIMEOUT, || {
+        let answer = ask(&world, &get("/v2", ""))?;
+        holds(answer.contains("pay-2 saw"), || answer.clone())
+    });
+    let mut wire = world.capture().unwrap();
+    let client = world.workload("web").address.v4.to_string();
+    for (path, header, expected) in [
+        ("/v1/x", "", "pay-1 saw "),
+        ("/v2/x?y=z", "", "pay-2 saw "),
+        ("/", "Version: two\r\n", "pay-2 saw "),
+        ("/v1", "Version: two\r\n", "pay-1 saw "),
+    ] {
+        let answer = ask(&world, &get(path, header)).unwrap();
+        assert!(answer.contains(&format!("{expected}{client}")), "{path} {header}: {answer}");
+        assert_eq!(answer.contains("x-by: mesh"), expected.starts_with("pay-2"), "{answer}");
+    }
+    let nowhere = ask(&world, &get("/v3", "")).unwrap();
+    assert!(nowhere.starts_with("HTTP/1.1 404 "), "{nowhere}");
+    assert!(wire.plaintext(b"saw ").unwrap().is_empty());
+    let line = world.agent("a").wait_log("the request", |line: &Value| line["path"] == "/v2/x");
+    assert_eq!(
+        (&line["route"], &line["rule"], &line["backend"], &line["status"]),
+        (&"HTTPRoute/shop/pay".into(), &"second".into(), &"shop/pay-2".into(), &200.into())
+    );
+    let metrics = world.agent("a").metrics().unwrap();
+    let counted = [("service", "shop/pay"), ("backend", "shop/pay-2"), ("status", "200")];
+    assert!(metrics.sum("nodemesh_requests_total", &counted) >= 2.0);
+
+    // Who may not, may not by a route either: the backend's own agent says no, and the client is told nothing of why.
+    let policy = "
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: pay-2, namespace: shop}
+spec: {selector: {matchLabels: {app: pay-2}}, action: Deny, rules: [{}]}
+";
+    world.yaml.write("policy.yaml", policy).unwrap();
+    until("the policy is in force", TIMEOUT, || {
+        let answer = ask(&world, &get("/v2", ""))?;
+        holds(answer.starts_with("HTTP/1.1 503 ") && !answer.contains("policy"), || answer.clone())
+    });
+    let denied = world.agent("a").wait_log("the refusal", |line: &Value| line["status"] == 503);
+    assert_eq!(denied["reason"], "peer_refused", "{denied}");
+}
