@@ -2,6 +2,8 @@
 //!
 //! Sources build it, nothing else changes it. It holds no times, no file names and nothing that agents reported.
 
+mod route;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -11,9 +13,11 @@ use std::{
 
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Distribution, Mode, Name, Place, Policy},
+    model::{Distribution, Mode, Name, Place, Policy, http::RouteKind},
 };
 use serde::{Deserialize, Serialize};
+
+pub use self::route::{ParentRef, ReferenceGrant, Route};
 
 /// The kinds that the controller understands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -28,12 +32,26 @@ pub enum Kind {
     EndpointSlice,
     /// `nodemesh.io/v1alpha1`.
     AuthorizationPolicy,
+    /// The Gateway API's; where requests to a Service lead.
+    HttpRoute,
+    /// The Gateway API's; where calls to a Service lead.
+    GrpcRoute,
+    /// The Gateway API's; which routes of other namespaces may lead here.
+    ReferenceGrant,
 }
 
 impl Kind {
     /// All kinds, in the order in which a person reads them.
-    pub const ALL: [Self; 5] =
-        [Self::Namespace, Self::Workload, Self::Service, Self::EndpointSlice, Self::AuthorizationPolicy];
+    pub const ALL: [Self; 8] = [
+        Self::Namespace,
+        Self::Workload,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::AuthorizationPolicy,
+        Self::HttpRoute,
+        Self::GrpcRoute,
+        Self::ReferenceGrant,
+    ];
 
     /// `kind:` in a manifest.
     pub const fn as_str(self) -> &'static str {
@@ -43,15 +61,30 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::HttpRoute => "HTTPRoute",
+            Self::GrpcRoute => "GRPCRoute",
+            Self::ReferenceGrant => "ReferenceGrant",
         }
     }
 
-    /// `apiVersion:` in a manifest.
+    /// `apiVersion:` in a manifest, and what a cluster is asked for.
     pub const fn api_version(self) -> &'static str {
         match self {
             Self::Namespace | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::Workload | Self::AuthorizationPolicy => "nodemesh.io/v1alpha1",
+            Self::HttpRoute | Self::GrpcRoute => "gateway.networking.k8s.io/v1",
+            // Every version of the Gateway API that has the routes serves this one.
+            Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",
+        }
+    }
+
+    /// Another `apiVersion:` that means the same.
+    pub const fn other_api_version(self) -> Option<&'static str> {
+        match self {
+            Self::HttpRoute => Some("gateway.networking.k8s.io/v1beta1"),
+            Self::ReferenceGrant => Some("gateway.networking.k8s.io/v1"),
+            _ => None,
         }
     }
 
@@ -228,6 +261,10 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     /// A policy.
     AuthorizationPolicy(Policy),
+    /// Where requests or calls lead; shared with every model that has it, as one may be long.
+    Route(Arc<Route>),
+    /// Which routes of other namespaces may lead here.
+    ReferenceGrant(ReferenceGrant),
 }
 
 impl Object {
@@ -244,6 +281,8 @@ impl Object {
             Self::AuthorizationPolicy(policy) => {
                 ObjectKey { kind: Kind::AuthorizationPolicy, name: policy.name.clone() }
             }
+            Self::Route(route) => ObjectKey { kind: route.kind.into(), name: route.name.clone() },
+            Self::ReferenceGrant(grant) => ObjectKey { kind: Kind::ReferenceGrant, name: grant.name.clone() },
         }
     }
 }
@@ -261,6 +300,10 @@ pub struct Model {
     pub slices: BTreeMap<Name, Arc<EndpointSlice>>,
     /// By name; shared as they are by every view that has them.
     pub policies: BTreeMap<Name, Arc<Policy>>,
+    /// By kind and name.
+    pub routes: BTreeMap<(RouteKind, Name), Arc<Route>>,
+    /// By name.
+    pub grants: BTreeMap<Name, ReferenceGrant>,
 }
 
 impl<'a> FromIterator<&'a Object> for Model {
@@ -275,6 +318,8 @@ impl<'a> FromIterator<&'a Object> for Model {
                 Object::AuthorizationPolicy(it) => {
                     drop(model.policies.insert(it.name.clone(), Arc::new(it.clone())));
                 }
+                Object::Route(it) => drop(model.routes.insert((it.kind, it.name.clone()), it.clone())),
+                Object::ReferenceGrant(it) => drop(model.grants.insert(it.name.clone(), it.clone())),
             }
         }
         model

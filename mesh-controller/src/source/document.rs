@@ -205,6 +205,25 @@ impl Node {
         }
     }
 
+    /// What a map has under a key; nothing if this is no map.
+    pub fn field(&self, key: &str) -> Option<&Self> {
+        let Value::Map(entries) = &self.value else { return None };
+        entries.iter().find(|(name, _)| name == key).map(|(_, child)| child)
+    }
+
+    /// The entries of a list; nothing if this is none.
+    pub fn items(&self) -> Option<&[Self]> {
+        match &self.value {
+            Value::List(items) => Some(items),
+            Value::Map(_) | Value::Scalar(_) | Value::Null => None,
+        }
+    }
+
+    /// Whether it is a map.
+    pub fn is_map(&self) -> bool {
+        matches!(self.value, Value::Map(_))
+    }
+
     /// The line of a field, or of the nearest thing around it that is there.
     pub fn line_of(&self, path: &str) -> usize {
         let (child, rest) = match (&self.value, path.strip_prefix('[')) {

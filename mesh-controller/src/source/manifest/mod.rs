@@ -8,6 +8,7 @@
 //! | [`service`] | services |
 //! | [`slice`] | who serves them |
 //! | [`policy`] | authorization policies |
+//! | [`route`] | routes of requests, and who may send some to whom |
 //! | [`check`] | what is checked the same way in all of them |
 //!
 //! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
@@ -16,6 +17,7 @@ mod check;
 #[cfg(test)]
 mod crd;
 mod policy;
+mod route;
 mod service;
 mod slice;
 mod workload;
@@ -43,7 +45,7 @@ const MAX_QUOTED: usize = 500;
 /// What a document turned out to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// Nothing but comments.
+    /// Nothing but comments, or what others read: a route for Gateways alone.
     Empty,
     /// A checked object.
     Accepted(Object),
@@ -64,12 +66,19 @@ pub fn parse(document: &Document<'_>) -> Outcome {
     };
     let key = key(kind, &tree);
     let mut check = Check { tree: &tree, problems: vec![] };
+    let is_route = matches!(kind, Kind::HttpRoute | Kind::GrpcRoute);
+    if is_route && check.api_version(kind).is_ok() && route::is_anothers(&tree) {
+        return Outcome::Empty;
+    }
     let object = check.api_version(kind).and_then(|()| match kind {
         Kind::Namespace => document.typed(&tree).map(|raw| check.namespace(raw)),
         Kind::Workload => document.typed(&tree).map(|raw| check.workload(raw)),
         Kind::Service => document.typed(&tree).map(|raw| check.service(raw)),
         Kind::EndpointSlice => document.typed(&tree).map(|raw| check.slice(raw)),
         Kind::AuthorizationPolicy => document.typed(&tree).map(|raw| check.policy(raw)),
+        Kind::HttpRoute => document.typed(&tree).map(|raw| check.http_route(raw)),
+        Kind::GrpcRoute => document.typed(&tree).map(|raw| check.grpc_route(raw)),
+        Kind::ReferenceGrant => document.typed(&tree).map(|raw| check.grant(raw)),
     });
     match object {
         Ok(object) if check.problems.is_empty() => Outcome::Accepted(object),
@@ -128,8 +137,7 @@ struct RawMetadata {
     labels: BTreeMap<String, String>,
     #[serde(rename = "annotations")]
     _annotations: Option<IgnoredAny>,
-    #[serde(rename = "creationTimestamp")]
-    _creation_timestamp: Option<IgnoredAny>,
+    creation_timestamp: Option<String>,
     #[serde(rename = "finalizers")]
     _finalizers: Option<IgnoredAny>,
     #[serde(rename = "generation")]
