@@ -14,7 +14,10 @@ use std::{
 };
 
 use mesh_core::{
-    model::{Mode, Name, Policy, Service, Workload},
+    model::{
+        Mode, Name, Policy, Service, Workload,
+        http::{RequestRoute, RouteKind},
+    },
     view::{Delta, Key, Mesh, NodeView, Resource},
 };
 
@@ -22,7 +25,10 @@ use self::{
     demand::{Changes, Holders},
     serving::{Ready, Slices, service},
 };
-use crate::model::{self, Model};
+use crate::{
+    model::{self, Model},
+    routes,
+};
 
 /// Everything that every node knows, and the policies to choose from.
 #[derive(Debug, Clone)]
@@ -33,6 +39,8 @@ pub struct Common {
     workloads: Vec<Arc<Workload>>,
     services: Vec<Arc<Service>>,
     policies: Vec<Arc<Policy>>,
+    /// By kind and name.
+    routes: Vec<Arc<RequestRoute>>,
     /// The workloads of each node, by namespace: what its policies are chosen by.
     by_node: BTreeMap<String, BTreeMap<String, Vec<Arc<Workload>>>>,
     /// Where in `policies`, which is sorted by name, each namespace's are.
@@ -50,9 +58,9 @@ impl Common {
     }
 
     fn nothing(mesh: Arc<Mesh>) -> Self {
-        let (wanted, workloads, services, policies) = Default::default();
-        let (by_node, by_namespace) = Default::default();
-        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace, holders: OnceLock::new() }
+        let (wanted, workloads, services, policies, routes) = Default::default();
+        let (by_node, by_namespace, holders) = Default::default();
+        Self { mesh, wanted, workloads, services, policies, routes, by_node, by_namespace, holders }
     }
 
     /// Builds the next one. Workloads that are as they were are shared with this one: one change among ten thousand
@@ -90,12 +98,13 @@ impl Common {
         let (ready, slices) = (Ready::new(model), Slices::new(model));
         let services = model.services.values().map(|it| Arc::new(service(it, &ready, &slices))).collect();
         let wanted = model.workloads.values().cloned().collect();
-        Self { mesh, wanted, workloads, services, policies, by_node, by_namespace, holders: OnceLock::new() }
+        let (routes, holders) = (routes::resolve(model).routes, OnceLock::new());
+        Self { mesh, wanted, workloads, services, policies, routes, by_node, by_namespace, holders }
     }
 
-    /// Workloads and services: what every whole view has.
+    /// Workloads, services and routes: what every whole view has.
     pub fn size(&self) -> usize {
-        self.workloads.len() + self.services.len()
+        self.workloads.len() + self.services.len() + self.routes.len()
     }
 
     /// What the whole mesh shares.
@@ -118,6 +127,11 @@ impl Common {
         &self.policies
     }
 
+    /// All routes of requests that are in force, by kind and name.
+    pub fn routes(&self) -> &[Arc<RequestRoute>] {
+        &self.routes
+    }
+
     /// The view of one node: [`Common::shared`] and [`Common::own`].
     pub fn view(&self, node: &str) -> NodeView {
         self.shared().chain(self.own(node).resources().cloned()).collect()
@@ -128,6 +142,7 @@ impl Common {
         let mesh = std::iter::once(Resource::Mesh(self.mesh.clone()));
         mesh.chain(self.workloads.iter().cloned().map(Resource::Workload))
             .chain(self.services.iter().cloned().map(Resource::Service))
+            .chain(self.routes.iter().cloned().map(Resource::Route))
     }
 
     /// What only this node's view has: the policies that select one of its workloads.
@@ -148,36 +163,44 @@ impl Common {
             changes.shared.upserts.push(Resource::Mesh(next.mesh.clone()));
             changes.of_mesh = true;
         }
-        let Changes { shared, addresses, nodes, namespaces, .. } = &mut changes;
-        let workload = (Resource::Workload as fn(_) -> _, Key::Workload as fn(_) -> _);
+        let Changes { shared, addresses, nodes, namespaces, services, .. } = &mut changes;
         sorted_diff(
             &self.workloads,
             &next.workloads,
             |it| &it.name,
-            workload,
+            (Resource::Workload, Key::Workload),
             shared,
             |it| {
                 addresses.extend(&it.addresses);
                 nodes.insert(it.node.clone());
             },
         );
-        let service = (Resource::Service as fn(_) -> _, Key::Service as fn(_) -> _);
         sorted_diff(
             &self.services,
             &next.services,
             |it| &it.name,
-            service,
+            (Resource::Service, Key::Service),
             shared,
             |it| {
                 addresses.extend(&it.addresses);
+                services.insert(it.name.clone());
             },
         );
-        let policy = (Resource::Policy as fn(_) -> _, Key::Policy as fn(_) -> _);
+        for kind in RouteKind::ALL {
+            sorted_diff(
+                of_kind(&self.routes, kind),
+                of_kind(&next.routes, kind),
+                |it| &it.name,
+                (Resource::Route, |name| Key::Route(kind, name)),
+                shared,
+                |it| services.extend(it.parents.iter().map(|parent| parent.service.clone())),
+            );
+        }
         sorted_diff(
             &self.policies,
             &next.policies,
             |it| &it.name,
-            policy,
+            (Resource::Policy, Key::Policy),
             &mut Delta::default(),
             |it| {
                 namespaces.insert(it.name.namespace.clone());
@@ -192,16 +215,20 @@ impl Common {
     }
 }
 
-/// What makes a resource of a kind, and its key.
-type Kind<T> = (fn(Arc<T>) -> Resource, fn(Name) -> Key);
+/// The routes of one kind.
+fn of_kind(routes: &[Arc<RequestRoute>], kind: RouteKind) -> &[Arc<RequestRoute>] {
+    let from = routes.partition_point(|route| route.kind < kind);
+    let to = routes.partition_point(|route| route.kind <= kind);
+    &routes[from..to]
+}
 
-/// The difference of two lists that are sorted by name, in one pass over both. `touched` sees what was and what is of each
-/// that differs.
+/// The difference of two lists that are sorted by name, in one pass over both. A resource of theirs is made by the first of
+/// two functions, and its key by the second. `touched` sees what was and what is of each that differs.
 fn sorted_diff<T: Eq>(
     old: &[Arc<T>],
     new: &[Arc<T>],
     name: impl Fn(&T) -> &Name,
-    (resource, key): Kind<T>,
+    (resource, key): (impl Fn(Arc<T>) -> Resource, impl Fn(Name) -> Key),
     delta: &mut Delta,
     mut touched: impl FnMut(&T),
 ) {

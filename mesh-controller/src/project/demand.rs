@@ -1,9 +1,10 @@
 //! Views by demand: a node's own workloads, and what the addresses are that it asked for. Stands apart from whole views,
 //! which all nodes share: here each node has a part of its own.
 //!
-//! Everything is found by address. Who has an address that counts is in the view, with all of its own addresses, so that
-//! an address which two claim is ambiguous here too; and of a service the addresses of its endpoints count. So whatever
-//! the view [`mesh_core::view::Snapshot::knows`], it says as the whole view does.
+//! What was asked for is found by address. Who has an address that counts is in the view, with all of its own addresses, so
+//! that an address which two claim is ambiguous here too; and of a service the addresses of its endpoints count, and its
+//! routes with the services that they lead to. So whatever the view [`mesh_core::view::Snapshot::knows`], it says as the
+//! whole view does.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -12,7 +13,10 @@ use std::{
 };
 
 use mesh_core::{
-    model::IpNet,
+    model::{
+        IpNet, Name, Service,
+        http::{BackendTarget, RequestRoute},
+    },
     view::{Delta, Demand, MAX_BLOCKS, NodeView, Resource},
 };
 
@@ -22,10 +26,13 @@ use super::Common;
 const V4_BLOCKS: [u8; 7] = [24, 20, 16, 12, 8, 4, 0];
 const V6_BLOCKS: [u8; 7] = [64, 56, 48, 40, 32, 16, 0];
 
-/// Who has which address, and the blocks that all of these are in.
+/// Who has which address, and the blocks that all of these are in; and what is found by a service's name.
 #[derive(Debug)]
 pub(super) struct Holders {
     by_address: HashMap<IpAddr, Vec<Resource>>,
+    services: HashMap<Name, Arc<Service>>,
+    /// The routes of each service.
+    routes: HashMap<Name, Vec<Arc<RequestRoute>>>,
     demand: Arc<Demand>,
 }
 
@@ -38,8 +45,15 @@ impl Holders {
                 by_address.entry(*address).or_default().push(holder.clone());
             }
         }
+        let mut routes: HashMap<Name, Vec<Arc<RequestRoute>>> = HashMap::new();
+        for route in &common.routes {
+            for parent in &route.parents {
+                routes.entry(parent.service.clone()).or_default().push(route.clone());
+            }
+        }
+        let services = common.services.iter().map(|it| (it.name.clone(), it.clone())).collect();
         let demand = Arc::new(Demand { blocks: blocks(by_address.keys()) });
-        Self { by_address, demand }
+        Self { by_address, services, routes, demand }
     }
 
     fn at(&self, address: &IpAddr) -> &[Resource] {
@@ -52,8 +66,23 @@ fn addresses(resource: &Resource) -> &[IpAddr] {
     match resource {
         Resource::Workload(workload) => &workload.addresses,
         Resource::Service(service) => &service.addresses,
-        Resource::Mesh(_) | Resource::Demand(_) | Resource::Nobody(_) | Resource::Policy(_) => &[],
+        Resource::Mesh(_)
+        | Resource::Demand(_)
+        | Resource::Nobody(_)
+        | Resource::Policy(_)
+        | Resource::Route(_) => &[],
     }
+}
+
+/// The services that a route sends requests to, or copies of them.
+fn targets(route: &RequestRoute) -> impl Iterator<Item = &Name> {
+    let backends = route.rules.iter().flat_map(|rule| &rule.backends);
+    let filters = backends.clone().map(|it| &it.filters).chain(route.rules.iter().map(|it| &it.filters));
+    let mirrors = filters.flat_map(|it| &it.mirrors).map(|it| &it.to);
+    backends.map(|it| &it.to).chain(mirrors).filter_map(|to| match to {
+        BackendTarget::Service { service, .. } => Some(service),
+        BackendTarget::Nowhere => None,
+    })
 }
 
 /// Few blocks that all of these addresses are in. Of one length for a family, so that an address more or less seldom
@@ -82,6 +111,8 @@ pub struct Changes {
     pub(super) nodes: HashSet<String>,
     /// The namespaces of policies that differ.
     pub(super) namespaces: BTreeSet<String>,
+    /// The services that differ, and those of routes that do.
+    pub(super) services: HashSet<Name>,
 }
 
 /// A view by demand.
@@ -90,6 +121,8 @@ pub struct Demanded {
     view: NodeView,
     /// The addresses that count: who has one of them is in the view.
     addresses: HashSet<IpAddr>,
+    /// The names that count: the services with them are in the view, with their routes.
+    services: HashSet<Name>,
 }
 
 /// What of a view by demand a change can make another.
@@ -123,18 +156,46 @@ impl Demanded {
                 continue;
             }
             for holder in holders.at(&address) {
-                if !self.view.insert(holder.clone()) {
-                    continue;
+                match holder {
+                    Resource::Service(service) => {
+                        next.extend(self.reach_service(holders, &service.name, &mut new));
+                    }
+                    holder => {
+                        if self.view.insert(holder.clone()) {
+                            next.extend(addresses(holder));
+                            new.push(holder.clone());
+                        }
+                    }
                 }
-                next.extend(addresses(holder));
-                if let Resource::Service(service) = holder {
-                    let endpoints = service.ports.iter().flat_map(|port| &port.endpoints);
-                    next.extend(endpoints.map(|endpoint| endpoint.address));
-                }
-                new.push(holder.clone());
             }
         }
         new
+    }
+
+    /// Puts in a service, its routes, the services that these lead to, and so on; returns the addresses that count then.
+    fn reach_service(&mut self, holders: &Holders, name: &Name, new: &mut Vec<Resource>) -> Vec<IpAddr> {
+        let mut reached = Vec::new();
+        let mut next = vec![name];
+        while let Some(name) = next.pop() {
+            if !self.services.insert(name.clone()) {
+                continue;
+            }
+            if let Some(service) = holders.services.get(name) {
+                let endpoints = service.ports.iter().flat_map(|port| &port.endpoints);
+                reached.extend(service.addresses.iter().copied().chain(endpoints.map(|it| it.address)));
+                let service = Resource::Service(service.clone());
+                self.view.insert(service.clone());
+                new.push(service);
+            }
+            for route in holders.routes.get(name).into_iter().flatten() {
+                let resource = Resource::Route(route.clone());
+                if self.view.insert(resource.clone()) {
+                    next.extend(targets(route));
+                    new.push(resource);
+                }
+            }
+        }
+        reached
     }
 
     /// Answers for addresses that were not asked for before; returns what is new in the view.
@@ -179,6 +240,7 @@ impl Common {
         if changes.of_mesh
             || changes.nodes.contains(node)
             || changes.addresses.iter().any(|address| held.addresses.contains(address))
+            || changes.services.iter().any(|name| held.services.contains(name))
             || before.holders().demand != self.holders().demand
         {
             return Concern::Everything;
