@@ -274,13 +274,16 @@ fn workload(wanted: &model::Workload, enrolled: bool, captured: bool, mode: Mode
 mod tests {
     use mesh_core::{
         identity::TrustDomain,
-        model::{Action, Distribution, Place, Selector, ZONE},
+        model::{
+            Action, Distribution, Place, Selector, ZONE,
+            http::{Backend, BackendTarget, Filters, RouteRule},
+        },
         view::Snapshot,
     };
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{Namespace, Object, Port};
+    use crate::model::{Namespace, Object, ParentRef, Port, ReferenceGrant, Route};
 
     fn mesh() -> Arc<Mesh> {
         Arc::new(Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![vec![1]] })
@@ -321,6 +324,16 @@ mod tests {
             selector: Selector { labels, ..Selector::default() },
             ..Policy::new(name.parse().unwrap(), Action::Deny, vec![])
         })
+    }
+
+    fn a_route(kind: RouteKind, name: &str, parent: &str, backend: &str) -> Object {
+        let service = |name: &str| name.parse::<Name>().unwrap();
+        let parent = ParentRef { index: 0, service: service(parent), port: None, section: None };
+        let to = BackendTarget::Service { service: service(backend), port: 80 };
+        let backends = vec![Backend { to, weight: 1, filters: Filters::default() }];
+        let rules = vec![RouteRule { backends, ..RouteRule::default() }];
+        let (name, parents) = (name.parse().unwrap(), vec![parent]);
+        Object::Route(Arc::new(Route { kind, name, created: 0, parents, rules }))
     }
 
     #[test]
@@ -477,7 +490,21 @@ mod tests {
             0..3,
         );
         let policies = prop::collection::vec("[ab]/[pq]".prop_map(|name| a_policy(&name, &[])), 0..3);
-        (namespaces, workloads, services, policies).prop_map(|(a, b, c, d)| [a, b, c, d].concat())
+        let kind = prop::sample::select(&RouteKind::ALL[..]);
+        let routes = prop::collection::vec(
+            (kind.clone(), "[ab]/[rs]", "[ab]/[xy]", "[ab]/[xy]")
+                .prop_map(|(kind, name, parent, backend)| a_route(kind, &name, &parent, &backend)),
+            0..4,
+        );
+        let grants = prop::collection::vec(
+            ("[ab]/g", kind, "[ab]").prop_map(|(name, kind, from)| {
+                let (name, from) = (name.parse().unwrap(), vec![(kind, from)]);
+                Object::ReferenceGrant(ReferenceGrant { name, from, to: vec![None] })
+            }),
+            0..2,
+        );
+        (namespaces, workloads, services, policies, routes, grants)
+            .prop_map(|(a, b, c, d, e, f)| [a, b, c, d, e, f].concat())
     }
 
     proptest! {
@@ -519,6 +546,7 @@ mod tests {
             let all = Snapshot::new("", "1", &common.view_of_all()).unwrap();
             for node in ["n", "m"] {
                 let snapshot = Snapshot::new(node, "1", &common.view(node)).unwrap();
+                prop_assert!(snapshot.routes().eq(all.routes()));
                 for workload in snapshot.local() {
                     let here: Vec<&Policy> = snapshot.policies_of(workload).collect();
                     let everywhere: Vec<&Policy> = all.policies_of(workload).collect();

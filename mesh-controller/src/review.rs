@@ -3,6 +3,7 @@
 //! Stands apart from the sources, which refuse only what has no meaning: nothing here changes what is in force. Pure.
 //! Which workloads a policy selects is asked of `mesh-core`, so it cannot differ from what agents decide.
 
+mod route;
 mod shadow;
 
 use std::{
@@ -58,14 +59,19 @@ impl std::fmt::Display for Warning {
 /// Looks through everything that is in force; by file, line and field. `default_mode` is the controller's.
 pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
     let model = ledger.model();
-    let workloads = by_namespace(&model, default_mode);
-    let mut review = Review { ledger, workloads, model: &model, found: vec![] };
+    // Whose roots sign is no matter here.
+    let trust_domain = TrustDomain::parse("cluster.local").expect("a name");
+    let mesh = Arc::new(Mesh { trust_domain, roots: vec![] });
+    let common = Common::new(&model, mesh, &BTreeSet::new(), default_mode);
+    let workloads = by_namespace(&common);
+    let mut review = Review { ledger, workloads, common: &common, model: &model, found: vec![] };
     for policy in model.policies.values() {
         review.policy(policy);
     }
     for service in model.services.values() {
         review.service(service);
     }
+    review.routes();
     review.namespaces();
     review.addresses();
     review.found.sort();
@@ -73,12 +79,9 @@ pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
 }
 
 /// The workloads as agents see them.
-fn by_namespace(model: &Model, default_mode: Mode) -> BTreeMap<String, Vec<Arc<Workload>>> {
-    // Whose roots sign is no matter here.
-    let trust_domain = TrustDomain::parse("cluster.local").expect("a name");
-    let mesh = Arc::new(Mesh { trust_domain, roots: vec![] });
+fn by_namespace(common: &Common) -> BTreeMap<String, Vec<Arc<Workload>>> {
     let mut workloads: BTreeMap<String, Vec<Arc<Workload>>> = BTreeMap::new();
-    for workload in Common::new(model, mesh, &BTreeSet::new(), default_mode).workloads() {
+    for workload in common.workloads() {
         workloads.entry(workload.name.namespace.clone()).or_default().push(workload.clone());
     }
     workloads
@@ -87,6 +90,7 @@ fn by_namespace(model: &Model, default_mode: Mode) -> BTreeMap<String, Vec<Arc<W
 struct Review<'a> {
     ledger: &'a Ledger,
     model: &'a Model,
+    common: &'a Common,
     workloads: BTreeMap<String, Vec<Arc<Workload>>>,
     found: Vec<Warning>,
 }

@@ -63,7 +63,10 @@ impl fmt::Display for NotAccepted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoService(service) => {
-                write!(f, "there is no Service {service}, or it is only another name for something (ExternalName)")
+                write!(
+                    f,
+                    "there is no Service {service}, or it is only another name for something (ExternalName)"
+                )
             }
             Self::NoPort(ParentRef { service, port, section, .. }) => {
                 write!(f, "Service {service} has no TCP port")?;
@@ -179,9 +182,7 @@ fn places<'a>(
 ) -> impl Iterator<Item = (Name, u16, Option<String>)> + 'a {
     let is_consumers = route.name.namespace != service.name.namespace;
     let ports = service.ports.iter().map(|it| it.port).filter(move |it| port.is_none_or(|port| port == *it));
-    ports.map(move |port| {
-        (service.name.clone(), port, is_consumers.then(|| route.name.namespace.clone()))
-    })
+    ports.map(move |port| (service.name.clone(), port, is_consumers.then(|| route.name.namespace.clone())))
 }
 
 /// Whether a Service accepts a route, and for which port.
@@ -256,9 +257,10 @@ impl References<'_> {
     /// A route may send requests to Services of its own namespace, of those whose requests it is about anyway, and where a
     /// grant says so.
     fn may_refer_to(&self, service: &Name) -> bool {
-        let (kind, own) = (self.route.kind, &self.route.name.namespace);
-        let of_parent = || self.parents.iter().any(|it| it.service.namespace == service.namespace);
-        let granted = || self.model.grants.values().any(|grant| grant.permits(kind, own, service));
-        service.namespace == *own || of_parent() || granted()
+        let (kind, own, namespace) = (self.route.kind, &self.route.name.namespace, &service.namespace);
+        let of_parent = || self.parents.iter().any(|it| it.service.namespace == *namespace);
+        let grants = self.model.grants.range(Name::new(namespace, "")..);
+        let mut grants = grants.take_while(|(name, _)| name.namespace == *namespace);
+        namespace == own || of_parent() || grants.any(|(_, grant)| grant.permits(kind, own, service))
     }
 }

@@ -35,15 +35,21 @@ async fn meshctl_shows_what_is_in_force() {
                    10.96.0.1, selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}\n";
     let policy = "---\napiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: no-db, \
                   namespace: shop}\nspec: {action: Deny, rules: [{from: [{addressBlocks: [10.0.0.2/32]}]}]}\n";
+    let route = "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: split, namespace: \
+                 shop}\nspec: {parentRefs: [{group: '', kind: Service, name: front}, {group: '', kind: Service, name: \
+                 none}], rules: [{matches: [{path: {value: /a}}], backendRefs: [{name: web, port: 80, weight: 3}, {name: \
+                 no, port: 1}]}]}\n---\napiVersion: v1\nkind: Service\nmetadata: {name: front, namespace: shop}\nspec: \
+                 {clusterIP: 10.96.0.2, ports: [{port: 80}]}\n";
     let world = World::start(&[
         ("ns.yaml", namespace("shop")),
         ("w.yaml", workload("web", "node-a", "10.0.0.1") + &workload("db", "node-b", "10.0.0.2")),
         ("s.yaml", service.to_owned() + policy),
+        ("r.yaml", route.to_owned()),
         ("bad.yaml", workload("bad", "node-a", "nonsense")),
     ])
     .await;
     for (arguments, parts) in [
-        (&["status"][..], &["trust domain td", "5 accepted, 1 refused", "bad.yaml:5", "never connected"][..]),
+        (&["status"][..], &["trust domain td", "7 accepted, 1 refused", "bad.yaml:5", "never connected"][..]),
         (
             &["get", "workloads"],
             &[
@@ -58,6 +64,21 @@ async fn meshctl_shows_what_is_in_force() {
         (
             &["get", "policies"],
             &["shop/no-db", "Deny", "from address in 10.0.0.2/32 to any port", "all of the namespace"],
+        ),
+        (
+            &["get", "routes"],
+            &[
+                "shop/split",
+                "HTTPRoute",
+                "shop/front",
+                "shop/none: NoMatchingParent",
+                "/a/* -> shop/web:80 weight 3, shop/no:1 weight 1",
+                "spec.rules[0].backendRefs[1]: there is no Service shop/no",
+            ],
+        ),
+        (
+            &["why", "shop/db", "shop/front:80", "--request", "GET /a/b", "-H", "x: y"],
+            &["HTTPRoute shop/split spec.rules[0]", "policy_deny", "ANSWERED to shop/front"],
         ),
         (
             &["why", "shop/db", "shop/web:80"],

@@ -13,7 +13,7 @@ use mesh_controller::source::{
 use serde_json::{Value, json};
 
 /// A document of each kind with all of its fields that mean something.
-fn documents() -> [Value; 5] {
+fn documents() -> [Value; 8] {
     let metadata = |labels: Value| json!({"name": "x", "namespace": "shop", "labels": labels});
     [
         json!({"apiVersion": "v1", "kind": "Namespace",
@@ -36,11 +36,74 @@ fn documents() -> [Value; 5] {
                 "nodeName": "a", "zone": "east",
                 "conditions": {"ready": false, "serving": true, "terminating": true}}],
             "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]}),
+        http_route(),
+        grpc_route(),
+        json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant", "metadata": metadata(json!({})),
+            "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "bank"}],
+                "to": [{"group": "", "kind": "Service", "name": "web"}]}}),
     ]
 }
 
+fn http_route() -> Value {
+    let edits = json!({"set": [{"name": "X-A", "value": "1"}], "add": [{"name": "X-B", "value": "2"}], "remove": ["X-C"]});
+    let backend = json!({"group": "", "kind": "Service", "namespace": "shop", "name": "web", "port": 80});
+    let mut weighted = backend.clone();
+    weighted["weight"] = json!(3);
+    weighted["filters"] = json!([{"type": "ResponseHeaderModifier", "responseHeaderModifier": edits}]);
+    let redirect = json!({"scheme": "https", "hostname": "example.org", "port": 8443, "statusCode": 301,
+        "path": {"type": "ReplaceFullPath", "replaceFullPath": "/new"}});
+    let rewrite =
+        json!({"hostname": "example.org", "path": {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/"}});
+    let cors = json!({"allowOrigins": ["https://*.example.org:8443"], "allowMethods": ["GET"], "allowHeaders": ["X-A"],
+        "exposeHeaders": ["X-B"], "allowCredentials": true, "maxAge": 60});
+    let mirror = json!({"backendRef": backend, "fraction": {"numerator": 1, "denominator": 1000}});
+    json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+    "metadata": {"name": "x", "namespace": "shop", "labels": {}, "creationTimestamp": "2026-01-31T12:00:00Z"},
+    "spec": {
+        "parentRefs": [{"group": "", "kind": "Service", "namespace": "shop", "name": "web", "sectionName": "http", "port": 80}],
+        "hostnames": ["example.org"],
+        "useDefaultGateways": "None",
+        "rules": [
+            {"filters": [{"type": "RequestRedirect", "requestRedirect": redirect}]},
+            {
+                "name": "all",
+                "matches": [{"method": "GET", "path": {"type": "PathPrefix", "value": "/a"},
+                    "headers": [{"type": "Exact", "name": "X-A", "value": "1"}],
+                    "queryParams": [{"type": "RegularExpression", "name": "q", "value": "a+"}]}],
+                "filters": [
+                    {"type": "RequestHeaderModifier", "requestHeaderModifier": edits},
+                    {"type": "RequestMirror", "requestMirror": mirror},
+                    {"type": "URLRewrite", "urlRewrite": rewrite},
+                    {"type": "CORS", "cors": cors},
+                ],
+                "backendRefs": [weighted],
+                "timeouts": {"request": "10s", "backendRequest": "1s"},
+                "retry": {"codes": [503], "attempts": 2, "backoff": "100ms"},
+                "sessionPersistence": {"sessionName": "s", "type": "Cookie", "cookieConfig": {"lifetimeType": "Session"}},
+            },
+        ],
+    }})
+}
+
+fn grpc_route() -> Value {
+    json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute",
+    "metadata": {"name": "x", "namespace": "shop", "labels": {}},
+    "spec": {
+        "parentRefs": [{"group": "", "kind": "Service", "name": "web"}],
+        "rules": [{
+            "name": "all",
+            "matches": [{"method": {"type": "Exact", "service": "shop.v1.Cart", "method": "Add"},
+                "headers": [{"type": "Exact", "name": "x-a", "value": "1"}]}],
+            "filters": [{"type": "RequestMirror",
+                "requestMirror": {"backendRef": {"name": "web", "port": 80}, "percent": 10}}],
+            "backendRefs": [{"name": "web", "port": 80, "weight": 0}],
+            "sessionPersistence": {"sessionName": "s", "type": "Header"},
+        }],
+    }})
+}
+
 /// Fields without which a document is refused.
-const REQUIRED: [&str; 11] = [
+const REQUIRED: &[&str] = &[
     "apiVersion",
     "kind",
     "metadata",
@@ -52,6 +115,57 @@ const REQUIRED: [&str; 11] = [
     "spec.ports[0].port",
     "addressType",
     "endpoints[0].addresses",
+    "spec.from",
+    "spec.from[0].group",
+    "spec.from[0].kind",
+    "spec.from[0].namespace",
+    "spec.to",
+    "spec.to[0].group",
+    "spec.to[0].kind",
+    "spec.parentRefs[0].group",
+    "spec.parentRefs[0].name",
+    "spec.rules[0].backendRefs[0].name",
+    "spec.rules[0].backendRefs[0].port",
+    "spec.rules[0].filters[0].type",
+    "spec.rules[0].filters[0].requestMirror",
+    "spec.rules[0].filters[0].requestMirror.backendRef",
+    "spec.rules[0].filters[0].requestMirror.backendRef.name",
+    "spec.rules[0].filters[0].requestMirror.backendRef.port",
+    "spec.rules[0].filters[0].requestRedirect",
+    "spec.rules[0].filters[0].requestRedirect.path.type",
+    "spec.rules[0].filters[0].requestRedirect.path.replaceFullPath",
+    "spec.rules[0].matches[0].headers[0].name",
+    "spec.rules[0].matches[0].headers[0].value",
+    "spec.rules[1].matches[0].headers[0].name",
+    "spec.rules[1].matches[0].headers[0].value",
+    "spec.rules[1].matches[0].queryParams[0].name",
+    "spec.rules[1].matches[0].queryParams[0].value",
+    "spec.rules[1].filters[0].type",
+    "spec.rules[1].filters[0].requestHeaderModifier",
+    "spec.rules[1].filters[0].requestHeaderModifier.set[0].name",
+    "spec.rules[1].filters[0].requestHeaderModifier.set[0].value",
+    "spec.rules[1].filters[0].requestHeaderModifier.add[0].name",
+    "spec.rules[1].filters[0].requestHeaderModifier.add[0].value",
+    "spec.rules[1].filters[1].type",
+    "spec.rules[1].filters[1].requestMirror",
+    "spec.rules[1].filters[1].requestMirror.backendRef",
+    "spec.rules[1].filters[1].requestMirror.backendRef.name",
+    "spec.rules[1].filters[1].requestMirror.backendRef.port",
+    "spec.rules[1].filters[1].requestMirror.fraction.numerator",
+    "spec.rules[1].filters[2].type",
+    "spec.rules[1].filters[2].urlRewrite",
+    "spec.rules[1].filters[2].urlRewrite.path.type",
+    "spec.rules[1].filters[2].urlRewrite.path.replacePrefixMatch",
+    "spec.rules[1].filters[3].type",
+    "spec.rules[1].filters[3].cors",
+    "spec.rules[1].backendRefs[0].name",
+    "spec.rules[1].backendRefs[0].port",
+    "spec.rules[1].backendRefs[0].filters[0].type",
+    "spec.rules[1].backendRefs[0].filters[0].responseHeaderModifier",
+    "spec.rules[1].backendRefs[0].filters[0].responseHeaderModifier.set[0].name",
+    "spec.rules[1].backendRefs[0].filters[0].responseHeaderModifier.set[0].value",
+    "spec.rules[1].backendRefs[0].filters[0].responseHeaderModifier.add[0].name",
+    "spec.rules[1].backendRefs[0].filters[0].responseHeaderModifier.add[0].value",
 ];
 /// Maps whose keys are the author's.
 const OPEN: [&str; 3] = ["metadata.labels", "spec.selector", "spec.selector.matchLabels"];
@@ -252,6 +366,78 @@ fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
         (3, "/spec/rules/0/from/0/addressBlocks/0", json!(long), "not an address block"),
         (3, "/spec/rules/0/from/0/addressBlocks", many(json!("10.0.0.0/8"), 1025), "too many"),
         (3, "/spec/rules/0/to/0/ports/0", json!(65_536), ""),
+        (5, "/metadata/creationTimestamp", json!("yesterday"), "not a time"),
+        (5, "/spec/parentRefs/0/name", json!(long), "not a name"),
+        (5, "/spec/parentRefs/0/port", json!(0), "0 is not a port"),
+        (5, "/spec/parentRefs", many(http_route()["spec"]["parentRefs"][0].clone(), 2), "twice"),
+        (5, "/spec/parentRefs", many(http_route()["spec"]["parentRefs"][0].clone(), 33), "too many"),
+        (5, "/spec/rules", many(json!({}), 17), "too many"),
+        (5, "/spec/rules", many(json!({"name": "a"}), 2), "another rule is called 'a'"),
+        (5, "/spec/rules", many(json!({"matches": many(json!({}), 43)}), 3), "129 matches"),
+        (5, "/spec/rules/1/name", json!(long), "not a name"),
+        (5, "/spec/rules/1/matches", many(json!({}), 65), "too many"),
+        (5, "/spec/rules/1/matches", many(json!({}), 2), "exactly one match"),
+        (5, "/spec/rules/1/matches/0/path/type", json!("Exact"), "exactly one match"),
+        (5, "/spec/rules/1/matches/0/path/type", json!("Prefix"), "not a type of match"),
+        (5, "/spec/rules/1/matches/0/path/value", json!(format!("/{long}")), "too many"),
+        (5, "/spec/rules/1/matches/0/path/value", json!("a"), "does not begin"),
+        (5, "/spec/rules/1/matches/0/path/value", json!("/a//b"), "'//'"),
+        (5, "/spec/rules/1/matches/0/path/value", json!("/a/.."), "ends with dots"),
+        (5, "/spec/rules/1/matches/0/path/value", json!("/a b"), "no path has"),
+        (5, "/spec/rules/1/matches/0/path/value", json!("/%2"), "no path has"),
+        (5, "/spec/rules/1/matches/0/method", json!("get"), "not a method"),
+        (5, "/spec/rules/1/matches/0/headers/0/name", json!("a b"), "not a name"),
+        (5, "/spec/rules/1/matches/0/headers/0/value", json!(long), "too many"),
+        (5, "/spec/rules/1/matches/0/headers", many(json!({"name": "a", "value": "b"}), 17), "too many"),
+        (5, "/spec/rules/1/matches/0/queryParams/0/value", json!("(a"), "not a regular expression"),
+        (5, "/spec/rules/1/matches/0/queryParams/0/value", json!(""), "matches nothing"),
+        (5, "/spec/rules/1/filters", many(json!({"type": "CORS", "cors": {}}), 17), "too many"),
+        (
+            5,
+            "/spec/rules/1/filters",
+            many(json!({"type": "CORS", "cors": {}}), 2),
+            "second filter of type CORS",
+        ),
+        (5, "/spec/rules/1/filters/0", json!({"type": "ExtensionRef", "extensionRef": {}}), "not supported"),
+        (5, "/spec/rules/1/filters/0", json!({"type": "ExternalAuth", "externalAuth": {}}), "not supported"),
+        (5, "/spec/rules/1/filters/0", json!({"type": "cors", "cors": {}}), "not a type of filter"),
+        (5, "/spec/rules/1/filters/0/type", json!("CORS"), "no such field"),
+        (5, "/spec/rules/0/filters/0/requestRedirect/statusCode", json!(300), "leads nowhere"),
+        (5, "/spec/rules/0/filters/0/requestRedirect/scheme", json!("ftp"), "not a scheme"),
+        (5, "/spec/rules/0/filters/0/requestRedirect/port", json!(0), "0 is not a port"),
+        (5, "/spec/rules/0/filters/0/requestRedirect/hostname", json!("a:80"), "not a name"),
+        (5, "/spec/rules/0/filters/0/requestRedirect/path/replaceFullPath", json!("/?a"), "no path has"),
+        (
+            5,
+            "/spec/rules/1/filters/0/requestHeaderModifier/set/0/value",
+            json!("a\nb"),
+            "not a header's value",
+        ),
+        (5, "/spec/rules/1/filters/0/requestHeaderModifier/set/0/name", json!(":path"), "not a name"),
+        (5, "/spec/rules/1/filters/0/requestHeaderModifier/remove/0", json!(""), "not a name"),
+        (5, "/spec/rules/1/filters/1/requestMirror/fraction/denominator", json!(0), "0 is not a denominator"),
+        (5, "/spec/rules/1/filters/1/requestMirror/fraction/numerator", json!(1001), "more than all"),
+        (5, "/spec/rules/1/filters/3/cors/maxAge", json!(0), "no time"),
+        (5, "/spec/rules/1/filters/3/cors/allowMethods", json!(["*", "GET"]), "everything already"),
+        (5, "/spec/rules/1/filters/3/cors/allowOrigins/0", json!("example.org"), "not an origin"),
+        (5, "/spec/rules/1/backendRefs", many(json!({"name": "a", "port": 1}), 17), "too many"),
+        (5, "/spec/rules/1/backendRefs/0/weight", json!(1_000_001), "too heavy"),
+        (5, "/spec/rules/1/backendRefs/0/port", json!(0), "0 is not a port"),
+        (5, "/spec/rules/1/timeouts/request", json!(long), "not a duration"),
+        (5, "/spec/rules/1/timeouts/backendRequest", json!("11s"), "longer than the request"),
+        (5, "/spec/rules/1/retry/codes/0", json!(200), "no failure"),
+        (5, "/spec/rules/1/retry/attempts", json!(33), "too many"),
+        (5, "/spec/rules/1/sessionPersistence/sessionName", json!(long), "not a name"),
+        (5, "/spec/rules/1/sessionPersistence/type", json!("Path"), "carries no session"),
+        (5, "/spec/rules/1/sessionPersistence/type", json!("Header"), "no cookie"),
+        (5, "/spec/rules/1/sessionPersistence/cookieConfig/lifetimeType", json!("Permanent"), "needs an end"),
+        (6, "/spec/rules/0/matches/0/method/service", json!("shop/Cart"), "not the service of a call"),
+        (6, "/spec/rules/0/matches/0/method", json!({}), "a service and a method"),
+        (6, "/spec/rules/0/filters/0", json!({"type": "CORS", "cors": {}}), "not supported in GRPCRoutes"),
+        (6, "/spec/rules/0/filters/0/requestMirror/percent", json!(101), "more than all"),
+        (7, "/spec/from", json!([]), "nothing is granted"),
+        (7, "/spec/to", many(json!({"group": "", "kind": "Service"}), 17), "too many"),
+        (7, "/spec/from/0/namespace", json!(long), "not a name"),
     ] {
         let mut document = documents()[kind].clone();
         *document.pointer_mut(pointer).unwrap() = value;

@@ -327,6 +327,34 @@ pub struct PolicyRow {
     pub rules: Vec<String>,
 }
 
+/// A line of `GET /api/v1/routes`: a route that has Services as parents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteRow {
+    /// `HTTPRoute` or `GRPCRoute`.
+    pub kind: String,
+    /// `namespace/name`
+    pub name: String,
+    /// The Services that it wants to be for.
+    pub parents: Vec<RouteParentRow>,
+    /// References that lead nowhere, each with its place and why.
+    pub broken: Vec<String>,
+    /// Its rules, a line each.
+    pub rules: Vec<String>,
+}
+
+/// A parent of a route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteParentRow {
+    /// `namespace/name`, with a port's number or name if one is meant.
+    pub service: String,
+    /// The route is in force there.
+    pub accepted: bool,
+    /// The reason of the route's condition `Accepted`.
+    pub reason: String,
+    /// Why not; empty if it is.
+    pub says: String,
+}
+
 /// A line of `GET /api/v1/views`: what a node's view has beside the workloads and services, which are everybody's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnView {
@@ -365,7 +393,7 @@ pub struct WhyStep {
 pub struct End {
     /// What it reaches or would have reached: a workload and its address.
     pub to: String,
-    /// `allowed` or `refused`.
+    /// `allowed` or `refused`; of a request also `answered`, by the source's agent itself, and `routed` where none was named.
     pub verdict: String,
     /// `tunnel` or `plaintext`; empty when it does not get that far.
     pub transport: String,

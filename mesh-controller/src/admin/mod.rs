@@ -3,10 +3,14 @@
 //! | module | what |
 //! |---|---|
 //! | [`answer`] | what the JSON is, for both ends |
+//! | [`route`] | routes of requests, in words |
 //! | [`whole`] | one answer out of those of all controllers |
 //! | [`why`] | one connection, decided and explained |
+//! | [`request`] | one request over it |
 
 pub mod answer;
+pub mod request;
+mod route;
 mod whole;
 pub mod why;
 
@@ -32,9 +36,12 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-use self::answer::{
-    AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow, Root,
-    ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
+use self::{
+    answer::{
+        AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow,
+        Root, ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
+    },
+    request::Request,
 };
 use crate::{
     ca::{self, Authority},
@@ -84,6 +91,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/api/v1/workloads", get(workloads))
         .route("/api/v1/services", get(services))
         .route("/api/v1/policies", get(policies))
+        .route("/api/v1/routes", get(routes))
         .route("/api/v1/views", get(views))
         .route("/api/v1/why", get(why))
         .route("/api/v1/config", get(config))
@@ -347,6 +355,10 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
     Json(world.common.policies().iter().map(row).collect())
 }
 
+async fn routes(State(admin): Shared) -> Json<Vec<RouteRow>> {
+    Json(route::rows(&admin.hub.world().model))
+}
+
 /// What each node's view has beside what all have.
 async fn views(State(admin): Shared) -> Json<Vec<OwnView>> {
     let world = admin.hub.world();
@@ -363,6 +375,11 @@ async fn views(State(admin): Shared) -> Json<Vec<OwnView>> {
 struct Question {
     source: String,
     destination: String,
+    /// A method and a path.
+    request: Option<String>,
+    /// The request's, a line each.
+    #[serde(default)]
+    headers: String,
 }
 
 async fn why(
@@ -370,7 +387,11 @@ async fn why(
     Query(question): Query<Question>,
 ) -> Result<Json<Why>, (StatusCode, Json<Failure>)> {
     let world = admin.hub.world();
-    match why::explain(&world.common, &question.source, &question.destination) {
+    let request = question.request.map(|line| Request::parse(&line, &question.headers)).transpose();
+    let answer = request.and_then(|request| {
+        why::explain(&world.common, &question.source, &question.destination, request.as_ref())
+    });
+    match answer {
         Ok(why) => Ok(Json(why)),
         Err(error) => Err((StatusCode::BAD_REQUEST, Json(Failure { error: error.to_string() }))),
     }

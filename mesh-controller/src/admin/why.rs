@@ -6,14 +6,17 @@ use std::{
 };
 
 use mesh_core::{
-    model::{Name, Workload},
+    model::{Endpoint, Name, Workload},
     policy::{Decision, Request, Verdict, decide},
     refusal::{Reason, Step},
     route::{self, Reached, Route, Transport},
     view::{Snapshot, SnapshotError},
 };
 
-use super::answer::{End, Why, WhyStep};
+use super::{
+    answer::{End, Why, WhyStep},
+    request::Request as AskedFor,
+};
 use crate::project::Common;
 
 /// Why a question cannot be answered.
@@ -34,19 +37,27 @@ pub enum WhyError {
     /// It has no address.
     #[error("'{0}' has no address to connect to (a headless service?); ask for one of its workloads")]
     NoAddress(String),
+    /// The request is none.
+    #[error("'{0}' is no request and no header; write, say, --request 'GET /cart?id=1' -H 'version: one'")]
+    Request(String),
     /// The view cannot be indexed.
     #[error("the view cannot be put in force: {0}")]
     Snapshot(#[from] SnapshotError),
 }
 
-/// Tells what happens to a connection of `source` to `destination`.
-pub fn explain(common: &Common, source: &str, destination: &str) -> Result<Why, WhyError> {
+/// Tells what happens to a connection of `source` to `destination`, and to a request over it.
+pub fn explain(
+    common: &Common,
+    source: &str,
+    destination: &str,
+    request: Option<&AskedFor>,
+) -> Result<Why, WhyError> {
     let unknown_source = || WhyError::Source(source.chars().take(300).collect());
     let name: Name = source.parse().map_err(|_| unknown_source())?;
     let workload = common.workloads().iter().find(|it| it.name == name).ok_or_else(unknown_source)?;
     let snapshot = Snapshot::new(&workload.node, "", &common.view_of_all())?;
     let asked = resolve(&snapshot, workload, destination)?;
-    let mut story = Story { snapshot: &snapshot, source: workload, asked, steps: vec![] };
+    let mut story = Story { snapshot: &snapshot, source: workload, asked, request, steps: vec![] };
     let ends = story.tell();
     Ok(Why { source: name.to_string(), destination: asked.to_string(), steps: story.steps, ends })
 }
@@ -71,16 +82,20 @@ fn resolve(snapshot: &Snapshot, source: &Workload, text: &str) -> Result<SocketA
     Ok(SocketAddr::new(*address.ok_or_else(|| WhyError::NoAddress(name.to_string()))?, port))
 }
 
-struct Story<'a> {
-    snapshot: &'a Snapshot,
-    source: &'a Arc<Workload>,
-    asked: SocketAddr,
+pub(super) struct Story<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) source: &'a Arc<Workload>,
+    pub(super) asked: SocketAddr,
+    pub(super) request: Option<&'a AskedFor>,
     steps: Vec<WhyStep>,
 }
 
 impl Story<'_> {
     fn tell(&mut self) -> Vec<End> {
         self.identify();
+        if let Some((service, table)) = self.routed() {
+            return self.requests(&service, &table);
+        }
         let route = match route::outbound(self.snapshot, self.source, self.asked) {
             Ok(route) => route,
             Err(reason) => {
@@ -110,21 +125,26 @@ impl Story<'_> {
                     Step::Route,
                     format!("{} is service {} with {count} ready endpoint(s)", self.asked, service.name),
                 );
-                let reach = |endpoint: &mesh_core::model::Endpoint| {
-                    let reached = route::reached(self.snapshot, endpoint)?;
-                    Some((reached, SocketAddr::new(endpoint.address, endpoint.port)))
-                };
-                let reached: Vec<_> = endpoints.iter().filter_map(reach).collect();
-                let end = |(reached, address)| match reached {
-                    Reached::Workload(workload) => self.end(&workload, address),
-                    Reached::Outside => {
-                        let says = "the endpoint is no workload: nobody in the mesh decides about it";
-                        allowed(address.to_string(), Transport::Plaintext, says)
-                    }
-                };
-                reached.into_iter().map(end).collect()
+                self.endpoints(&endpoints)
             }
         }
+    }
+
+    /// How the connections to each endpoint end.
+    pub(super) fn endpoints(&mut self, endpoints: &[Endpoint]) -> Vec<End> {
+        let reach = |endpoint: &Endpoint| {
+            let reached = route::reached(self.snapshot, endpoint)?;
+            Some((reached, SocketAddr::new(endpoint.address, endpoint.port)))
+        };
+        let reached: Vec<_> = endpoints.iter().filter_map(reach).collect();
+        let end = |(reached, address)| match reached {
+            Reached::Workload(workload) => self.end(&workload, address),
+            Reached::Outside => {
+                let says = "the endpoint is no workload: nobody in the mesh decides about it";
+                allowed(address.to_string(), Transport::Plaintext, says)
+            }
+        };
+        reached.into_iter().map(end).collect()
     }
 
     fn identify(&mut self) {
@@ -193,7 +213,7 @@ impl Story<'_> {
         if self.source.captured { route::transport(destination) } else { Ok(Transport::Plaintext) }
     }
 
-    fn step(&mut self, step: Step, says: String) {
+    pub(super) fn step(&mut self, step: Step, says: String) {
         let step = match step {
             Step::Identify => "identify",
             Step::Route => "route",
@@ -227,7 +247,7 @@ fn allowed(to: String, transport: Transport, says: &str) -> End {
     }
 }
 
-fn refused(to: String, transport: &str, reason: Reason) -> End {
+pub(super) fn refused(to: String, transport: &str, reason: Reason) -> End {
     End {
         to,
         verdict: "refused".into(),
@@ -303,7 +323,11 @@ spec:
 ";
 
     fn common() -> Common {
-        let files = [("f".into(), Arc::new(FileContent::parse(MANIFESTS)))].into();
+        common_of(MANIFESTS)
+    }
+
+    fn common_of(manifests: &str) -> Common {
+        let files = [("f".into(), Arc::new(FileContent::parse(manifests)))].into();
         let ledger = Ledger::default().next(&files);
         assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
         let captured: BTreeSet<Name> = ["shop/web", "shop/db"].map(|name| name.parse().unwrap()).into();
@@ -313,7 +337,7 @@ spec:
 
     #[track_caller]
     fn check(source: &str, destination: &str, expected: &str) {
-        let got = match explain(&common(), source, destination) {
+        let got = match explain(&common(), source, destination, None) {
             Ok(why) => {
                 let end = &why.ends[0];
                 let detail = end.reason.clone().or(end.rule.clone()).unwrap_or_default();
@@ -340,13 +364,54 @@ spec:
     }
 
     #[test]
+    fn requests_are_routed_as_the_agents_do() {
+        let routes = "---
+apiVersion: v1
+kind: Service
+metadata: {name: front, namespace: shop}
+spec: {clusterIP: 10.96.0.2, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: front}]
+  rules:
+  - matches: [{path: {value: /db}, headers: [{name: version, value: one}]}]
+    backendRefs: [{name: db, port: 5432}, {name: db, port: 1, weight: 0}]
+  - {name: gone, matches: [{path: {value: /gone}}], backendRefs: [{name: none, port: 1}]}
+  - {matches: [{path: {value: /old}}], filters: [{type: RequestRedirect, requestRedirect: {statusCode: 301}}]}
+  - {matches: [{path: {value: /nowhere}}]}
+";
+        let common = common_of(&format!("{MANIFESTS}{routes}"));
+        for (line, headers, verdict, rule, says) in [
+            ("GET /db/1?a=b", "Version: one", "allowed", "spec.rules[0]: shop/db:5432", "an allow rule matches"),
+            ("GET /db/1", "", "answered", "", "no rule matches: answered with 404"),
+            ("GET /gone", "", "answered", "spec.rules[1] 'gone': nowhere", "the backend is not there"),
+            ("POST /old", "", "answered", "spec.rules[2]: redirect 301", "redirected with 301"),
+            ("GET /nowhere", "", "answered", "spec.rules[3]: nowhere", "the rule leads nowhere"),
+        ] {
+            let request = AskedFor::parse(line, headers).unwrap();
+            let why = explain(&common, "shop/web", "shop/front:80", Some(&request)).unwrap();
+            let end = &why.ends[0];
+            assert_eq!(end.verdict, verdict, "{line}: {why:?}");
+            assert!(end.says.starts_with(says), "{line}: {why:?}");
+            let told = why.steps.iter().find(|step| step.says.contains("spec.rules"));
+            assert!(told.map_or("", |step| &step.says).contains(rule), "{line}: {why:?}");
+        }
+        let why = explain(&common, "shop/web", "shop/front:80", None).unwrap();
+        assert_eq!(why.ends[0].verdict, "routed");
+        assert!(AskedFor::parse("/db", "").is_err() && AskedFor::parse("GET /db", "version").is_err());
+    }
+
+    #[test]
     fn what_an_audited_policy_would_refuse_is_told() {
-        let why = explain(&common(), "shop/db", "shop/web:82").unwrap();
+        let why = explain(&common(), "shop/db", "shop/web:82", None).unwrap();
         let end = &why.ends[0];
         assert_eq!((end.verdict.as_str(), end.mode), ("allowed", Some(Mode::Strict)));
         assert_eq!(end.would_refuse.as_deref(), Some("shop/trial[1] (policy_deny)"));
         assert!(why.steps.iter().any(|step| step.says.contains("were it enforced")), "{why:?}");
-        assert_eq!(explain(&common(), "shop/db", "shop/web:80").unwrap().ends[0].would_refuse, None);
+        assert_eq!(explain(&common(), "shop/db", "shop/web:80", None).unwrap().ends[0].would_refuse, None);
     }
 
     #[test]

@@ -257,6 +257,7 @@ mod tests {
         identity::TrustDomain,
         model::{
             Choice, Distribution, Endpoint, Mode, Name, Place, Policy, Service, ServicePort, Workload, ZONE,
+            http::{Backend, Filters, Mirror, Parent, RouteKind, RouteRule},
         },
         route,
         view::{Mesh, Owner, Snapshot},
@@ -321,11 +322,29 @@ mod tests {
         )
     }
 
-    /// A state as `Common::after` makes one, of any workloads, services and policies.
+    /// A route for some services, to some others.
+    fn a_route() -> impl Strategy<Value = RequestRoute> {
+        let port = option::of(select(&[80u16, 81][..]));
+        let parents = vec((a_name(), port).prop_map(|(service, port)| Parent { service, port }), 1..3);
+        let to = |service| BackendTarget::Service { service, port: 80 };
+        let mirror = option::of(a_name().prop_map(move |it| Mirror { to: to(it), copies: 1, of: 1 }));
+        let kind = select(&RouteKind::ALL[..]);
+        (kind, a_name(), parents, vec(a_name(), 0..3), mirror).prop_map(
+            move |(kind, name, parents, backends, mirror)| {
+                let filters = Filters { mirrors: mirror.into_iter().collect(), ..Filters::default() };
+                let backend = |name| Backend { to: to(name), weight: 1, filters: Filters::default() };
+                let backends = backends.into_iter().map(backend).collect();
+                let rules = vec![RouteRule { filters, backends, ..RouteRule::default() }];
+                RequestRoute { kind, name, created: 0, parents, rules }
+            },
+        )
+    }
+
+    /// A state as `Common::after` makes one, of any workloads, services, policies and routes.
     fn a_common() -> impl Strategy<Value = Common> {
-        let policies = vec(a_name(), 0..3);
-        (vec(a_workload(), 0..8), vec(a_service(), 0..4), policies, any::<bool>()).prop_map(
-            |(workloads, services, policies, root)| {
+        let (policies, routes) = (vec(a_name(), 0..3), vec(a_route(), 0..4));
+        (vec(a_workload(), 0..8), vec(a_service(), 0..6), policies, routes, any::<bool>()).prop_map(
+            |(workloads, services, policies, routes, root)| {
                 let trust_domain = TrustDomain::parse("td").unwrap();
                 let mesh = Arc::new(Mesh { trust_domain, roots: vec![vec![u8::from(root)]] });
                 let mut common = Common::nothing(mesh);
@@ -333,6 +352,9 @@ mod tests {
                 common.workloads = by_name.into_values().map(Arc::new).collect();
                 let by_name: BTreeMap<_, _> = services.into_iter().map(|it| (it.name.clone(), it)).collect();
                 common.services = by_name.into_values().map(Arc::new).collect();
+                let by_key: BTreeMap<_, _> =
+                    routes.into_iter().map(|it| ((it.kind, it.name.clone()), it)).collect();
+                common.routes = by_key.into_values().map(Arc::new).collect();
                 let names: BTreeSet<Name> = policies.into_iter().collect();
                 let deny = |name| Policy::new(name, mesh_core::model::Action::Deny, vec![]);
                 common.policies = names.into_iter().map(|name| Arc::new(deny(name))).collect();
@@ -386,6 +408,18 @@ mod tests {
                     prop_assert_eq!(route::reached(&part, endpoint), route::reached(&whole, endpoint));
                 }
             }
+            // Requests to each service, too: by the same rules, to the same services.
+            for service in part.services() {
+                prop_assert_eq!(Some(service), whole.service(&service.name));
+                let [led, expected] = [&part, &whole].map(|view| -> Vec<_> {
+                    let is_of = |it: &&Arc<RequestRoute>| it.parents.iter().any(|it| it.service == service.name);
+                    view.routes().filter(is_of).cloned().collect()
+                });
+                prop_assert_eq!(&led, &expected, "routes of {}", &service.name);
+                for target in led.iter().flat_map(|route| targets(route)) {
+                    prop_assert_eq!(part.service(target), whole.service(target), "{} leads there", target);
+                }
+            }
             prop_assert!(part.local().eq(whole.local()), "its own workloads");
             // Near endpoints and those to stay with, too: every client of the node is led to the same ones.
             for client in part.local() {
@@ -412,16 +446,27 @@ mod tests {
 
         #[test]
         fn whom_a_change_does_not_concern_has_the_same_view(
-            before in a_common(), after in a_common(), keep in 0..3, asked in asked(),
+            before in a_common(), after in a_common(), keep in 0..4, asked in asked(),
         ) {
             // Mostly the same, so that there is somebody whom a change does not concern, or by its policies alone.
             let mut after = after;
+            if keep == 3 {
+                let mut routes = before.routes.clone();
+                if let Some(changed) = after.routes.first() {
+                    routes.retain(|it| (it.kind, &it.name) != (changed.kind, &changed.name));
+                    routes.push(changed.clone());
+                    routes.sort_by_key(|it| (it.kind, it.name.clone()));
+                }
+                after = Common { routes, ..before.clone() };
+            }
             if keep == 2 {
                 let (policies, by_namespace) = (after.policies, after.by_namespace);
                 after = Common { policies, by_namespace, ..before.clone() };
             }
             if keep == 1 {
                 after.mesh = before.mesh.clone();
+                after.routes = before.routes.clone();
+                after.services = before.services.clone();
                 after.policies = before.policies.clone();
                 after.by_namespace = before.by_namespace.clone();
                 let changed = after.workloads.first().cloned();
@@ -493,6 +538,41 @@ mod tests {
             [vec![], vec![address(9)], vec![virtual_address], vec![virtual_address, address(1), address(9)]]
                 .map(|asked| common.demanded("n", &asked.into_iter().collect()).view().len());
         assert_eq!(sizes, [2, 3, 8, 9], "the mesh and its blocks, and what was asked for");
+    }
+
+    #[test]
+    fn a_service_that_was_asked_for_brings_those_that_its_routes_lead_to_and_no_others() {
+        let trust_domain = TrustDomain::parse("td").unwrap();
+        let mut common = Common::nothing(Arc::new(Mesh { trust_domain, roots: vec![vec![1]] }));
+        let names = ["a", "b", "c", "d"].map(|name| Name::new("ns", name));
+        let address = |place: u8| IpAddr::from([10, 96, 0, place]);
+        let service = |(place, name): (u8, &Name)| {
+            let addresses = vec![address(place)];
+            Arc::new(Service { name: name.clone(), addresses, ports: vec![], choice: Choice::default() })
+        };
+        common.services = (0..).zip(&names).map(service).collect();
+        let route = |from: usize, to: usize| {
+            let to = BackendTarget::Service { service: names[to].clone(), port: 80 };
+            let backends = vec![Backend { to, weight: 1, filters: Filters::default() }];
+            Arc::new(RequestRoute {
+                kind: RouteKind::Http,
+                name: names[from].clone(),
+                created: 0,
+                parents: vec![Parent { service: names[from].clone(), port: None }],
+                rules: vec![RouteRule { backends, ..RouteRule::default() }],
+            })
+        };
+        common.routes = vec![route(0, 1), route(1, 2)];
+        let services = |asked: u8| -> Vec<String> {
+            let demanded = common.demanded("n", &[address(asked)].into());
+            let keys = demanded.view().resources().map(|it| it.key().to_string());
+            keys.filter(|key| key.contains('/')).collect()
+        };
+        let [a, b, c] = ["a", "b", "c"].map(|name| format!("service/ns/{name}"));
+        let [from_a, from_b] = ["a", "b"].map(|name| format!("http-route/ns/{name}"));
+        assert_eq!(services(0), [&*a, &*b, &*c, &*from_a, &*from_b]);
+        assert_eq!(services(1), [&*b, &*c, &*from_b]);
+        assert_eq!(services(3), ["service/ns/d"]);
     }
 
     #[test]

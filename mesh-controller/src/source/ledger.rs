@@ -21,15 +21,24 @@ use crate::{
 
 /// Most AuthorizationPolicies of a namespace, and so of a workload: each may have to be looked at for every connection.
 const MAX_POLICIES: usize = 512;
+/// Most routes of a kind of a namespace, and so of a service: each is in every agent that knows the service.
+const MAX_ROUTES: usize = 256;
 
-fn too_many(policy: &ObjectKey, line: usize) -> Problem {
+/// Most objects of a kind that a namespace may have, and what they are called.
+const fn most_of(kind: Kind) -> Option<(usize, &'static str)> {
+    match kind {
+        Kind::AuthorizationPolicy => Some((MAX_POLICIES, "AuthorizationPolicies")),
+        Kind::HttpRoute => Some((MAX_ROUTES, "HTTPRoutes")),
+        Kind::GrpcRoute => Some((MAX_ROUTES, "GRPCRoutes")),
+        Kind::Namespace | Kind::Workload | Kind::Service | Kind::EndpointSlice | Kind::ReferenceGrant => None,
+    }
+}
+
+fn too_many(object: &ObjectKey, (most, kinds): (usize, &str), line: usize) -> Problem {
     Problem {
         line,
         field: "metadata.namespace".into(),
-        reason: format!(
-            "namespace {} has {MAX_POLICIES} AuthorizationPolicies already",
-            policy.name.namespace
-        ),
+        reason: format!("namespace {} has {most} {kinds} already", object.name.namespace),
         cure: "merge some of them: one can have many rules".into(),
     }
 }
@@ -190,16 +199,16 @@ impl Ledger {
                 }
             }
         }
-        // What was in force comes first, so that a new policy never pushes an old one out.
+        // What was in force comes first, so that a new policy or route never pushes an old one out.
         let (known, new): (Vec<_>, Vec<_>) =
             candidates.into_iter().partition(|(key, _)| before.in_force.contains_key(*key));
-        let mut policies: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut counts: BTreeMap<(Kind, &str), usize> = BTreeMap::new();
         for (key, mut claims) in known.into_iter().chain(new) {
-            if key.kind == Kind::AuthorizationPolicy {
-                let count = policies.entry(key.name.namespace.as_str()).or_default();
-                if *count == MAX_POLICIES {
+            if let Some(limit) = most_of(key.kind) {
+                let count = counts.entry((key.kind, key.name.namespace.as_str())).or_default();
+                if *count == limit.0 {
                     for (file, line, _) in claims {
-                        self.refuse(file, Some(key), &[too_many(key, line)]);
+                        self.refuse(file, Some(key), &[too_many(key, limit, line)]);
                     }
                     continue;
                 }
@@ -238,7 +247,12 @@ impl Ledger {
 
     /// The desired state.
     pub fn model(&self) -> Model {
-        self.in_force.values().map(|entry| &*entry.object).collect()
+        self.objects().collect()
+    }
+
+    /// The objects in force, by kind and name.
+    pub fn objects(&self) -> impl Iterator<Item = &Object> {
+        self.in_force.values().map(|entry| &*entry.object)
     }
 
     /// The object with this key, and where it came from.

@@ -14,7 +14,8 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use mesh_controller::admin::answer::{
-    AgentState, Certificates, Connections, LogLevel, PolicyRow, ServiceRow, Status, Why, WorkloadRow,
+    AgentState, Certificates, Connections, LogLevel, PolicyRow, RouteRow, ServiceRow, Status, Why,
+    WorkloadRow,
 };
 use mesh_core::model::Name;
 use serde::Serialize;
@@ -90,6 +91,12 @@ enum Command {
         source: String,
         /// What it connects to: ADDRESS:PORT or NAMESPACE/NAME:PORT, of a service or a workload.
         destination: String,
+        /// What it asks for there, where requests are routed: a method and a path, such as 'GET /cart?id=1'.
+        #[arg(long, value_name = "REQUEST")]
+        request: Option<String>,
+        /// A header of the request; may be given several times.
+        #[arg(short = 'H', long = "header", value_name = "NAME:VALUE", requires = "request")]
+        headers: Vec<String>,
     },
     /// Connections that live now on this machine, the newest first, as its agent has them.
     Connections {
@@ -162,6 +169,8 @@ enum What {
     Services,
     /// Policies and the workloads that they select.
     Policies,
+    /// Routes of requests, the services that they are in force for, and where they lead.
+    Routes,
     /// The certificates that agents hold, and the roots that they lead to.
     Certificates,
     /// The roots that are trusted, and how many certificates lead to each.
@@ -243,8 +252,14 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
                 show::policies(it)
             })?;
         }
-        Command::Why { source, destination } => {
-            let question = [("source", source.as_str()), ("destination", destination.as_str())];
+        Command::Get { what: What::Routes, .. } => {
+            print(cli.output, &ask()?.get::<Vec<RouteRow>>("/api/v1/routes", &[])?, |it| show::routes(it))?;
+        }
+        Command::Why { source, destination, request, headers } => {
+            let headers = headers.join("\n");
+            let mut question = vec![("source", source.as_str()), ("destination", destination.as_str())];
+            question.extend(request.as_ref().map(|request| ("request", request.as_str())));
+            question.push(("headers", headers.as_str()));
             print(cli.output, &ask()?.get::<Why>("/api/v1/why", &question)?, show::why)?;
         }
         Command::Get { what: What::Certificates, local: true, .. } => {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
     AgentRow, AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow,
-    Root, ServiceRow, Status, Why, WorkloadRow,
+    Root, RouteRow, ServiceRow, Status, Why, WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -208,6 +208,22 @@ pub(crate) fn policies(rows: &[PolicyRow]) -> String {
         [row.name.clone(), action, row.selector.clone(), rules, row.selected.join("\n")]
     });
     table(["POLICY", "ACTION", "SELECTOR", "RULES", "SELECTS"], rows)
+}
+
+pub(crate) fn routes(rows: &[RouteRow]) -> String {
+    let rows = rows.iter().map(|row| {
+        let parents: Vec<String> = row
+            .parents
+            .iter()
+            .map(|parent| match parent.accepted {
+                true => parent.service.clone(),
+                false => format!("{}: {}, {}", parent.service, parent.reason, parent.says),
+            })
+            .collect();
+        let rules = if row.rules.is_empty() { "none".to_owned() } else { row.rules.join("\n") };
+        [row.name.clone(), row.kind.clone(), parents.join("\n"), rules, row.broken.join("\n")]
+    });
+    table(["ROUTE", "KIND", "SERVICES", "RULES", "LEADS NOWHERE"], rows)
 }
 
 pub(crate) fn why(why: &Why) -> String {

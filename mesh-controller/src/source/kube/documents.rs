@@ -172,8 +172,8 @@ pub(super) fn of_slice(slice: &EndpointSlice, is_workload: impl Fn(&str, &str) -
     })
 }
 
-/// The document of an object of ours, as it is. A pod's uid is the pod's own to say.
-pub(super) fn of_own(kind: Kind, object: &DynamicObject) -> Value {
+/// The document of an object of a kind that somebody defined, as it is. A pod's uid is the pod's own to say.
+pub(super) fn of_defined(kind: Kind, object: &DynamicObject) -> Value {
     let mut document = json!({
         "apiVersion": kind.api_version(),
         "kind": kind.as_str(),
@@ -182,6 +182,9 @@ pub(super) fn of_own(kind: Kind, object: &DynamicObject) -> Value {
     let fields = object.data.as_object().into_iter().flatten().filter(|(field, _)| *field != "status");
     for (field, value) in fields {
         document[field] = value.clone();
+    }
+    if matches!(kind, Kind::HttpRoute | Kind::GrpcRoute) {
+        document["metadata"]["creationTimestamp"] = json!(object.metadata.creation_timestamp);
     }
     if kind == Kind::Workload
         && let Some(spec) = document["spec"].as_object_mut()
@@ -383,7 +386,7 @@ mod tests {
             "spec": {"node": "n", "addresses": ["10.1.0.9"], "uid": "somebodys"},
             "status": {"conditions": []},
         }));
-        let document = of_own(Kind::Workload, &workload);
+        let document = of_defined(Kind::Workload, &workload);
         let Ok(Object::Workload(workload)) = object(&document) else { panic!("{document}") };
         assert_eq!((workload.uid.as_str(), workload.node.as_str()), ("", "n"));
         assert_eq!(document.get("status"), None);

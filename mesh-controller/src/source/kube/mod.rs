@@ -1,5 +1,6 @@
-//! Kubernetes as a source: Nodes, Namespaces, Pods, Services, EndpointSlices and objects of ours, followed, each turned
-//! into the document that a directory would have. From there on everything is as with files: the same checks, refusals and last good versions.
+//! Kubernetes as a source: Nodes, Namespaces, Pods, Services, EndpointSlices, objects of ours and of the Gateway API,
+//! followed, each turned into the document that a directory would have. From there on everything is as with files: the same
+//! checks, refusals and last good versions.
 //!
 //! | module | what |
 //! |---|---|
@@ -10,8 +11,8 @@
 //!
 //! Nothing is in force before all kinds have been listed, so that a controller that starts takes no half of a cluster for
 //! the whole. A watch that breaks goes on where it was; one that is too old (410 Gone) lists again, and what is in force
-//! stays until the list is complete. While the API server is away nothing changes. Kinds of ours that the cluster does not
-//! know are asked for again every few seconds.
+//! stays until the list is complete. While the API server is away nothing changes. Kinds of ours and of the Gateway API that
+//! the cluster does not know are asked for again every few seconds.
 
 mod documents;
 mod lease;
@@ -247,12 +248,15 @@ fn everything(client: &Client) -> Events {
         follow::<Pod>(client, Followed::Pods),
         follow::<Service>(client, Followed::Services),
         follow::<EndpointSlice>(client, Followed::Slices),
-        follow_own(client, Followed::Workloads, Kind::Workload),
-        follow_own(client, Followed::Policies, Kind::AuthorizationPolicy),
+        follow_defined(client, Followed::Workloads, Kind::Workload),
+        follow_defined(client, Followed::Policies, Kind::AuthorizationPolicy),
+        follow_defined(client, Followed::HttpRoutes, Kind::HttpRoute),
+        follow_defined(client, Followed::GrpcRoutes, Kind::GrpcRoute),
+        follow_defined(client, Followed::Grants, Kind::ReferenceGrant),
     ]))
 }
 
-/// The kind of ours, as the API server knows it.
+/// A kind that somebody defined, as the API server knows it.
 pub(crate) fn resource(kind: Kind, plural: &str) -> ApiResource {
     let (group, version) = kind.api_version().split_once('/').unwrap_or(("", kind.api_version()));
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind.as_str()), plural)
@@ -267,8 +271,8 @@ where
     Box::pin(watched.map(move |event| event.map(|event| Event::new(of, event))))
 }
 
-/// The events of a kind of ours. A cluster that does not know the kind has none of it.
-fn follow_own(client: &Client, of: Followed, kind: Kind) -> Events {
+/// The events of a kind that somebody defined. A cluster that does not know the kind has none of it.
+fn follow_defined(client: &Client, of: Followed, kind: Kind) -> Events {
     let objects = Api::<DynamicObject>::all_with(client.clone(), &resource(kind, of.plural()));
     let mut known = true;
     let watched = watcher(objects, watched()).backoff(Pauses::default()).map(move |event| {
@@ -280,9 +284,14 @@ fn follow_own(client: &Client, of: Followed, kind: Kind) -> Events {
             Ok(_) => known = true,
         }
         match (before, known) {
-            (true, false) => tracing::warn!(
+            (true, false) if is_ours(kind) => tracing::warn!(
                 "the cluster does not know the kind {kind}: none is in force; apply the custom resource definitions \
                  of this version, and it is followed from then on"
+            ),
+            // Who has no routes of requests needs no Gateway API.
+            (true, false) => tracing::info!(
+                "the cluster does not know the kind {kind}: none is in force; apply the definitions of the Gateway \
+                 API if there shall be some, and it is followed from then on"
             ),
             (false, true) => tracing::info!("the cluster knows the kind {kind} now"),
             _ => {}
@@ -294,6 +303,10 @@ fn follow_own(client: &Client, of: Followed, kind: Kind) -> Events {
         }
     });
     Box::pin(watched)
+}
+
+fn is_ours(kind: Kind) -> bool {
+    kind.api_version().starts_with("nodemesh.io/")
 }
 
 fn is_unknown(error: &watcher::Error) -> bool {

@@ -13,16 +13,17 @@ use k8s_openapi::api::{
     discovery::v1::{Endpoint, EndpointSlice},
 };
 use kube::{ResourceExt, api::DynamicObject, runtime::watcher};
-use mesh_core::model::{Name, ZONE};
+use mesh_core::model::{Name, ZONE, http::RouteKind};
 use serde_json::Value;
 
 use super::{
     documents,
-    status::{Own, Standing},
+    status::{Standing, Subject},
 };
 use crate::{
     conditions::{self, Conditions, PodCondition},
-    model::Kind,
+    model::{Kind, Object},
+    routes::{self, Outcome},
     source::{
         ledger::{FileContent, Ledger},
         manifest::SERVICE_NAME,
@@ -42,10 +43,13 @@ pub(super) enum Followed {
     Slices,
     Workloads,
     Policies,
+    HttpRoutes,
+    GrpcRoutes,
+    Grants,
 }
 
 impl Followed {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Nodes,
         Self::Namespaces,
         Self::Pods,
@@ -53,6 +57,9 @@ impl Followed {
         Self::Slices,
         Self::Workloads,
         Self::Policies,
+        Self::HttpRoutes,
+        Self::GrpcRoutes,
+        Self::Grants,
     ];
 
     /// As Kubernetes has it in paths.
@@ -65,15 +72,30 @@ impl Followed {
             Self::Slices => "endpointslices",
             Self::Workloads => "workloads",
             Self::Policies => "authorizationpolicies",
+            Self::HttpRoutes => "httproutes",
+            Self::GrpcRoutes => "grpcroutes",
+            Self::Grants => "referencegrants",
         }
     }
 
-    /// Ours, of which a cluster may not have heard.
-    pub(super) const fn own(self) -> Option<Kind> {
+    /// No kind of every cluster: ours, or the Gateway API's.
+    pub(super) const fn defined(self) -> Option<Kind> {
         match self {
             Self::Workloads => Some(Kind::Workload),
             Self::Policies => Some(Kind::AuthorizationPolicy),
+            Self::HttpRoutes => Some(Kind::HttpRoute),
+            Self::GrpcRoutes => Some(Kind::GrpcRoute),
+            Self::Grants => Some(Kind::ReferenceGrant),
             Self::Nodes | Self::Namespaces | Self::Pods | Self::Services | Self::Slices => None,
+        }
+    }
+
+    /// Routes of requests, of this kind.
+    const fn route(self) -> Option<RouteKind> {
+        match self {
+            Self::HttpRoutes => Some(RouteKind::Http),
+            Self::GrpcRoutes => Some(RouteKind::Grpc),
+            _ => None,
         }
     }
 
@@ -120,8 +142,8 @@ pub(super) enum Thing {
     OfItsNode,
     /// The text depends on which pods are such.
     Slice(Box<EndpointSlice>),
-    /// One of our kinds.
-    Own(String, Box<Own>),
+    /// One whose status is written.
+    Subject(String, Box<Subject>),
 }
 
 /// A kind that is followed.
@@ -166,8 +188,13 @@ impl Follow for EndpointSlice {
 
 impl Follow for DynamicObject {
     fn thing(self, of: Followed) -> Thing {
-        let kind = of.own().expect("only kinds of ours are followed as such");
-        Thing::Own(documents::of_own(kind, &self).to_string(), Box::new(Own::of(kind, &self)))
+        let kind = of.defined().expect("only kinds that somebody defined are followed as such");
+        let document = documents::of_defined(kind, &self).to_string();
+        match kind {
+            // A grant has no status.
+            Kind::ReferenceGrant => Thing::Plain(Some(document)),
+            _ => Thing::Subject(document, Box::new(Subject::new(of, &self))),
+        }
     }
 }
 
@@ -319,7 +346,7 @@ impl Objects {
         let made;
         let text = match thing {
             None | Some(Thing::Node(_) | Thing::OfItsNode | Thing::Plain(None) | Thing::Pod(None, _)) => None,
-            Some(Thing::Plain(Some(text)) | Thing::Own(text, _)) => Some(text.as_str()),
+            Some(Thing::Plain(Some(text)) | Thing::Subject(text, _)) => Some(text.as_str()),
             Some(Thing::Pod(Some(text), _)) if self.zones.is_empty() => Some(text.as_str()),
             Some(Thing::Pod(Some(text), _)) => {
                 made = documents::in_zone(text, |node| self.zones.get(node).cloned());
@@ -370,19 +397,34 @@ impl Objects {
         found
     }
 
-    /// What became of every object of ours.
+    /// What became of every object that has a status for it.
     pub(super) fn standings(&self, ledger: &Ledger) -> Vec<Standing> {
         let mut refused: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for one in ledger.refused() {
             refused.entry(one.file.as_path()).or_default().push(one);
         }
-        let own = self.listed.iter().flat_map(|(of, listed)| listed.things.iter().map(|it| (*of, it)));
+        let outcomes = self.outcomes(ledger);
+        let all = self.listed.iter().flat_map(|(of, listed)| listed.things.iter().map(|it| (*of, it)));
         let standing = |(of, (key, thing)): (Followed, (&Key, &Thing))| {
-            let Thing::Own(_, own) = thing else { return None };
+            let Thing::Subject(_, subject) = thing else { return None };
             let problems = refused.get(of.file(key).as_path()).map_or(&[][..], Vec::as_slice);
-            Some(Standing::new(Own::clone(own), problems))
+            let outcome = of.route().and_then(|kind| outcomes.get(&(kind, Name::new(&key.0, &key.1))));
+            Some(Standing::new(Subject::clone(subject), problems, outcome))
         };
-        own.filter_map(standing).collect()
+        all.filter_map(standing).collect()
+    }
+
+    /// What became of the routes.
+    fn outcomes(&self, ledger: &Ledger) -> BTreeMap<(RouteKind, Name), Outcome> {
+        let has = |of: &Followed| {
+            of.route().is_some() && self.listed.get(of).is_some_and(|it| !it.things.is_empty())
+        };
+        if !Followed::ALL.iter().any(has) {
+            return BTreeMap::new();
+        }
+        let matters =
+            |it: &&Object| matches!(it, Object::Service(_) | Object::Route(_) | Object::ReferenceGrant(_));
+        routes::resolve(&ledger.objects().filter(matters).collect()).outcomes
     }
 }
 
@@ -426,7 +468,7 @@ mod tests {
         let mut objects = Objects::default();
         for of in Followed::ALL {
             assert!(!objects.all_listed());
-            let what = if of.own().is_some() { What::Unknown } else { What::Complete };
+            let what = if of.defined().is_some() { What::Unknown } else { What::Complete };
             objects.apply(Event { of, what });
         }
         assert!(objects.all_listed());
@@ -650,7 +692,31 @@ mod tests {
                 "metadata": metadata(name, &json!({})), "spec": {"action": action, "selector": {"matchLabels": labels},
                     "rules": [{"to": [{"ports": [8080, "1-2"]}]}]}})
         });
-        prop_oneof![namespace, workload, service, slice, policy]
+        let route = (
+            name(),
+            one_of(&["HTTPRoute", "GRPCRoute"]),
+            one_of(&["", "gateway.networking.k8s.io", "other.example.com"]),
+            one_of(&["2026-01-31T12:00:00Z", "1970-01-01T00:00:09Z"]),
+            one_of(&["RequestHeaderModifier", "ExtensionRef"]),
+        )
+            .prop_map(|(name, kind, group, created, filter)| {
+                let mut metadata = metadata(name, &json!({}));
+                metadata["creationTimestamp"] = json!(created);
+                json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": {
+                    "parentRefs": [{"group": group, "kind": "Service", "name": "a"}],
+                    "rules": [{"backendRefs": [{"name": "b", "port": 80}],
+                        "filters": [{"type": filter, "requestHeaderModifier": {"remove": ["x-a"]}}]}]}})
+            });
+        let grant = (name(), one_of(&["", "a"])).prop_map(|(name, of)| {
+            let mut to = json!({"group": "", "kind": "Service"});
+            if !of.is_empty() {
+                to["name"] = json!(of);
+            }
+            json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant",
+                "metadata": metadata(name, &json!({})), "spec": {"to": [to],
+                    "from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "bank"}]}})
+        });
+        prop_oneof![namespace, workload, service, slice, policy, route, grant]
     }
 
     /// As the API server would tell of it.
@@ -664,6 +730,9 @@ mod tests {
             Some("Service") => typed::<Service>(Followed::Services, document),
             Some("EndpointSlice") => typed::<EndpointSlice>(Followed::Slices, document),
             Some("Workload") => typed::<DynamicObject>(Followed::Workloads, document),
+            Some("HTTPRoute") => typed::<DynamicObject>(Followed::HttpRoutes, document),
+            Some("GRPCRoute") => typed::<DynamicObject>(Followed::GrpcRoutes, document),
+            Some("ReferenceGrant") => typed::<DynamicObject>(Followed::Grants, document),
             _ => typed::<DynamicObject>(Followed::Policies, document),
         }
     }

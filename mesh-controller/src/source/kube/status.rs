@@ -1,12 +1,17 @@
-//! What became of every object of ours, written where its author looks: the condition Accepted of its status. One
+//! What became of every object of ours and of every route, written where its author looks: into its status. One
 //! controller of all writes; a burst of changes is one round, and what says the same already is not written again.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`verdict`] | one condition, and whether it is said |
+//! | [`route`] | the status of a route, which others write too |
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+mod route;
+mod verdict;
 
-use k8s_openapi::{
-    apimachinery::pkg::apis::meta::v1::{Condition, Time},
-    jiff::Timestamp,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, jiff::Timestamp};
 use kube::{
     Api, Client, ResourceExt,
     api::{DynamicObject, Patch, PatchParams},
@@ -18,14 +23,17 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    route::Attached,
+    verdict::{ACCEPTED, Verdict, conditions},
+};
 use super::{lease::Term, objects::Followed, resource};
 use crate::{
     model::Kind,
+    routes::Outcome,
     source::{Presence, Refused},
 };
 
-/// The condition that is ours.
-const ACCEPTED: &str = "Accepted";
 /// Who writes, to the API server.
 const WRITER: &str = "nodemesh-controller";
 /// After a change, how long others are waited for, so that a burst is one round.
@@ -34,32 +42,42 @@ const BATCH: Duration = Duration::from_millis(200);
 const WRITE: Duration = Duration::from_secs(2);
 /// After a write failed, how long until it is tried again.
 const RETRY: Duration = Duration::from_secs(2);
-/// Longest message, characters; Kubernetes takes 32768 bytes.
-const MAX_MESSAGE: usize = 4096;
 
-/// An object of ours, and what its status says.
+/// An object whose status is written.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Own {
-    kind: Kind,
+pub(super) struct Subject {
+    of: Followed,
     namespace: String,
     name: String,
     uid: String,
+    /// `metadata.resourceVersion`.
+    version: String,
     generation: i64,
-    /// The condition Accepted.
-    said: Option<Condition>,
+    said: Said,
 }
 
-impl Own {
-    pub(super) fn of(kind: Kind, object: &DynamicObject) -> Self {
-        let conditions = &object.data["status"]["conditions"];
-        let said = conditions.as_array().into_iter().flatten().find(|it| it["type"] == ACCEPTED);
+/// What its status says.
+#[derive(Debug, Clone, PartialEq)]
+enum Said {
+    /// Of an object of ours: its conditions.
+    Conditions(Vec<Condition>),
+    /// Of a route.
+    Route(Attached),
+}
+
+impl Subject {
+    pub(super) fn new(of: Followed, object: &DynamicObject) -> Self {
         Self {
-            kind,
+            of,
             namespace: object.namespace().unwrap_or_default(),
             name: object.name_any(),
             uid: object.uid().unwrap_or_default(),
+            version: object.resource_version().unwrap_or_default(),
             generation: object.metadata.generation.unwrap_or_default(),
-            said: said.and_then(|it| serde_json::from_value(it.clone()).ok()),
+            said: match of {
+                Followed::HttpRoutes | Followed::GrpcRoutes => Said::Route(Attached::of(object)),
+                _ => Said::Conditions(conditions(&object.data["status"])),
+            },
         }
     }
 }
@@ -67,57 +85,67 @@ impl Own {
 /// What became of an object.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Standing {
-    own: Own,
-    accepted: bool,
-    message: String,
+    subject: Subject,
+    told: Told,
+}
+
+/// What its status has to say.
+#[derive(Debug, Clone, PartialEq)]
+enum Told {
+    /// Of an object of ours.
+    Own(Verdict),
+    /// Of a route, for each of its parents that is a Service, by their places.
+    Route(Vec<(usize, Vec<Verdict>)>),
 }
 
 impl Standing {
-    /// `problems`: all that was said of its document.
-    pub(super) fn new(own: Own, problems: &[&Refused]) -> Self {
-        let Some(first) = problems.first() else {
-            return Self { own, accepted: true, message: "It is in force.".to_owned() };
+    /// `problems`: all that was said of its document. `outcome`: what became of it as a route.
+    pub(super) fn new(subject: Subject, problems: &[&Refused], outcome: Option<&Outcome>) -> Self {
+        let told = match &subject.said {
+            Said::Route(attached) => Told::Route(attached.verdicts(problems, outcome)),
+            Said::Conditions(_) if problems.is_empty() => {
+                Told::Own(Verdict::new(ACCEPTED, true, "Accepted", "It is in force."))
+            }
+            Said::Conditions(_) => Told::Own(Verdict::refused("Invalid", problems)),
         };
-        let of = |it: &&Refused| {
-            let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
-            format!("{field}{}. Cure: {}.", it.reason, it.cure)
-        };
-        let mut lines: Vec<String> = problems.iter().map(of).collect();
-        lines.push(match first.last_good_in_force {
-            true => "The last good version stays in force.".to_owned(),
-            false => "Nothing of it is in force.".to_owned(),
-        });
-        let message = lines.join(" ").chars().take(MAX_MESSAGE).collect();
-        Self { own, accepted: false, message }
+        Self { subject, told }
     }
 
-    /// The condition that has to be written; nothing if it is there.
-    fn missing(&self, now: Timestamp) -> Option<Condition> {
-        let (status, reason) = if self.accepted { ("True", "Accepted") } else { ("False", "Invalid") };
-        let said = self.own.said.as_ref();
-        let told = said.is_some_and(|it| {
-            (it.status.as_str(), it.reason.as_str(), &it.message) == (status, reason, &self.message)
-                && it.observed_generation == Some(self.own.generation)
-        });
-        let since = said.filter(|it| it.status == status).map(|it| it.last_transition_time.clone());
-        (!told).then(|| Condition {
-            type_: ACCEPTED.to_owned(),
-            status: status.to_owned(),
-            reason: reason.to_owned(),
-            message: self.message.clone(),
-            observed_generation: Some(self.own.generation),
-            last_transition_time: since.unwrap_or(Time(now)),
-        })
+    /// What has to be written, if anything has.
+    fn missing(&self, now: Timestamp) -> Option<Patch<Value>> {
+        let Subject { namespace, name, uid, version, generation, said, .. } = &self.subject;
+        match (said, &self.told) {
+            (Said::Conditions(said), Told::Own(verdict)) => {
+                (!verdict.is_told(said, *generation)).then(|| {
+                    let kind = self.kind();
+                    Patch::Apply(json!({
+                        "apiVersion": kind.api_version(),
+                        "kind": kind.as_str(),
+                        // The uid makes the API server refuse it for another object of the same name.
+                        "metadata": {"name": name, "namespace": namespace, "uid": uid},
+                        "status": {"conditions": [verdict.condition(said, *generation, now)]},
+                    }))
+                })
+            }
+            (Said::Route(attached), Told::Route(verdicts)) => {
+                let parents = attached.missing(verdicts, *generation, now)?;
+                Some(Patch::Merge(json!({
+                    "metadata": {"uid": uid, "resourceVersion": version},
+                    "status": {"parents": parents},
+                })))
+            }
+            _ => None,
+        }
     }
 
-    /// What is sent; the uid makes the API server refuse it for another object of the same name.
-    fn patch(&self, condition: &Condition) -> Value {
-        json!({
-            "apiVersion": self.own.kind.api_version(),
-            "kind": self.own.kind.as_str(),
-            "metadata": {"name": self.own.name, "namespace": self.own.namespace, "uid": self.own.uid},
-            "status": {"conditions": [condition]},
-        })
+    fn kind(&self) -> Kind {
+        self.subject.of.defined().expect("only kinds that somebody defined have standings")
+    }
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}/{}", self.kind(), self.subject.namespace, self.subject.name)
     }
 }
 
@@ -127,8 +155,8 @@ pub(super) struct Writer {
     standings: watch::Receiver<Arc<Vec<Standing>>>,
     term: Term,
     presence: watch::Sender<Presence>,
-    /// What was written and has not been heard of again, by uid.
-    written: BTreeMap<String, Condition>,
+    /// What was written to which version of an object and has not been heard of again, by uid.
+    written: BTreeMap<String, (String, Told)>,
 }
 
 impl Writer {
@@ -189,19 +217,16 @@ impl Writer {
     /// Writes what is missing. Whether some of it has to be tried again.
     async fn write(&mut self, cancel: &CancellationToken) -> bool {
         let standings = self.standings.borrow_and_update().clone();
-        self.written.retain(|uid, _| standings.iter().any(|it| it.own.uid == *uid));
+        self.written.retain(|uid, _| standings.iter().any(|it| it.subject.uid == *uid));
         let mut again = false;
         for standing in standings.iter() {
-            let uid = &standing.own.uid;
-            let Some(condition) = standing.missing(Timestamp::now()) else {
+            let Subject { uid, version, .. } = &standing.subject;
+            let Some(patch) = standing.missing(Timestamp::now()) else {
                 self.written.remove(uid);
                 continue;
             };
-            let same = |it: &Condition| {
-                (&it.status, &it.message, it.observed_generation)
-                    == (&condition.status, &condition.message, condition.observed_generation)
-            };
-            if self.written.get(uid).is_some_and(same) {
+            let is_same = |(to, told): &(String, Told)| (to, told) == (version, &standing.told);
+            if self.written.get(uid).is_some_and(is_same) {
                 continue;
             }
             if self.term.due() <= Instant::now() {
@@ -210,18 +235,15 @@ impl Writer {
             if cancel.is_cancelled() || !self.term.holds_for(WRITE) {
                 return true;
             }
-            let name = format!("{} {}/{}", standing.own.kind, standing.own.namespace, standing.own.name);
-            match timeout(WRITE, self.write_one(standing, &condition)).await {
+            match timeout(WRITE, self.write_one(standing, &patch)).await {
                 Ok(Ok(())) => {
-                    tracing::debug!(object = name, accepted = standing.accepted, "status written");
-                    self.written.insert(uid.clone(), condition);
+                    tracing::debug!(object = %standing, "status written");
+                    self.written.insert(uid.clone(), (version.clone(), standing.told.clone()));
                 }
-                // It is gone, or another one has its name: its own events tell.
+                // It is gone, has changed, or another one has its name: its own events tell.
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {}
                 Ok(Err(error)) => {
-                    let name =
-                        format!("{} {}/{}", standing.own.kind, standing.own.namespace, standing.own.name);
-                    tracing::warn!(%error, "the status of {name} cannot be written; it is tried again");
+                    tracing::warn!(%error, "the status of {standing} cannot be written; it is tried again");
                     again = true;
                 }
                 Err(_) => again = true,
@@ -230,70 +252,14 @@ impl Writer {
         again
     }
 
-    async fn write_one(&self, standing: &Standing, condition: &Condition) -> kube::Result<()> {
-        let own = &standing.own;
-        let of = Followed::ALL.into_iter().find(|of| of.own() == Some(own.kind));
-        let plural = of.expect("only kinds that are followed have standings").plural();
-        let resource = resource(own.kind, plural);
-        let objects = Api::<DynamicObject>::namespaced_with(self.client.clone(), &own.namespace, &resource);
-        let patch = Patch::Apply(standing.patch(condition));
-        objects.patch_status(&own.name, &PatchParams::apply(WRITER).force(), &patch).await.map(drop)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use super::*;
-
-    fn own(generation: i64, said: Option<Condition>) -> Own {
-        Own {
-            kind: Kind::AuthorizationPolicy,
-            namespace: "shop".into(),
-            name: "p".into(),
-            uid: "u".into(),
-            generation,
-            said,
-        }
-    }
-
-    fn refused(last_good_in_force: bool) -> Refused {
-        Refused {
-            file: PathBuf::from("kubernetes/authorizationpolicies/shop/p"),
-            line: 1,
-            object: Some("AuthorizationPolicy shop/p".into()),
-            field: "spec.rules[0].to[0].ports[0]".into(),
-            reason: "'x' is not a port".into(),
-            cure: "write a number".into(),
-            last_good_in_force,
-        }
-    }
-
-    #[test]
-    fn the_message_names_field_reason_and_cure_and_says_what_is_in_force() {
-        let message = |last_good| Standing::new(own(1, None), &[&refused(last_good)]).message;
-        assert_eq!(
-            message(true),
-            "spec.rules[0].to[0].ports[0]: 'x' is not a port. Cure: write a number. The last good version stays in \
-             force."
-        );
-        assert!(message(false).ends_with("Nothing of it is in force."));
-    }
-
-    #[test]
-    fn what_is_said_is_not_written_again_until_the_object_or_the_verdict_changes() {
-        let (then, now) = (Timestamp::UNIX_EPOCH, Timestamp::now());
-        let good = Standing::new(own(1, None), &[]);
-        let condition = good.missing(then).expect("nothing is said yet");
-        assert_eq!((condition.status.as_str(), condition.observed_generation), ("True", Some(1)));
-
-        let said = |generation| own(generation, Some(condition.clone()));
-        assert_eq!(Standing::new(said(1), &[]).missing(now), None);
-        let newer = Standing::new(said(2), &[]).missing(now).expect("another generation");
-        assert_eq!(newer.last_transition_time, Time(then), "it was accepted before, too");
-        let bad = Standing::new(said(2), &[&refused(true)]).missing(now).expect("another verdict");
-        assert_eq!((bad.status.as_str(), bad.reason.as_str()), ("False", "Invalid"));
-        assert_eq!(bad.last_transition_time, Time(now));
+    async fn write_one(&self, standing: &Standing, patch: &Patch<Value>) -> kube::Result<()> {
+        let Subject { of, namespace, name, .. } = &standing.subject;
+        let resource = resource(standing.kind(), of.plural());
+        let objects = Api::<DynamicObject>::namespaced_with(self.client.clone(), namespace, &resource);
+        let params = match patch {
+            Patch::Apply(_) => PatchParams::apply(WRITER).force(),
+            _ => PatchParams { field_manager: Some(WRITER.to_owned()), ..PatchParams::default() },
+        };
+        objects.patch_status(name, &params, patch).await.map(drop)
     }
 }

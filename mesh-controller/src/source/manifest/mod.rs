@@ -28,7 +28,7 @@ use mesh_core::model::Name;
 use serde::{Deserialize, de::IgnoredAny};
 
 use self::check::{Check, MAX_NAME};
-pub(in crate::source) use self::slice::SERVICE_NAME;
+pub(in crate::source) use self::{route::GATEWAY_GROUP, slice::SERVICE_NAME};
 use super::{
     Problem,
     document::{Document, Node, one_of},

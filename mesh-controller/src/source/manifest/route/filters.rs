@@ -357,7 +357,9 @@ impl Check<'_> {
                 self.problem(&field, "'*' is everything already", "remove the others, or this");
             } else if text != "*" && !valid(text) {
                 let cure = match what {
-                    "an origin" => "write http://HOST or https://HOST, with a port where it is not the usual one",
+                    "an origin" => {
+                        "write http://HOST or https://HOST, with a port where it is not the usual one"
+                    }
                     _ => "write its name, or '*' alone for all",
                 };
                 self.problem(&field, format!("'{shown}' is not {what}"), cure);
@@ -369,8 +371,7 @@ impl Check<'_> {
 /// A value as the Gateway API has it: visible characters, and single blanks between them.
 fn is_field_value(text: &str) -> bool {
     let blank = |c: char| c == ' ' || c == '\t';
-    let pieces = text.split(blank);
-    pieces.into_iter().all(|piece| !piece.is_empty() && piece.chars().all(|c| c.is_ascii_graphic()))
+    text.split(blank).all(|piece| !piece.is_empty() && piece.chars().all(|c| c.is_ascii_graphic()))
 }
 
 /// `http://*.example.com:8080`: a scheme, labels of a host of which a star may be the first, and a port.

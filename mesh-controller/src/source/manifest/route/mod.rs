@@ -36,10 +36,8 @@ use crate::{
     source::document::Node,
 };
 
-pub(super) use self::grant::RawGrant;
-
 /// The group of the Gateway API, and of every parent that does not say one.
-const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
+pub(in crate::source) const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 /// Most parents, rules, matches of a rule, and of all rules of a route (Gateway API).
 const MAX_PARENTS: usize = 32;
 const MAX_RULES: usize = 16;
@@ -297,4 +295,3 @@ fn patterns(rule: &RouteRule) -> impl Iterator<Item = &Pattern> {
         path.into_iter().chain(call.into_iter().flatten().chain(values).filter_map(of_text))
     })
 }
-

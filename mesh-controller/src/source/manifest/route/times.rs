@@ -63,8 +63,7 @@ impl Check<'_> {
             // Zero is none.
             time.filter(|time| !time.is_zero())
         };
-        let (request, backend) =
-            (time("request", raw.request), time("backendRequest", raw.backend_request));
+        let (request, backend) = (time("request", raw.request), time("backendRequest", raw.backend_request));
         if request.zip(backend).is_some_and(|(request, backend)| backend > request) {
             let reason = "an attempt cannot take longer than the request that it is for";
             self.problem(&format!("{at}.backendRequest"), reason, "write at most what 'request' says");
@@ -89,12 +88,7 @@ impl Check<'_> {
         Retry { codes: raw.codes, attempts, backoff: backoff.unwrap_or(DEFAULT_BACKOFF) }
     }
 
-    pub(super) fn session(
-        &mut self,
-        at: &str,
-        route: &Name,
-        raw: Option<RawSession>,
-    ) -> Option<Persistence> {
+    pub(super) fn session(&mut self, at: &str, route: &Name, raw: Option<RawSession>) -> Option<Persistence> {
         let raw = raw?;
         let name = raw.session_name.unwrap_or_else(|| name_of_session(route, at));
         if !is_token(&name) || name.len() > MAX_SESSION {
