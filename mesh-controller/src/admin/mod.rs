@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 use self::{
     answer::{
         AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow,
-        Root, ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
+        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
     },
     request::Request,
 };

@@ -385,7 +385,13 @@ spec:
 ";
         let common = common_of(&format!("{MANIFESTS}{routes}"));
         for (line, headers, verdict, rule, says) in [
-            ("GET /db/1?a=b", "Version: one", "allowed", "spec.rules[0]: shop/db:5432", "an allow rule matches"),
+            (
+                "GET /db/1?a=b",
+                "Version: one",
+                "allowed",
+                "spec.rules[0]: shop/db:5432",
+                "an allow rule matches",
+            ),
             ("GET /db/1", "", "answered", "", "no rule matches: answered with 404"),
             ("GET /gone", "", "answered", "spec.rules[1] 'gone': nowhere", "the backend is not there"),
             ("POST /old", "", "answered", "spec.rules[2]: redirect 301", "redirected with 301"),
