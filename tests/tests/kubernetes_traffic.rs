@@ -243,7 +243,7 @@ impl<'a> Bed<'a> {
         self.shop.label_namespace("nodemesh.io/enroll=true");
         let all = ["wait", "pod", "--all", "--for=condition=nodemesh.io/captured", PODS];
         if let Err(error) = self.shop.try_kubectl(&all) {
-            panic!("{error}\n{}\n{}", self.shop.captured(), self.shop.cluster.state_of_mesh());
+            panic!("{error}\n{}", self.shop.state());
         }
     }
 

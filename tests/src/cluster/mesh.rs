@@ -14,6 +14,8 @@ pub const NAMESPACE: &str = "nodemesh-system";
 const ROLLED_OUT: &str = "--timeout=180s";
 /// How long commands that are typed may take.
 const TYPED: Duration = Duration::from_secs(600);
+/// Lines of access logs that a failing test prints.
+const REFUSALS: usize = 20;
 /// An agent's admin interface, on its node's loopback.
 const ADMIN: &str = "127.0.0.1:15021";
 
@@ -60,6 +62,27 @@ impl Cluster {
             Ok(said) => said,
             Err(error) => format!("{error:#}"),
         });
+        said.join("\n")
+    }
+
+    /// The last connections that did not end well, as the agents' access logs have them, and how many the kernel programs
+    /// refused on each node: for whoever reads a failed test.
+    pub fn refusals(&self) -> String {
+        let mut said = match self.access_log() {
+            Ok(lines) => {
+                let is_bad = |line: &&Value| line["outcome"].as_str().is_some_and(|outcome| outcome != "ok");
+                let bad: Vec<String> = lines.iter().filter(is_bad).map(Value::to_string).collect();
+                bad[bad.len().saturating_sub(REFUSALS)..].to_vec()
+            }
+            Err(error) => vec![format!("{error:#}")],
+        };
+        for node in self.nodes().unwrap_or_default() {
+            let metrics = self.ask_agent(&node, "/metrics").map(|answer| answer.body);
+            let metrics =
+                metrics.unwrap_or_else(|error| format!("nodemesh_kernel_refused of {node}: {error:#}"));
+            let of_kernel = metrics.lines().filter(|line| line.starts_with("nodemesh_kernel_refused"));
+            said.extend(of_kernel.map(|line| format!("{node}: {line}")));
+        }
         said.join("\n")
     }
 

@@ -136,17 +136,31 @@ spec:
     /// Waits until nobody can read along.
     #[track_caller]
     pub fn await_meshed(&self) {
-        until("the service is asked by mutual TLS", SOON, || {
-            wait::holds(!self.is_readable()?, || format!("it can be read\n{}", self.captured()))
+        self.until("the service is asked by mutual TLS", || {
+            wait::holds(!self.is_readable()?, || "it can be read".to_owned())
         });
     }
 
     /// Waits until everybody can.
     #[track_caller]
     pub fn await_plain(&self) {
-        until("the service is asked in the clear", SOON, || {
-            wait::holds(self.is_readable()?, || format!("it cannot be read\n{}", self.captured()))
+        self.until("the service is asked in the clear", || {
+            wait::holds(self.is_readable()?, || "it cannot be read".to_owned())
         });
+    }
+
+    /// Looks until it is so; if it does not come, says besides what the mesh says of it.
+    #[track_caller]
+    fn until(&self, what: &str, look: impl FnMut() -> Result<(), String>) {
+        if let Err(complaint) = wait::try_until(SOON, look) {
+            panic!("{what}: not within {SOON:?}; last seen: {complaint}\n{}", self.state());
+        }
+    }
+
+    /// The condition of all pods, what was refused last, and the state of the mesh.
+    pub fn state(&self) -> String {
+        let refusals = self.cluster.refusals();
+        [self.captured(), refusals, self.cluster.state_of_mesh()].join("\n")
     }
 
     /// The condition of all pods.
@@ -160,7 +174,7 @@ spec:
     pub fn await_captured(&self, pod: &str) {
         let says = "--for=condition=nodemesh.io/captured=True";
         if let Err(error) = self.try_kubectl(&["wait", &format!("pod/{pod}"), says, PODS]) {
-            panic!("{error}\n{}\n{}", self.captured(), self.cluster.state_of_mesh());
+            panic!("{error}\n{}", self.state());
         }
     }
 
