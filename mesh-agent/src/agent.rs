@@ -75,7 +75,6 @@ async fn serve(
         }
     };
     let mut kernel = Kernel::load(&config.bpffs)?;
-    let maps = Maps::new(kernel.bpf_mut(), agent_cgroup)?;
     let pins = Pins::hold(&config.bpffs)?;
     capture::log::forward(kernel.bpf_mut()).context("cannot read the kernel programs' log")?;
 
@@ -110,6 +109,8 @@ async fn serve(
             () = told.next_word() => return Ok(()),
         }
     }
+    // Only now: an agent that never gets here has changed nothing, and what the old one changed until now is seen.
+    let maps = Maps::new(kernel.bpf_mut(), agent_cgroup)?;
     let in_force = CancellationToken::new();
     let headroom = Headroom::new(metrics.clone(), control.health.clone());
     let holds = match config.hold_new {

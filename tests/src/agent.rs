@@ -127,6 +127,14 @@ impl Agent {
         self.program().take().context("the agent does not run")?.kill()
     }
 
+    /// Another one of this node, with settings that differ; not started yet. It begins with what this one has on the node.
+    pub fn beside(&self, change: impl FnOnce(&mut Settings)) -> Result<Self> {
+        let mut settings = self.settings.clone();
+        change(&mut settings);
+        fs::create_dir_all(&settings.directory)?;
+        Self::new(settings, "none, as the node has joined")
+    }
+
     /// Hands its process out, which runs on: another one can be started beside it.
     pub fn set_aside(&self) -> Result<Program> {
         self.program().take().context("the agent does not run")

@@ -121,6 +121,19 @@ fn what_an_agent_left_in_the_maps_is_there_for_the_next() {
     assert!(!maps.set_destinations(&addresses(5), &[]).unwrap());
 }
 
+/// As when an agent is late to stand down: what it removes is in no map any more when its successor removes it.
+#[test]
+fn an_agent_has_its_own_way_whatever_another_wrote_since_it_looked() {
+    let mut old = Loaded::new("both");
+    old.maps.set_destinations(&addresses(5), &[]).unwrap();
+    let mut kernel = Kernel::load(&old.bpffs).unwrap();
+    let mut new = Maps::new(kernel.bpf_mut(), 2).unwrap();
+    old.maps.set_destinations(&addresses(3), &[]).unwrap();
+    assert_eq!(new.agent_cgroups(), [1, 0], "what the old one wrote last");
+    new.set_destinations(&addresses(3), &[]).unwrap();
+    assert_eq!(new.agent_cgroups(), [2, 1]);
+}
+
 #[test]
 fn the_guard_knows_the_agents_cgroup_and_its_predecessors() {
     let loaded = Loaded::new("cgroups");

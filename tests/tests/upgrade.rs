@@ -13,7 +13,9 @@ use mesh_tests::{
     apps,
     load::{Load, same, short},
     process::Program,
-    wait::scaled,
+    until,
+    wait::{self, scaled},
+    workload::TIMEOUT,
 };
 
 /// How many upgrades in a row.
@@ -149,6 +151,29 @@ fn a_second_agent_takes_over_and_the_first_stands_down_until_it_is_told_to_end()
     assert_eq!(metrics.sum("nodemesh_repairs_total", &[]), 0.0, "the agents fight");
     drop(held);
     assert!(first.stop(STOP).unwrap().success());
+}
+
+/// As successors do that fail at their start, again and again, each in a container of its own.
+#[test]
+fn agents_that_never_take_over_leave_the_node_to_its_owner() {
+    let world = World::shop().build().unwrap();
+    let (web, db) = (world.workload("web"), world.workload("db"));
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let owner = world.agent("a");
+    for name in ["first", "second"] {
+        let successor = owner.beside(|settings| {
+            // The node's certificate says otherwise.
+            settings.node = "another".to_owned();
+            settings.cgroup = format!("{}-{name}", settings.cgroup);
+            settings.directory = world.directory().join(name);
+        });
+        let successor = successor.unwrap();
+        successor.start().unwrap();
+        until("it has ended", TIMEOUT, || wait::holds(!successor.is_running(), || "it runs".to_owned()));
+        let log = std::fs::read_to_string(successor.log()).unwrap();
+        assert!(log.contains("this is node another"), "{log}");
+    }
+    assert_eq!(web.exchange(db.v4(8080), b"as before").unwrap(), b"as before");
 }
 
 /// The old agent hears of policies through the view that its successor writes down.

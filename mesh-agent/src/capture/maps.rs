@@ -49,7 +49,8 @@ impl std::fmt::Debug for Maps {
 }
 
 impl Maps {
-    /// Takes the maps out of the loaded object and puts the agent's cgroup in force, beside that of a predecessor.
+    /// Takes the maps out of the loaded object and puts the agent's cgroup in force, beside that of a predecessor. For the
+    /// node's owner: what is in them is remembered, and another agent that writes would not be seen.
     pub fn new(bpf: &mut Ebpf, agent_cgroup: u64) -> anyhow::Result<Self> {
         let mut take =
             |name: &str| bpf.take_map(name).ok_or_else(|| anyhow::anyhow!("the object has no map {name}"));
@@ -113,21 +114,13 @@ impl Maps {
         &mut self,
         gone: impl IntoIterator<Item = &'a (u32, Address)>,
     ) -> Result<(), MapError> {
-        for (length, address) in gone {
-            match self.blocks.remove(&Key::new(*length, *address)) {
-                // Gone already, which is what is wanted.
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        gone.into_iter()
+            .try_for_each(|(length, address)| entry_gone_or(self.blocks.remove(&Key::new(*length, *address))))
     }
 
     fn set_addresses(&mut self, wanted: &HashSet<IpAddr>) -> Result<(), MapError> {
         for gone in self.captured.difference(wanted).copied().collect::<Vec<_>>() {
-            self.destinations.remove(&Address::from_ip(gone))?;
+            entry_gone_or(self.destinations.remove(&Address::from_ip(gone)))?;
             self.captured.remove(&gone);
         }
         let new: Vec<IpAddr> = wanted.difference(&self.captured).copied().collect();
@@ -194,7 +187,7 @@ impl Maps {
 
     /// The cgroups by which the guard knows the agent and its predecessor; 0 for none.
     pub fn agent_cgroups(&self) -> [u64; 2] {
-        self.agent_cgroups
+        self.config.get(&0, 0).map_or([0; 2], |config| config.agent_cgroups)
     }
 
     /// Takes the guard of a veth out of force.
@@ -252,6 +245,15 @@ impl Maps {
             values.map_or(0, |values| values.iter().sum())
         };
         KernelReason::ALL.iter().map(|reason| (*reason, count(*reason))).collect()
+    }
+}
+
+/// The result of a removal: an entry that is gone already, by another agent's doing, is what is wanted.
+fn entry_gone_or(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
     }
 }
 
