@@ -20,12 +20,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, NodeState, Observed},
-    capture::{self, Kernel, Maps, Pins},
+    capture::{self, Holder, Kernel, Maps, Pins},
     config::Config,
     connection::{Limits, Node},
     control::Control,
     drain::Drain,
-    enrol::{Enroller, hold::Holds},
+    enrol::{
+        Enroller,
+        hold::{Before, Holds},
+    },
     headroom::Headroom,
     health::{Condition, Fill},
     identity::{Certificates, store::Identities},
@@ -76,6 +79,7 @@ async fn serve(
     };
     let mut kernel = Kernel::load(&config.bpffs)?;
     let pins = Pins::hold(&config.bpffs)?;
+    let holder = Holder::of(&mut kernel)?;
     capture::log::forward(kernel.bpf_mut()).context("cannot read the kernel programs' log")?;
 
     let stop = CancellationToken::new();
@@ -102,20 +106,22 @@ async fn serve(
             Drain::new(),
         )
     };
-    if !alone {
+    let before = if alone {
+        Before::now().context("cannot look at the node's links")?
+    } else {
         // Not before there is something to serve with: until then the old one goes on as if we were not here.
         tokio::select! {
             taken = take_over(&mut ownership, &mut control) => taken?,
             () = told.next_word() => return Ok(()),
         }
-    }
+    };
     // Only now: an agent that never gets here has changed nothing, and what the old one changed until now is seen.
     let maps = Maps::new(kernel.bpf_mut(), agent_cgroup)?;
     let in_force = CancellationToken::new();
     let headroom = Headroom::new(metrics.clone(), control.health.clone());
     let holds = match config.hold_new {
         Duration::ZERO => None,
-        limit => Some(Holds::new(limit).context("cannot follow the node's links")?),
+        limit => Some(Holds::start(limit, holder, before).context("cannot hold new pods")?),
     };
     let enroller = Enroller {
         kernel,
@@ -174,12 +180,14 @@ async fn serve(
     Ok(())
 }
 
-/// Takes the node over from its present agent, once there is a view to serve it with.
-async fn take_over(ownership: &mut Ownership, control: &mut Control) -> anyhow::Result<()> {
+/// Takes the node over from its present agent, once there is a view to serve it with. Returns the veths from before: what
+/// comes from then on is not held by the old one for sure.
+async fn take_over(ownership: &mut Ownership, control: &mut Control) -> anyhow::Result<Before> {
     control.snapshots.wait_for(Option::is_some).await.context("the control side has ended")?;
+    let before = Before::now().context("cannot look at the node's links")?;
     ownership.take_over().await?;
     control.become_the(Role::Owner);
-    Ok(())
+    Ok(before)
 }
 
 /// Owns the node until a successor wants to, whose name it returns; or, once the agent was told to end, at most to

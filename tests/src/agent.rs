@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     controller::{CommandOutput, log_level, running},
+    halt::Halted,
     http,
     metrics::Metrics,
     netns::{self, NetNs},
@@ -138,6 +139,11 @@ impl Agent {
     /// Hands its process out, which runs on: another one can be started beside it.
     pub fn set_aside(&self) -> Result<Program> {
         self.program().take().context("the agent does not run")
+    }
+
+    /// Lets its control side stand still, as one that is busy for long, until what is returned is dropped.
+    pub fn halt(&self) -> Result<Halted> {
+        Halted::first_thread(self.pid().context("the agent does not run")?)
     }
 
     /// Waits until the process that was started last is the one that serves.

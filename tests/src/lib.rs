@@ -28,6 +28,7 @@ pub mod attached;
 pub mod cluster;
 pub mod controller;
 pub mod frame;
+pub mod halt;
 pub mod http;
 pub mod load;
 pub mod log;

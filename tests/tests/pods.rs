@@ -10,7 +10,9 @@ use std::{
 use mesh_agent::enrol::hold;
 use mesh_core::refusal::Reason;
 use mesh_tests::{
-    Workload, World, apps, attached, log,
+    Workload, World,
+    agent::STOP,
+    apps, attached, log,
     manifests::{Enrolment, Mode},
     until, wait,
     workload::TIMEOUT,
@@ -215,6 +217,38 @@ fn the_first_connection_of_a_new_pod_waits_for_capture_and_is_not_lost() {
     assert_eq!(holds(&world, "captured"), 1.0);
     let left = attached::programs(&world.node("a").netns, &pod.device).unwrap();
     assert_eq!(left.len(), 2, "the guard of both directions, and no hold: {left:?}");
+}
+
+#[test]
+fn a_new_pod_is_held_whatever_else_its_agent_is_at() {
+    let world = World::shop().hold_new(Duration::from_secs(60)).build().unwrap();
+    let still = world.agent("a").halt().unwrap();
+    let pod = world.add_workload(&WorkloadSpec::new("shop/late", "a").pod(LATE).untold()).unwrap();
+    await_hold(&world, &pod);
+    drop(still);
+}
+
+#[test]
+fn a_hold_goes_on_when_another_agent_takes_over() {
+    let world = World::shop().hold_new(Duration::from_secs(60)).build().unwrap();
+    let db = world.workload("db");
+    let _app = db.serve(8080, apps::echo()).unwrap();
+    let mut wire = world.capture().unwrap();
+    let late = WorkloadSpec::new("shop/late", "a").pod(LATE).untold();
+    let pod = world.add_workload(&late).unwrap();
+    await_hold(&world, &pod);
+    let agent = world.agent("a");
+    let old = agent.set_aside().unwrap();
+    agent.start().unwrap();
+    agent.await_serving().unwrap();
+    old.stop(STOP).unwrap();
+    // What the new one does not want was taken away before it said that it serves.
+    assert!(!attached::programs(&world.node("a").netns, &pod.device).unwrap().is_empty(), "it is not held");
+
+    world.write_workload(&late).unwrap();
+    assert_eq!(pod.exchange(db.v4(8080), b"first").unwrap(), b"first");
+    assert!(wire.plaintext(b"first").unwrap().is_empty());
+    assert_eq!(holds(&world, "captured"), 1.0);
 }
 
 #[test]

@@ -41,7 +41,7 @@ const SEPARATOR: char = ':';
 const QDISC: &str = "qdisc";
 
 /// The filters, by their records.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Filters {
     records: PathBuf,
 }

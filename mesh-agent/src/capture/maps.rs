@@ -4,7 +4,6 @@ use std::{
     collections::{HashMap as StdMap, HashSet},
     net::IpAddr,
     os::fd::AsRawFd,
-    time::Duration,
 };
 
 use aya::{
@@ -16,8 +15,6 @@ use mesh_ebpf::abi::{
     Address, Config, Direction, FLAG_CAPTURE_ALL, FLAG_STRICT, Guarded, KernelReason, ListenerKey,
     MAX_BLOCKS, MAX_DESTINATIONS, MAX_LISTENERS, MAX_PROBES, MAX_WORKLOADS, Mac, ProbeKey, SourceKey,
 };
-
-use nix::time::{ClockId, clock_gettime};
 
 use crate::health::Fill;
 
@@ -34,7 +31,6 @@ pub struct Maps {
     guarded: HashMap<MapData, u32, Guarded>,
     sources: HashMap<MapData, SourceKey, u32>,
     probes: HashMap<MapData, ProbeKey, u32>,
-    held: HashMap<MapData, u32, u64>,
     config: Array<MapData, Config>,
     refused: PerCpuArray<MapData, u64>,
     agent_cgroups: [u64; 2],
@@ -63,7 +59,6 @@ impl Maps {
             guarded: take("GUARDED")?.try_into()?,
             sources: take("SOURCES")?.try_into()?,
             probes: take("PROBES")?.try_into()?,
-            held: take("HELD")?.try_into()?,
             config: take("CONFIG")?.try_into()?,
             refused: take("REFUSED")?.try_into()?,
             agent_cgroups: [agent_cgroup, 0],
@@ -199,18 +194,6 @@ impl Maps {
         for key in of_veth {
             let _ = self.sources.remove(&key);
         }
-    }
-
-    /// Holds what leaves the pod behind a veth, for so long.
-    pub fn hold(&mut self, ifindex: u32, limit: Duration) -> anyhow::Result<()> {
-        let until = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?) + limit;
-        Ok(self.held.insert(&ifindex, &u64::try_from(until.as_nanos())?, 0)?)
-    }
-
-    /// Lets it go.
-    pub fn unhold(&mut self, ifindex: u32) {
-        // A missing entry is what is wanted.
-        let _ = self.held.remove(&ifindex);
     }
 
     /// Veths that have a guard in force.

@@ -6,6 +6,7 @@
 pub mod clsact;
 pub mod doctor;
 pub mod features;
+mod holder;
 mod hook;
 pub mod log;
 mod lookup;
@@ -18,6 +19,7 @@ mod tcx;
 
 use std::io;
 
+pub use holder::{Holder, is_hold};
 pub use hook::Hook;
 pub use maps::Maps;
 pub use pins::Pins;

@@ -76,15 +76,53 @@ pub enum Attachment {
 #[derive(Debug)]
 pub struct Kernel {
     bpf: Ebpf,
-    attached: Attached,
+    pub(super) attached: Attached,
     lookups: Lookups,
 }
 
 /// What is attached, in one of the two ways.
 #[derive(Debug)]
-enum Attached {
+pub(super) enum Attached {
     Tcx(Links),
     Clsact(Filters),
+}
+
+impl Attached {
+    /// A handle on the same place, which holds nothing yet.
+    pub(super) fn another(&self) -> Self {
+        match self {
+            Self::Tcx(links) => Self::Tcx(links.another()),
+            Self::Clsact(filters) => Self::Clsact(filters.clone()),
+        }
+    }
+
+    pub(super) fn attach(&mut self, program: &mut SchedClassifier, place: Place<'_>) -> anyhow::Result<()> {
+        match self {
+            Self::Tcx(links) => links.attach(program, place),
+            Self::Clsact(filters) => filters.attach(program, place),
+        }
+    }
+
+    fn is_in_place(&self, program: u32, place: Place<'_>) -> bool {
+        match self {
+            Self::Tcx(links) => links.is_in_place(program, place),
+            Self::Clsact(filters) => filters.is_in_place(program, place),
+        }
+    }
+
+    pub(super) fn detach(&mut self, owner: &str) -> io::Result<()> {
+        match self {
+            Self::Tcx(links) => links.detach(owner),
+            Self::Clsact(filters) => filters.detach(owner),
+        }
+    }
+
+    pub(super) fn owners(&self) -> io::Result<Vec<String>> {
+        match self {
+            Self::Tcx(links) => links.owners(),
+            Self::Clsact(filters) => filters.owners(),
+        }
+    }
 }
 
 impl Kernel {
@@ -137,10 +175,7 @@ impl Kernel {
     ) -> Result<(), KernelError> {
         let place = Place { owner, hook, namespace, ifindex };
         program(&mut self.bpf, hook)
-            .and_then(|program| match &mut self.attached {
-                Attached::Tcx(links) => links.attach(program, place),
-                Attached::Clsact(filters) => filters.attach(program, place),
-            })
+            .and_then(|program| self.attached.attach(program, place))
             .map_err(|error| KernelError::Attach { hook, ifindex, error })
     }
 
@@ -150,11 +185,7 @@ impl Kernel {
             return false;
         };
         let Ok(ours) = program.info().map(|info| info.id()) else { return false };
-        let place = Place { owner, hook, namespace, ifindex };
-        match &self.attached {
-            Attached::Tcx(links) => links.is_in_place(ours, place),
-            Attached::Clsact(filters) => filters.is_in_place(ours, place),
-        }
+        self.attached.is_in_place(ours, Place { owner, hook, namespace, ifindex })
     }
 
     /// Attaches the lookup of listeners to a workload's namespace, in the place of the one that an earlier agent left
@@ -175,20 +206,14 @@ impl Kernel {
 
     /// Detaches everything of an owner. What is not there is no error.
     pub fn detach(&mut self, owner: &str) -> io::Result<()> {
-        match &mut self.attached {
-            Attached::Tcx(links) => links.detach(owner),
-            Attached::Clsact(filters) => filters.detach(owner),
-        }?;
+        self.attached.detach(owner)?;
         // After the guard: what capture passes to the lookup finds it.
         self.lookups.detach(owner)
     }
 
     /// Names of owners that have something attached, from this agent or an earlier one.
     pub fn owners(&self) -> io::Result<Vec<String>> {
-        let mut owners = match &self.attached {
-            Attached::Tcx(links) => links.owners(),
-            Attached::Clsact(filters) => filters.owners(),
-        }?;
+        let mut owners = self.attached.owners()?;
         owners.extend(self.lookups.owners()?);
         owners.sort();
         owners.dedup();

@@ -39,6 +39,11 @@ impl Links {
         Ok(Self { pins, held: HashMap::new() })
     }
 
+    /// A handle on the same pins, which holds no links yet.
+    pub(super) fn another(&self) -> Self {
+        Self { pins: self.pins.clone(), held: HashMap::new() }
+    }
+
     pub(super) fn attach(&mut self, program: &mut SchedClassifier, place: Place<'_>) -> anyhow::Result<()> {
         let Place { owner, hook, namespace, ifindex } = place;
         fs::create_dir_all(&self.pins)?;

@@ -4,6 +4,8 @@
 //! every new veth is held from its creation on, at the node's end. A packet that is dropped there is sent again by its
 //! sender, and goes its right way then: a connection that was opened too early is late, not lost.
 //!
+//! A thread of its own holds, at once and whatever else is being done; the enrolment loop lets go.
+//!
 //! Invariant: every hold has an end that the kernel knows, also when the agent does not live to say it. That of a strict
 //! pod is put off for as long as the agent lives and has not captured it: what left it before would be refused by its guard,
 //! or by nobody.
@@ -11,25 +13,30 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
-use futures_util::{FutureExt, StreamExt, stream::BoxStream};
 use mesh_core::{model::Mode, view::Snapshot};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
 };
-use rtnetlink::MulticastGroup;
+use tokio::{runtime::Builder, sync::watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     discover::number_of,
     sandbox::{self, Sandbox},
 };
 use crate::{
-    capture::{Hook, Kernel, Maps},
+    capture::Holder,
     metrics::{HoldOutcome, Metrics},
-    net::{netlink::Netlink, netns::Namespace},
+    net::{
+        netlink::{LinkChanges, Netlink},
+        netns::Namespace,
+    },
     run_dir::{RunDir, RunDirError},
 };
 
@@ -37,24 +44,33 @@ use crate::{
 /// the run directory's tmpfs when the machine does: a pod that mounts it is not started by a node that boots before its
 /// agent holds it.
 pub const MARK: &str = "new-pods-are-held";
-/// What the names of our attachments begin with; a namespace of Kubernetes cannot have it before an underscore.
-const OWNER: &str = "hold__";
+
+/// What new veths are compared with: those that were there before.
+#[derive(Debug)]
+pub struct Before(HashSet<u32>);
 
 /// The veths of new pods that are held.
+#[derive(Debug)]
 pub struct Holds {
-    limit: Duration,
-    changes: BoxStream<'static, ()>,
-    /// All veths that were looked at.
-    known: HashSet<u32>,
-    /// Those that are held, and since when.
-    held: BTreeMap<u32, Instant>,
+    shared: Arc<Shared>,
+    /// Changes when something new is held; closed when the thread has ended.
+    more: watch::Receiver<()>,
+    stop: CancellationToken,
 }
 
-impl std::fmt::Debug for Holds {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Holds").field("limit", &self.limit).field("held", &self.held).finish_non_exhaustive()
-    }
+/// What the thread that holds and the loop that lets go have in common.
+#[derive(Debug)]
+struct Shared {
+    limit: Duration,
+    /// Those that are held, and since when: the thread enters them, the loop takes them out.
+    held: Mutex<BTreeMap<u32, Instant>>,
+    /// One veth at a time: who lets go waits for one hold at most, and is next.
+    holder: tokio::sync::Mutex<Holder>,
 }
+
+/// The thread that holds has ended without being told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ended;
 
 /// The node's end of a veth whose other end is in another namespace.
 #[derive(Debug, Clone, Copy)]
@@ -85,35 +101,41 @@ enum Decision {
     PutOff,
 }
 
+impl Before {
+    /// Those that are there now.
+    pub fn now() -> io::Result<Self> {
+        Ok(Self(indices(&veths()?)))
+    }
+}
+
 impl Holds {
-    /// Follows the node's links; those that are there already are not held. `limit`: how long a hold may last. Must be
-    /// called inside a runtime.
-    pub fn new(limit: Duration) -> io::Result<Self> {
-        let (connection, _, changes) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
-        tokio::spawn(connection);
-        let changes = changes.map(drop).boxed();
-        let known = veths()?.into_iter().map(|veth| veth.index).collect();
-        Ok(Self { limit, changes, known, held: BTreeMap::new() })
+    /// Starts the thread that holds every veth which was not there before, from its creation on. `limit`: how long a
+    /// hold may last. Goes on with what an earlier agent held.
+    pub fn start(limit: Duration, holder: Holder, before: Before) -> io::Result<Self> {
+        let shared =
+            Arc::new(Shared { limit, held: Mutex::default(), holder: tokio::sync::Mutex::new(holder) });
+        let (tell, more) = watch::channel(());
+        let stop = CancellationToken::new();
+        let thread = Thread { shared: shared.clone(), known: before.0, tell, stop: stop.clone() };
+        thread::Builder::new().name("hold".to_owned()).spawn(move || thread.run())?;
+        Ok(Self { shared, more, stop })
     }
 
-    /// Done when something may have changed about the node's links; never without holds. Cancel-safe.
-    pub(super) async fn changed(holds: Option<&mut Self>) {
+    /// Ends the thread, and waits for that. What is held stays held.
+    pub(super) async fn end(mut self) {
+        self.stop.cancel();
+        while self.more.changed().await.is_ok() {}
+    }
+
+    /// Done when something new is held; never without holds. Cancel-safe.
+    pub(super) async fn more(holds: Option<&mut Self>) -> Result<(), Ended> {
         let Some(holds) = holds else { return std::future::pending().await };
-        if holds.changes.next().await.is_none() {
-            return std::future::pending().await;
-        }
-        // One look is enough for all that is known by now.
-        while let Some(Some(())) = holds.changes.next().now_or_never() {}
+        holds.more.changed().await.map_err(|_| Ended)
     }
 
     /// Whether something is held.
     pub(super) fn any(&self) -> bool {
-        !self.held.is_empty()
-    }
-
-    /// The names of what is attached.
-    pub(super) fn owners(&self) -> impl Iterator<Item = String> {
-        self.held.keys().copied().map(owner)
+        !self.shared.held().is_empty()
     }
 
     /// Says that what is new is held.
@@ -121,32 +143,20 @@ impl Holds {
         run_dir.write(MARK, b"")
     }
 
-    /// Holds what is new.
-    pub(super) fn take(&mut self, kernel: &mut Kernel, maps: &mut Maps) -> anyhow::Result<()> {
-        let there = veths()?;
-        let of_node = Namespace::of_agent()?;
-        for veth in &there {
-            if !self.known.insert(veth.index) {
-                continue;
-            }
-            self.held.insert(veth.index, Instant::now());
-            maps.hold(veth.index, self.limit)?;
-            kernel.attach(&owner(veth.index), Hook::HoldNew, &of_node, veth.index)?;
-            tracing::debug!(ifindex = veth.index, "held");
-        }
-        self.known.retain(|index| there.iter().any(|veth| veth.index == *index));
-        Ok(())
+    /// Lets go of a veth whose workload is captured now, if it is held.
+    pub(super) async fn captured(&self, index: u32, metrics: &Metrics) -> anyhow::Result<()> {
+        let is_held = self.shared.held().contains_key(&index);
+        if is_held { self.let_go(&[(index, HoldOutcome::Captured)], metrics).await } else { Ok(()) }
     }
 
     /// Lets go of what needs to be held no longer.
-    pub(super) fn resolve(
-        &mut self,
+    pub(super) async fn resolve(
+        &self,
         view: Option<&Snapshot>,
         captured: &HashSet<u32>,
-        kernel: &mut Kernel,
-        maps: &mut Maps,
         metrics: &Metrics,
     ) -> anyhow::Result<()> {
+        let held = self.shared.held().clone();
         let there: HashMap<u32, Veth> = veths()?.into_iter().map(|veth| (veth.index, veth)).collect();
         let places = places()?;
         let pods: HashMap<&str, Option<Mode>> = view
@@ -156,30 +166,135 @@ impl Holds {
             .map(|workload| (workload.uid.as_str(), workload.enrolled.then_some(workload.mode)))
             .collect();
         let situation = Situation { pods: &pods, places: &places, captured };
-        let mut ended = Vec::new();
-        for (index, since) in &self.held {
-            let late = since.elapsed() >= self.limit;
+        let (mut ended, mut put_off) = (Vec::new(), Vec::new());
+        for (index, since) in &held {
+            let late = since.elapsed() >= self.shared.limit;
             match situation.decide(there.get(index).copied(), late) {
                 Decision::End(outcome) => ended.push((*index, outcome)),
                 Decision::Wait => {}
-                Decision::PutOff => maps.hold(*index, self.limit)?,
+                Decision::PutOff => put_off.push(*index),
             }
         }
+        if !put_off.is_empty() {
+            let mut holder = self.shared.holder.lock().await;
+            put_off.iter().try_for_each(|index| holder.put_off(*index, self.shared.limit))?;
+        }
+        if ended.is_empty() { Ok(()) } else { self.let_go(&ended, metrics).await }
+    }
+
+    async fn let_go(&self, ended: &[(u32, HoldOutcome)], metrics: &Metrics) -> anyhow::Result<()> {
+        // A hold that is entered is in place once the holder is to be had.
+        let mut holder = self.shared.holder.lock().await;
         for (index, outcome) in ended {
-            let held_ms = self.held.remove(&index).map(|since| since.elapsed().as_millis());
-            if outcome == HoldOutcome::Limit {
-                let seconds = self.limit.as_secs();
+            holder.let_go(*index)?;
+            let held_ms = self.shared.held().remove(index).map(|since| since.elapsed().as_millis());
+            if *outcome == HoldOutcome::Limit {
+                let seconds = self.shared.limit.as_secs();
                 tracing::warn!(
                     ifindex = index,
                     "not known to be captured or outside after {seconds} s: no longer held"
                 );
             }
             tracing::debug!(ifindex = index, held_ms, ?outcome, "no longer held");
-            metrics.held(outcome);
-            kernel.detach(&owner(index))?;
-            maps.unhold(index);
+            metrics.held(*outcome);
         }
         Ok(())
+    }
+}
+
+impl Drop for Holds {
+    /// Ends the thread, also of an agent that fails.
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Shared {
+    fn held(&self) -> MutexGuard<'_, BTreeMap<u32, Instant>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn hold(&self, index: u32) -> anyhow::Result<()> {
+        let mut holder = self.holder.lock().await;
+        self.held().insert(index, Instant::now());
+        holder.hold(index, self.limit)
+    }
+}
+
+/// What the thread works with. It stands apart from the enrolment loop, whose turns last as long as they last.
+#[derive(Debug)]
+struct Thread {
+    shared: Arc<Shared>,
+    /// All veths that were looked at.
+    known: HashSet<u32>,
+    /// Dropped when the thread ends, however that is.
+    tell: watch::Sender<()>,
+    stop: CancellationToken,
+}
+
+impl Thread {
+    fn run(mut self) {
+        let runtime = Builder::new_current_thread().enable_io().build();
+        if let Err(error) = runtime.and_then(|runtime| runtime.block_on(self.follow())) {
+            tracing::error!(%error, "cannot follow the node's links");
+        }
+    }
+
+    /// Until it is told to stop.
+    async fn follow(&mut self) -> io::Result<()> {
+        let changes = LinkChanges::here()?;
+        if let Err(error) = self.go_on().await {
+            tracing::error!(error = format!("{error:#}"), "cannot go on with what an earlier agent held");
+        }
+        loop {
+            if let Err(error) = self.hold_new().await {
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "cannot hold a new pod: what it sends may leave in the clear"
+                );
+            }
+            tokio::select! {
+                // Both are cancel-safe.
+                () = self.stop.cancelled() => return Ok(()),
+                changed = changes.next() => changed?,
+            }
+        }
+    }
+
+    /// Holds on what an earlier agent held: for the whole limit, as nobody says since when that was.
+    async fn go_on(&mut self) -> anyhow::Result<()> {
+        let left = self.shared.holder.lock().await.held()?;
+        let there = indices(&veths()?);
+        for index in left {
+            if there.contains(&index) {
+                self.known.insert(index);
+                self.hold(index).await?;
+            } else {
+                self.shared.holder.lock().await.let_go(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds what is new; the first error of several.
+    async fn hold_new(&mut self) -> anyhow::Result<()> {
+        let there = indices(&veths()?);
+        self.known.retain(|index| there.contains(index));
+        let mut all = Ok(());
+        for index in there {
+            // What comes when this agent stands down is its successor's.
+            if !self.stop.is_cancelled() && self.known.insert(index) {
+                all = all.and(self.hold(index).await);
+            }
+        }
+        all
+    }
+
+    async fn hold(&self, index: u32) -> anyhow::Result<()> {
+        let held = self.shared.hold(index).await;
+        self.tell.send_replace(());
+        tracing::debug!(ifindex = index, "held");
+        held
     }
 }
 
@@ -199,10 +314,6 @@ impl Situation<'_> {
     }
 }
 
-fn owner(index: u32) -> String {
-    format!("{OWNER}{index}")
-}
-
 /// The uids of the pods that run here, by the numbers of their namespaces.
 fn places() -> io::Result<HashMap<i32, String>> {
     let of_node = Namespace::of_agent()?;
@@ -215,6 +326,10 @@ fn places() -> io::Result<HashMap<i32, String>> {
         }
     }
     Ok(places)
+}
+
+fn indices(veths: &[Veth]) -> HashSet<u32> {
+    veths.iter().map(|veth| veth.index).collect()
 }
 
 /// The node's ends of all veths.

@@ -32,7 +32,7 @@ use self::{
     hold::Holds,
 };
 use crate::{
-    capture::{Kernel, Maps, Pins},
+    capture::{Kernel, Maps, Pins, is_hold},
     connection::Node,
     headroom::Headroom,
     identity::store::Identities,
@@ -103,7 +103,6 @@ impl Enroller {
         let mut settled = false;
         loop {
             let snapshot = view.borrow_and_update().clone();
-            self.hold_new();
             if let Some(snapshot) = snapshot {
                 let prove = last_proof.elapsed() >= PROVE_INTERVAL;
                 if prove {
@@ -121,7 +120,8 @@ impl Enroller {
                 }
                 self.is_in_force();
             }
-            self.let_go(view.borrow().as_deref(), &enrolled);
+            let latest = view.borrow().clone();
+            self.let_go(latest.as_deref(), &enrolled).await;
             self.count_refusals(&mut counted);
             let maps = &self.maps;
             self.headroom.maps(|| maps.fills());
@@ -129,12 +129,19 @@ impl Enroller {
             let wait = if settled_down { PROVE_INTERVAL } else { SEARCH_INTERVAL };
             tokio::select! {
                 // All branches are cancel-safe.
-                () = stand_down.cancelled() => return Held { _enrolled: enrolled },
-                () = Holds::changed(self.holds.as_mut()) => {}
-                changed = view.changed() => if changed.is_err() { return Held { _enrolled: enrolled } },
+                () = stand_down.cancelled() => break,
+                more = Holds::more(self.holds.as_mut()) => if more.is_err() {
+                    tracing::error!("nothing holds new pods any more: the agent ends, so that another one does");
+                    break;
+                },
+                changed = view.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(wait) => {}
             }
         }
+        if let Some(holds) = self.holds.take() {
+            holds.end().await;
+        }
+        Held { _enrolled: enrolled }
     }
 
     fn is_in_force(&self) {
@@ -151,27 +158,16 @@ impl Enroller {
         }
     }
 
-    fn hold_new(&mut self) {
-        let Self { holds, kernel, maps, .. } = self;
-        if let Some(holds) = holds
-            && let Err(error) = holds.take(kernel, maps)
-        {
-            tracing::error!(
-                error = format!("{error:#}"),
-                "cannot hold a new pod: what it sends may leave in the clear"
-            );
-        }
+    async fn let_go(&self, view: Option<&Snapshot>, enrolled: &BTreeMap<Name, Enrolled>) {
+        let Some(holds) = self.holds.as_ref().filter(|holds| holds.any()) else { return };
+        let captured = enrolled.values().map(|present| present.node_ifindex).collect();
+        tell_failed(holds.resolve(view, &captured, &self.metrics).await);
     }
 
-    fn let_go(&mut self, view: Option<&Snapshot>, enrolled: &BTreeMap<Name, Enrolled>) {
-        let Self { holds, kernel, maps, metrics, .. } = self;
-        let Some(holds) = holds.as_mut().filter(|holds| holds.any()) else { return };
-        let captured = enrolled.values().map(|present| present.node_ifindex).collect();
-        if let Err(error) = holds.resolve(view, &captured, kernel, maps, metrics) {
-            tracing::error!(
-                error = format!("{error:#}"),
-                "cannot let go of a new pod before its hold ends by itself"
-            );
+    /// Lets go of a workload that was captured just now: others may take long.
+    async fn let_go_of(&self, captured: &Enrolled) {
+        if let Some(holds) = &self.holds {
+            tell_failed(holds.captured(captured.node_ifindex, &self.metrics).await);
         }
     }
 
@@ -186,7 +182,6 @@ impl Enroller {
         for name in gone {
             if let Some(old) = enrolled.remove(&name) {
                 self.unenrol(old).await;
-                self.hold_new();
             }
         }
         for (name, workload) in &wanted {
@@ -239,12 +234,12 @@ impl Enroller {
 
     /// Removes what earlier agents left for workloads that are not wanted any more.
     fn sweep(&mut self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
-        let mut keep: HashSet<String> = wanted.keys().map(|name| enrolled::owner(name)).collect();
-        keep.extend(self.holds.iter().flat_map(Holds::owners));
-        for owner in self.kernel.owners().unwrap_or_default() {
-            if !keep.contains(&owner)
-                && let Err(error) = self.kernel.detach(&owner)
-            {
+        let wanted_owners: HashSet<String> = wanted.keys().map(|name| enrolled::owner(name)).collect();
+        // Where there are holds they see to their own, also to those of an earlier agent.
+        let stays = |owner: &String| wanted_owners.contains(owner) || self.holds.is_some() && is_hold(owner);
+        let owners = self.kernel.owners().unwrap_or_default();
+        for owner in owners.into_iter().filter(|owner| !stays(owner)).collect::<Vec<_>>() {
+            if let Err(error) = self.kernel.detach(&owner) {
                 tracing::error!(%owner, %error, "cannot remove the programs of a workload that is gone");
             }
         }
@@ -335,10 +330,9 @@ impl Enroller {
             match Enrolled::new(workload, &census, &local, view, self).await {
                 Ok(new) => {
                     tracing::info!(workload = %name, "enrolled");
+                    self.let_go_of(&new).await;
                     enrolled.insert(name.clone(), new);
                     self.reports.set(name, Enrolment::Enrolled, "");
-                    // That took grace periods of the kernel's.
-                    self.hold_new();
                 }
                 Err(Incomplete::Waiting(reason)) => {
                     self.reports.set(name, Enrolment::Pending, &reason);
@@ -362,18 +356,10 @@ impl Enroller {
         self.reports.set(&name, Enrolment::Gone, "");
     }
 
-    /// Ends what goes through a workload's capture, and waits for that a while. New pods do not wait for it.
+    /// Ends what goes through a workload's capture, and waits for that a while.
     async fn end(&mut self, old: &Enrolled) {
         old.stop_listening(&mut self.maps);
-        let node = self.node.clone();
-        let mut left = std::pin::pin!(old.leave(&node));
-        loop {
-            tokio::select! {
-                // Both are cancel-safe.
-                () = &mut left => return,
-                () = Holds::changed(self.holds.as_mut()) => self.hold_new(),
-            }
-        }
+        old.leave(&self.node).await;
     }
 
     fn publish(&self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
@@ -390,6 +376,15 @@ impl Enroller {
             let before = counted.insert(reason, total).unwrap_or(0);
             self.metrics.kernel_refused(reason.label(), total.saturating_sub(before));
         }
+    }
+}
+
+fn tell_failed(let_go: anyhow::Result<()>) {
+    if let Err(error) = let_go {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "cannot let go of a new pod before its hold ends by itself"
+        );
     }
 }
 

@@ -10,6 +10,7 @@ use rtnetlink::{
     packet_route::RouteNetlinkMessage,
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
+use tokio::io::unix::AsyncFd;
 
 use super::netns::Namespace;
 
@@ -74,5 +75,41 @@ impl Netlink {
                 rest = rest.get(length..).unwrap_or_default();
             }
         }
+    }
+}
+
+/// What the kernel tells of changes of a namespace's links. What it says is not read: who wants to know asks for the links.
+#[derive(Debug)]
+pub struct LinkChanges {
+    socket: AsyncFd<Socket>,
+}
+
+impl LinkChanges {
+    /// Listens in the namespace that the calling thread is in. Must be called inside a runtime.
+    pub fn here() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, libc::RTMGRP_LINK.cast_unsigned()))?;
+        socket.set_non_blocking(true)?;
+        // SAFETY: the socket owns its descriptor and neither closes nor replaces it while it lives in the AsyncFd.
+        Ok(Self { socket: unsafe { AsyncFd::register(socket) }? })
+    }
+
+    /// Done when something changed since the last time. Cancel-safe.
+    pub async fn next(&self) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
+        // What does not fit is cut off.
+        let mut told = Vec::with_capacity(64);
+        loop {
+            told.clear();
+            match self.socket.get_ref().recv(&mut told, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // More changed than there was room for: it is known all the same that something did.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        ready.clear_ready();
+        Ok(())
     }
 }

@@ -42,9 +42,12 @@ impl Namespace {
         Ok(Self { file, inode })
     }
 
-    /// The namespace that the agent itself runs in.
+    /// The namespace that the agent itself runs in. `/proc/self` says where the main thread is now, which may be inside
+    /// another one when a second thread asks.
     pub fn of_agent() -> io::Result<Self> {
-        Self::open(Path::new("/proc/self/ns/net"))
+        let file = own()?.try_clone()?;
+        let inode = file.metadata()?.ino();
+        Ok(Self { file, inode })
     }
 
     /// The namespace with this inode number, if a name or a process of this machine has it.
@@ -88,10 +91,10 @@ impl Namespace {
     }
 }
 
-/// Paths of all network namespaces but the caller's own, each once: those with a name in `/run/netns` (where CNI plugins
+/// Paths of all network namespaces but the agent's own, each once: those with a name in `/run/netns` (where CNI plugins
 /// and `ip netns` keep them) and those of processes.
 pub fn namespaces() -> io::Result<Vec<PathBuf>> {
-    let own = fs::metadata("/proc/self/ns/net")?.ino();
+    let own = own()?.metadata()?.ino();
     let mut seen = HashSet::from([own]);
     let mut paths = Vec::new();
     let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
