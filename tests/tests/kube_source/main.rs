@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 mod controller;
+mod routes;
 
 use std::{fs, path::Path, time::Duration};
 
@@ -253,7 +254,7 @@ fn the_api_server_refuses_what_is_wrong(cluster: &Cluster) {
     }
 }
 
-/// Every document of ours in the documentation.
+/// Every document of ours and of the Gateway API in the documentation.
 fn every_example_is_let_in(cluster: &Cluster) {
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operate");
     let mut found = 0;
@@ -262,7 +263,11 @@ fn every_example_is_let_in(cluster: &Cluster) {
         let text = fs::read_to_string(&page).unwrap();
         for block in text.split("```yaml\n").skip(1) {
             let block = block.split("```").next().unwrap();
-            for document in block.split("\n---\n").filter(|it| it.contains("apiVersion: nodemesh.io/")) {
+            let is_followed = |it: &&str| {
+                let groups = ["nodemesh.io", "gateway.networking.k8s.io"];
+                groups.iter().any(|group| it.contains(&format!("apiVersion: {group}/")))
+            };
+            for document in block.split("\n---\n").filter(is_followed) {
                 found += 1;
                 try_apply(cluster, document).unwrap_or_else(|said| panic!("{}: {said}", page.display()));
             }
@@ -308,6 +313,7 @@ fn a_cluster_is_followed_and_stays_in_force_while_its_api_server_is_away() {
     objects_become_a_view(&cluster, &controller);
     kinds_of_ours_are_followed_once_they_come(&cluster, &controller);
     the_api_server_refuses_what_is_wrong(&cluster);
+    routes::are_followed_once_their_kinds_come_and_say_what_became_of_them(&cluster, &controller);
     every_example_is_let_in(&cluster);
     a_bad_object_is_refused_alone_and_says_why(&cluster, &controller);
     what_is_in_force_stays_while_the_api_server_is_away(&cluster, &controller);
