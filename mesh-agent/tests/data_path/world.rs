@@ -163,6 +163,7 @@ impl Plan {
     }
 
     /// One more service, on port 80, which has no address to be asked by.
+    #[allow(dead_code, reason = "for those who ask by routes")]
     pub(crate) fn backend(&mut self, service: &str, account: &str, endpoints: &[SocketAddr]) {
         let endpoint =
             |at: &SocketAddr| Endpoint { workload: Some(name(account)), address: at.ip(), port: at.port() };
