@@ -78,7 +78,7 @@ async fn meshctl_shows_what_is_in_force() {
         ),
         (
             &["why", "shop/db", "shop/front:80", "--request", "GET /a/b", "-H", "x: y"],
-            &["HTTPRoute shop/split spec.rules[0]", "policy_deny", "ANSWERED to shop/front"],
+            &["HTTPRoute shop/split spec.rules[0]", "policy_deny", "no_backend"],
         ),
         (
             &["why", "shop/db", "shop/web:80"],

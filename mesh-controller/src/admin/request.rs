@@ -1,6 +1,6 @@
 //! A request over a connection, routed by the very function that the agents run, and told.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use mesh_core::{
@@ -10,7 +10,7 @@ use mesh_core::{
         http::{Backend, BackendTarget},
     },
     refusal::{Reason, Step},
-    route::{self, Route},
+    route,
     view::Owner,
 };
 
@@ -72,11 +72,8 @@ impl Story<'_> {
             return vec![answered(to, "routed", says)];
         };
         let Some(chosen) = table.choose(&request.asked()) else {
-            let says = match table.is_grpc() {
-                true => "no rule matches: the call is answered with UNIMPLEMENTED",
-                false => "no rule matches: answered with 404",
-            };
-            return vec![answered(to, "answered", says)];
+            self.step(Step::Route, format!("no rule matches {} {}", request.method, request.uri));
+            return vec![refused(to, "", Reason::NoRule)];
         };
         self.step(Step::Route, chosen_rule(&chosen));
         if let Some(redirect) = &chosen.rule.filters.redirect {
@@ -84,32 +81,23 @@ impl Story<'_> {
         }
         let with_weight: Vec<&Backend> = chosen.rule.backends.iter().filter(|it| it.weight > 0).collect();
         if with_weight.is_empty() {
-            return vec![answered(to, "answered", "the rule leads nowhere: answered with 500")];
+            return vec![refused(to, "", Reason::NoBackend)];
         }
         with_weight.into_iter().flat_map(|backend| self.backend(&to, backend)).collect()
     }
 
     /// How requests end that go to one backend.
     fn backend(&mut self, to: &str, backend: &Backend) -> Vec<End> {
-        let BackendTarget::Service { service, port } = &backend.to else {
-            let says = "the backend is not there, or may not be referred to: answered with 500";
-            return vec![answered(to.to_owned(), "answered", says)];
-        };
-        let found = self.snapshot.service(service).and_then(|it| Some((it, it.addresses.first()?)));
-        let led = match found {
-            Some((_, address)) => {
-                route::outbound(self.snapshot, self.source, SocketAddr::new(*address, *port))
-            }
-            None => Err(Reason::NoEndpoint),
-        };
-        match led {
-            Ok(Route::Service { endpoints, .. }) => {
-                let says = format!("{service}:{port} has {} ready endpoint(s)", endpoints.len());
+        let no_backend = || vec![refused(to.to_owned(), "", Reason::NoBackend)];
+        let BackendTarget::Service { service: name, port } = &backend.to else { return no_backend() };
+        let Some(service) = self.snapshot.service(name) else { return no_backend() };
+        match route::endpoints(service, *port, self.asked.is_ipv4(), self.source) {
+            Ok(endpoints) => {
+                let says = format!("{name}:{port} has {} ready endpoint(s)", endpoints.len());
                 self.step(Step::Balance, says);
                 self.endpoints(&endpoints)
             }
-            Ok(_) => vec![refused(service.to_string(), "", Reason::NoEndpoint)],
-            Err(reason) => vec![refused(service.to_string(), "", reason)],
+            Err(reason) => vec![refused(name.to_string(), "", reason)],
         }
     }
 }

@@ -392,10 +392,10 @@ spec:
                 "spec.rules[0]: shop/db:5432",
                 "an allow rule matches",
             ),
-            ("GET /db/1", "", "answered", "", "no rule matches: answered with 404"),
-            ("GET /gone", "", "answered", "spec.rules[1] 'gone': nowhere", "the backend is not there"),
+            ("GET /db/1", "", "refused", "", Reason::NoRule.says()),
+            ("GET /gone", "", "refused", "spec.rules[1] 'gone': nowhere", Reason::NoBackend.says()),
             ("POST /old", "", "answered", "spec.rules[2]: redirect 301", "redirected with 301"),
-            ("GET /nowhere", "", "answered", "spec.rules[3]: nowhere", "the rule leads nowhere"),
+            ("GET /nowhere", "", "refused", "spec.rules[3]: nowhere", Reason::NoBackend.says()),
         ] {
             let request = AskedFor::parse(line, headers).unwrap();
             let why = explain(&common, "shop/web", "shop/front:80", Some(&request)).unwrap();
