@@ -8,7 +8,7 @@ use mesh_core::model::{
 use super::{Review, near};
 use crate::{
     model::{ObjectKey, Route, Service},
-    routes::{NotAccepted, Outcome, Why, resolve},
+    routes::{Broken, NotAccepted, Outcome, Why, resolve},
 };
 
 impl Review<'_> {
@@ -19,7 +19,7 @@ impl Review<'_> {
             let Some(route) = model.routes.get(&(kind, name)) else { continue };
             self.references(&key, &outcome);
             for (place, rule) in route.rules.iter().enumerate() {
-                self.backends(&key, &format!("spec.rules[{place}]"), rule);
+                self.backends(&key, &format!("spec.rules[{place}]"), rule, &outcome.broken);
             }
             self.repeated_matches(&key, route);
         }
@@ -70,7 +70,7 @@ impl Review<'_> {
     }
 
     /// Where the requests of a rule go, if anywhere.
-    fn backends(&mut self, key: &ObjectKey, at: &str, rule: &RouteRule) {
+    fn backends(&mut self, key: &ObjectKey, at: &str, rule: &RouteRule, broken: &[Broken]) {
         if rule.filters.redirect.is_some() {
             return;
         }
@@ -84,13 +84,17 @@ impl Review<'_> {
         }
         for (place, backend) in rule.backends.iter().enumerate().filter(|(_, it)| it.weight > 0) {
             let BackendTarget::Service { service, port } = &backend.to else { continue };
+            let field = format!("{field}[{place}]");
+            if broken.iter().any(|it| it.field == field) {
+                continue;
+            }
             let services = self.common.services();
             let Ok(found) = services.binary_search_by(|it| it.name.cmp(service)) else { continue };
             let endpoints = services[found].ports.iter().find(|it| it.port == *port);
             if endpoints.is_some_and(|it| it.endpoints.is_empty()) {
                 let reason = format!("port {port} of Service {service} has no endpoints");
                 let cure = "see what is said of the Service, or give the backend the weight 0";
-                self.warn(key, &format!("{field}[{place}]"), reason, cure);
+                self.warn(key, &field, reason, cure);
             }
         }
     }
