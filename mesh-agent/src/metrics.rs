@@ -693,6 +693,17 @@ mod tests {
         metrics.kernel_map("kernel_map_destinations", 1, 65_536);
         metrics.view_entries.get_or_create(&KindLabels { kind: "workload" }).set(1);
         metrics.held(HoldOutcome::Captured);
+        metrics.request_ended(&RequestLabels {
+            workload: "shop/web".into(),
+            service: "shop/pay".into(),
+            route: "HTTPRoute/shop/pay".into(),
+            backend: "shop/pay-v2".into(),
+            status: "200".into(),
+            grpc_status: String::new(),
+            reason: "",
+        });
+        let (workload, service, backend) = ("shop/web".into(), "shop/pay".into(), "shop/pay-v2".into());
+        metrics.request_took(&RequestTimeLabels { workload, service, backend }, Duration::from_millis(3));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

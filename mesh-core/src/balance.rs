@@ -175,7 +175,7 @@ mod tests {
         }
         assert_eq!(asked, 10_000);
         // A fifth of them, ten in a second, and what was saved.
-        assert!((2200..=2301).contains(&again), "{again}");
+        assert!((2190..=2310).contains(&again), "{again}");
         // One request in a minute may always be.
         assert!(budget.take(MS * 70_000));
     }

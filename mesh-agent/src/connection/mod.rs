@@ -303,7 +303,7 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
     };
     match result {
         Ok(outbound::Next::Requests(routed)) => {
-            Box::pin(requests::serve(accepted, routed, &node, entry)).await;
+            Box::pin(requests::serve(accepted, *routed, &node, entry)).await;
         }
         Ok(outbound::Next::Ended) => end(accepted.stream, entry, Ok(())),
         Err(stop) => end(accepted.stream, entry, Err(stop)),
@@ -314,7 +314,7 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
 /// so that there are no requests to be read.
 async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<outbound::Next, Stop> {
     match outbound::serve(accepted, node, entry, Reading::Requests).await? {
-        outbound::Next::Requests(routed) if requests::are_hidden(&accepted.stream).await => {
+        outbound::Next::Requests(routed) if Box::pin(requests::are_hidden(&accepted.stream)).await => {
             drop(routed);
             Box::pin(outbound::serve(accepted, node, entry, Reading::Bytes)).await
         }

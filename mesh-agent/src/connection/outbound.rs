@@ -34,7 +34,7 @@ pub(super) enum Next {
     /// It has ended well.
     Ended,
     /// It is one of requests.
-    Requests(Routed),
+    Requests(Box<Routed>),
 }
 
 /// The story. Each `?` ends it with a reason; the caller resets the application then, and records either way.
@@ -62,7 +62,7 @@ pub(super) async fn serve(
             && let Some(service) = Routed::service(&view, original, local)
         {
             entry.told().destination.service = Some(service.clone());
-            return Ok(Next::Requests(Routed::new(service, original.port(), place, held)));
+            return Ok(Next::Requests(Box::new(Routed::new(service, original.port(), place, held))));
         }
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
