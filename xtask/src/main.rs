@@ -13,7 +13,7 @@
 //! | [`image`] | OCI images of agent and controller |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
-//! | [`debian`], [`elf`] | packages that are unpacked instead of installed; what programs load |
+//! | [`debian`], [`go`], [`elf`] | packages that are unpacked instead of installed; programs built by Go; what programs load |
 //! | [`run`] | the steps' headings, and commands with an environment of their own |
 
 mod bench;
@@ -26,6 +26,7 @@ mod ebpf;
 mod elf;
 mod fuzz;
 mod generate;
+mod go;
 mod image;
 mod kernel;
 mod run;

@@ -3,31 +3,25 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
-use sha2::{Digest, Sha256};
 
 use super::capabilities;
 use crate::{
     debian::Archive,
+    go::Module,
     image::oci::{Image, NAMES},
-    run::{clean, find, read, root, step, succeed, target},
+    run::{clean, read, step, target},
     setup,
 };
 
-/// Where the module is that links Kubernetes' programs into one.
-const MODULE: &str = "xtask/kubernetes";
-/// Its files: another content is another build.
-const SOURCES: [&str; 4] = ["go.mod", "go.sum", "main.go", "pause/main.go"];
-/// The oldest Go that builds this Kubernetes.
-const OLDEST_GO: (u32, u32) = (1, 24);
-/// Packages between two lines that tell how far the build is.
-const TELL_EVERY: usize = 200;
+/// Links Kubernetes' programs into one.
+const MODULE: Module = Module("xtask/kubernetes");
+/// What it is about.
+const KUBERNETES: &str = "k8s.io/kubernetes";
 
 /// Unpacked, not installed: a service would be started, and Docker's own containerd would be removed.
 const PACKAGES: [&str; 5] =
@@ -102,31 +96,18 @@ pub(super) fn made() -> Result<Parts> {
     Ok(parts)
 }
 
-fn home() -> PathBuf {
+/// Where all of it is.
+pub(super) fn home() -> PathBuf {
     target().join("kubernetes")
 }
 
 fn places() -> Result<Parts> {
-    let mut hash = Sha256::new();
-    for name in SOURCES {
-        hash.update(
-            fs::read(root().join(MODULE).join(name)).with_context(|| format!("reading {MODULE}/{name}"))?,
-        );
-    }
-    let hash: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let built = home().join(format!("{}-{hash}", version()?));
+    let built = home().join(MODULE.build_name(KUBERNETES)?);
     Ok(Parts {
         kubernetes: built.join("kubernetes"),
         packages: home().join(RELEASE),
         images: ["pause.tar", "busybox.tar"].map(|name| built.join(name)).into(),
     })
-}
-
-/// `v1.34.4`, as go.mod has it.
-fn version() -> Result<String> {
-    let module = fs::read_to_string(root().join(MODULE).join("go.mod"))?;
-    let version = module.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "));
-    version.map(str::to_owned).context("go.mod names a version of k8s.io/kubernetes")
 }
 
 fn build(parts: &Parts) -> Result<()> {
@@ -135,76 +116,18 @@ fn build(parts: &Parts) -> Result<()> {
     if parts.kubernetes.exists() && pause.exists() {
         return Ok(());
     }
-    go_is_new_enough()?;
-    fs::create_dir_all(directory)?;
-    let version = version()?;
+    let version = MODULE.version(KUBERNETES)?;
     eprintln!(
         "  building Kubernetes {version} and etcd, once: five to ten minutes on two cores, 3 GB of Go's cache"
     );
-    succeed(go().args(["mod", "download"]))?;
-    let packages = read(go().args(["list", "-deps", "./..."]))?.lines().count();
-
+    MODULE.fetch()?;
+    fs::create_dir_all(directory)?;
     let minor = version.split('.').nth(1).context("a version has a minor number")?;
-    let mut flags = "-s -w".to_owned();
-    for package in ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"] {
-        flags += &format!(
-            " -X {package}.gitVersion={version} -X {package}.gitMajor=1 -X {package}.gitMinor={minor}"
-        );
-    }
-    let unfinished = directory.join("unfinished");
-    let mut link = go();
-    link.args(["build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", &flags, "-o"])
-        .arg(&unfinished)
-        .arg(".");
-    followed(&mut link, packages)?;
-    succeed(
-        go().args(["build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o"])
-            .arg(&pause)
-            .arg("./pause"),
-    )?;
-    fs::rename(&unfinished, &parts.kubernetes)?;
-    Ok(())
-}
-
-fn go() -> Command {
-    let mut go = clean("go");
-    go.current_dir(root().join(MODULE)).env("CGO_ENABLED", "0").env("GOWORK", "off");
-    go
-}
-
-fn go_is_new_enough() -> Result<()> {
-    let (major, minor) = OLDEST_GO;
-    let wanted =
-        format!("Kubernetes is built from source by Go {major}.{minor} or newer (https://go.dev/dl)");
-    ensure!(find("go").is_some(), "{wanted}; there is no go in PATH");
-    let said = read(clean("go").args(["env", "GOVERSION"]))?;
-    ensure!(go_version(&said).is_some_and(|there| there >= OLDEST_GO), "{wanted}; this is {}", said.trim());
-    Ok(())
-}
-
-/// `go1.26.8` → (1, 26).
-fn go_version(said: &str) -> Option<(u32, u32)> {
-    let mut numbers = said.trim().strip_prefix("go")?.split(['.', '-', 'r', 'b', ' ']).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
-}
-
-/// Runs `go build -v`, which says a line for each package, and tells now and then how far it is.
-fn followed(build: &mut Command, packages: usize) -> Result<()> {
-    let mut child = build.stderr(Stdio::piped()).spawn().context("starting go")?;
-    let said = BufReader::new(child.stderr.take().context("go's messages are ours")?);
-    let mut last = vec![];
-    for (count, line) in (1..).zip(said.lines()) {
-        last.push(line?);
-        if count % TELL_EVERY == 0 {
-            eprintln!("  {count} of at most {packages} packages");
-            last.clear();
-        }
-    }
-    let status = child.wait()?;
-    if !status.success() {
-        bail!("go build: {status}\n{}", last.join("\n"));
-    }
-    Ok(())
+    let says = ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"].map(|package| {
+        format!("-X {package}.gitVersion={version} -X {package}.gitMajor=1 -X {package}.gitMinor={minor}")
+    });
+    MODULE.build("./pause", "", &pause)?;
+    MODULE.build(".", &says.join(" "), &parts.kubernetes)
 }
 
 /// Writes the images that are not there.
@@ -232,23 +155,4 @@ fn busybox(program: &Path) -> Result<Image> {
         image = image.link(&format!("bin/{name}"), "busybox");
     }
     Ok(image)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_version_of_go_has_two_numbers() {
-        assert_eq!(go_version("go1.26.8\n"), Some((1, 26)));
-        assert_eq!(go_version("go1.25rc1"), Some((1, 25)));
-        assert_eq!(go_version("go1.24-custom"), Some((1, 24)));
-        assert_eq!(go_version("devel"), None);
-    }
-
-    #[test]
-    fn the_version_of_kubernetes_is_that_of_its_module() {
-        let version = version().expect("a version");
-        assert!(version.starts_with("v1."), "{version}");
-    }
 }
