@@ -8,6 +8,7 @@
 //! | [`network`] | the wire between machines, and the way there from here |
 //! | [`control_plane`], [`node`] | which programs a machine runs, with which settings |
 //! | [`machine`] | the first process of a machine: mounts, starts, starts again |
+//! | [`dns`], [`gateway_api`] | what a cluster has when asked for: names, the Gateway API's kinds |
 //! | [`sweep`] | takes everything down, also what a crash left |
 //!
 //! A machine of the cluster is a network, mount, host name and process namespace. When its first process ends the
@@ -16,6 +17,8 @@
 mod capabilities;
 mod certificates;
 mod control_plane;
+pub(crate) mod dns;
+pub(crate) mod gateway_api;
 mod machine;
 mod network;
 mod node;
@@ -45,8 +48,8 @@ pub(crate) use parts::{Parts, prepare};
 
 /// How long the API server may take until it answers.
 const API_DEADLINE: Duration = Duration::from_secs(120);
-/// How long nodes may take until they are ready, as kubectl says it.
-const NODES_DEADLINE: &str = "120s";
+/// How long nodes, and what runs on them, may take until they are ready, as kubectl says it.
+const READY_DEADLINE: &str = "120s";
 /// Pause between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -102,9 +105,24 @@ pub(crate) struct Options {
     /// Which addresses machines, pods and services have.
     #[arg(long, value_enum, default_value_t = Families::Ipv4)]
     families: Families,
+    /// With names of services and pods. A cluster that is up gets them too.
+    #[arg(long)]
+    dns: bool,
+    /// With the Gateway API's kinds, of the standard channel. A cluster that is up gets them too.
+    #[arg(long)]
+    gateway_api: bool,
 }
 
 impl Options {
+    /// Those of a cluster that the Gateway API's conformance tests run on.
+    pub(crate) const FOR_CONFORMANCE: Self = Self {
+        proxy: Proxy::Iptables,
+        cni: Shape::Ptp,
+        families: Families::Ipv4,
+        dns: true,
+        gateway_api: true,
+    };
+
     /// Those of one node.
     fn of_node(self, index: u8) -> Self {
         let first = index == 0;
@@ -176,26 +194,41 @@ pub(crate) fn cluster(arguments: Arguments) -> Result<()> {
     }
 }
 
-fn up(names: Names, options: Options) -> Result<()> {
+/// Brings it up, unless it is.
+pub(crate) fn up(names: Names, options: Options) -> Result<()> {
     let parts = prepare()?;
+    let dns = options.dns.then(dns::prepare).transpose()?;
     let _lock = lock(names)?;
     if is_up(names) {
         println!("the cluster is up; `cargo xtask cluster down` takes it down");
-        return say_where(names);
+    } else {
+        bring_up(names, options, &parts)?;
     }
+    if options.gateway_api {
+        step("Define the Gateway API's kinds", || gateway_api::apply(names))?;
+    }
+    if let Some(image) = dns {
+        step("Start the cluster's DNS", || {
+            import(names, &parts, &[image])?;
+            dns::start(names)
+        })?;
+    }
+    say_where(names)
+}
+
+fn bring_up(names: Names, options: Options, parts: &Parts) -> Result<()> {
     step("Bring the cluster up: a control plane and two nodes", || {
         sweep::everything(names)?;
-        files(names, options, &parts)?;
+        files(names, options, parts)?;
         certificates::write(names)?;
         network::make(names, options)?;
         for machine in MACHINES {
-            machine::start(names, machine, &parts)?;
+            machine::start(names, machine, parts)?;
         }
         await_api(names)?;
         await_nodes(names)?;
-        import(names, &parts, &parts.images)
-    })?;
-    say_where(names)
+        import(names, parts, &parts.images)
+    })
 }
 
 fn reboot(names: Names, node: Machine) -> Result<()> {
@@ -242,7 +275,7 @@ fn options(names: Names) -> Result<Options> {
 }
 
 /// kubectl, with the cluster's administrator's rights and nobody else's.
-fn kubectl(names: Names) -> Command {
+pub(crate) fn kubectl(names: Names) -> Command {
     let mut command = clean(names.kubectl());
     command.env("KUBECONFIG", names.kubeconfig());
     command
@@ -278,14 +311,14 @@ fn await_nodes(names: Names) -> Result<()> {
     for node in NODES {
         let name = format!("node/{node}");
         for what in ["create", "condition=Ready"] {
-            let timeout = format!("--timeout={NODES_DEADLINE}");
+            let timeout = format!("--timeout={READY_DEADLINE}");
             let wait = read(kubectl(names).args(["wait", &name, &format!("--for={what}"), &timeout]));
             wait.with_context(|| logs(names, node))?;
         }
     }
     // Made by the controller manager; no pod can be made before.
     let mut wait = kubectl(names);
-    wait.args(["wait", "serviceaccount/default", "--for=create", &format!("--timeout={NODES_DEADLINE}")]);
+    wait.args(["wait", "serviceaccount/default", "--for=create", &format!("--timeout={READY_DEADLINE}")]);
     read(&mut wait).with_context(|| logs(names, Machine::Control)).map(drop)
 }
 
@@ -322,7 +355,8 @@ fn say_where(names: Names) -> Result<()> {
     Ok(())
 }
 
-fn load(names: Names, files: Vec<PathBuf>) -> Result<()> {
+/// Gives images to both nodes.
+pub(crate) fn load(names: Names, files: Vec<PathBuf>) -> Result<()> {
     ensure!(is_up(names), "the cluster is not up: cargo xtask cluster up");
     let files = if files.is_empty() { crate::image::made()? } else { files };
     ensure!(

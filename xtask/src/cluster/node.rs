@@ -15,6 +15,7 @@ use serde_json::json;
 use super::{
     Families, Options, Parts, Proxy, Shape,
     certificates::{file, kubeconfig},
+    dns,
     machine::Program,
     parts::PAUSE_IMAGE,
 };
@@ -22,7 +23,7 @@ use super::{
 /// containerd's socket, as seen on the node.
 const SOCKET: &str = "/run/containerd/containerd.sock";
 /// The cluster's name for itself.
-const DOMAIN: &str = "cluster.local";
+pub(super) const DOMAIN: &str = "cluster.local";
 
 /// containerd's socket, as seen from this machine.
 pub(super) fn socket(names: Names, node: Machine) -> PathBuf {
@@ -145,7 +146,7 @@ fn kubelet(names: Names, node: Machine) -> serde_json::Value {
         "failSwapOn": false,
         // Tests read all that a pod has said: its log stays one file.
         "containerLogMaxSize": "1Gi",
-        "clusterDNS": [names.address(128, 10).to_string()],
+        "clusterDNS": [dns::address(names).to_string()],
         "clusterDomain": DOMAIN,
         "containerRuntimeEndpoint": format!("unix://{SOCKET}"),
         "resolvConf": setting(names, node, "resolv.conf"),
