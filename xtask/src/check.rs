@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    chart, cluster, ebpf, fuzz, kernel,
+    chart, cluster, conformance, ebpf, fuzz, kernel,
     run::{cargo, read, step, succeed},
     setup,
 };
@@ -49,6 +49,7 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         // Before the tests, each of which has a limited time.
         cluster::prepare()?;
+        conformance::prepare()?;
         chart::check()?;
     }
     let nextest = setup::nextest()?;

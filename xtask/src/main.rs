@@ -10,6 +10,7 @@
 //! | [`chart`] | the chart of deploy/helm, and deploy/manifests, which is made from it |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`cluster`] | a real Kubernetes of two nodes on this machine |
+//! | [`conformance`] | the Gateway API's conformance tests for meshes |
 //! | [`image`] | OCI images of agent and controller |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
@@ -20,6 +21,7 @@ mod bench;
 mod chart;
 mod check;
 mod cluster;
+mod conformance;
 mod debian;
 mod demo;
 mod ebpf;
@@ -81,6 +83,8 @@ enum Task {
     Bench(bench::Arguments),
     /// A real Kubernetes of two nodes on this machine, for tests and for trying things. Needs root and Go.
     Cluster(cluster::Arguments),
+    /// The Gateway API's conformance tests for meshes, on a cluster that stays up. Needs root and Go.
+    Conformance(conformance::Arguments),
     /// Make OCI images of agent and controller in target/images, without Docker.
     Image {
         /// From the programs that this directory has, instead of a release build.
@@ -127,6 +131,7 @@ fn main() -> anyhow::Result<()> {
             ebpf::build().map(drop)
         }
         Task::Cluster(arguments) => cluster::cluster(arguments),
+        Task::Conformance(arguments) => conformance::conformance(&arguments),
         Task::Image { from: _, to, program: Some(program) } => image::of_program(&program, to),
         Task::Image { from, to, program: None } => image::make(from, to),
         Task::Generate { what: None } => generate::reference().and_then(|()| chart::generate()),
