@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::{Cluster, names::NODES, xtask};
-use crate::{http, metrics::Metrics, netns::NetNs, process, wire::Capture};
+use crate::{http, metrics::Metrics, netns, netns::NetNs, process, wire::Capture};
 
 /// Where it is installed.
 pub const NAMESPACE: &str = "nodemesh-system";
@@ -84,6 +84,17 @@ impl Cluster {
             said.extend(of_kernel.map(|line| format!("{node}: {line}")));
         }
         said.join("\n")
+    }
+
+    /// Runs the Gateway API's conformance tests for meshes, with the mesh that is installed; the error has what fails.
+    /// Returns their report.
+    pub fn conformance(&self) -> Result<String> {
+        let names = self.names().context("a cluster that is not ours has not what these tests need")?;
+        let mut run = Command::new(xtask()?);
+        run.args(["conformance", "--as-it-is", "--number", &names.number().to_string()]);
+        netns::run(&mut run, None)?;
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/conformance/report.yaml");
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
     /// Runs commands as an administrator types them at the root of the source, with kubectl, helm and meshctl; the first
