@@ -18,6 +18,7 @@
 //! | [`topology`] | addresses and links, in the shapes of real CNI plugins |
 //! | [`slot`] | which world this is on the machine; removal of what crashed runs left |
 //! | [`attached`] | what is attached to an interface, asked of the kernel |
+//! | [`halt`] | a program whose first thread stands still |
 //! | [`cluster`] | a real Kubernetes: its names, bringing it up, talking to it, taking it down |
 //! | [`page`] | what a page for operators has its readers run |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
