@@ -30,11 +30,14 @@ struct OfPort {
     table: Arc<Table>,
 }
 
+/// What a route speaks of: a service, its port, and the namespace whose workloads' requests, or all.
+type Place<'a> = (&'a Name, u16, Option<&'a str>);
+
 impl Tables {
     /// Those of these services. A route of another namespace than its service is for the clients of its own namespace, in
     /// the place of all others (GEP-1426, "Consumer routes").
     pub fn new(services: &BTreeMap<Name, Arc<Service>>, routes: &[Arc<RequestRoute>]) -> Self {
-        let mut of_ports: BTreeMap<(&Name, u16, Option<&str>), Vec<Arc<RequestRoute>>> = BTreeMap::new();
+        let mut of_ports: BTreeMap<Place<'_>, Vec<Arc<RequestRoute>>> = BTreeMap::new();
         for route in routes {
             for parent in &route.parents {
                 let Some(service) = services.get(&parent.service) else { continue };

@@ -117,7 +117,7 @@ pub(super) struct Attempts<'a> {
 
 /// How one attempt ended.
 enum Tried {
-    Answered(Response<Incoming>, Used),
+    Answered(Box<(Response<Incoming>, Used)>),
     NotSent(Refusal),
     Broke(Refusal),
     Late,
@@ -158,7 +158,8 @@ impl Attempts<'_> {
             };
             exchange.tried(&endpoint);
             let (status, refusal) = match self.once(&endpoint, &attempt).await {
-                Tried::Answered(response, used) => {
+                Tried::Answered(answered) => {
+                    let (response, used) = *answered;
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
                     if !self.wants_other(response.status()) || !self.may_again(&mut again, &service) {
                         return Ok((response, used.counting(attempt), to));
@@ -212,7 +213,7 @@ impl Attempts<'_> {
         match sent {
             Ok((response, used)) => {
                 attempt.connected();
-                Tried::Answered(response, used)
+                Tried::Answered(Box::new((response, used)))
             }
             Err(Unanswered::NotSent(request, refusal)) => {
                 self.body.put_back(request.into_body());

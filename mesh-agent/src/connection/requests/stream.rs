@@ -33,7 +33,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) enum Upstream {
     /// Through a tunnel.
-    Tunnel(Leased),
+    Tunnel(Box<Leased>),
     /// As it is.
     Plaintext(Socket),
 }
@@ -41,11 +41,11 @@ pub(super) enum Upstream {
 impl Upstream {
     pub(super) fn new(way: Way, connector: &Connector) -> Self {
         match way {
-            Way::Tunnel(lease) => Self::Tunnel(Leased {
+            Way::Tunnel(lease) => Self::Tunnel(Box::new(Leased {
                 lease: Some(lease),
                 said: Said { own_end: false, peer_end: false },
                 connector: connector.clone(),
-            }),
+            })),
             Way::Plaintext(stream) => Self::Plaintext(Socket::new(stream)),
         }
     }

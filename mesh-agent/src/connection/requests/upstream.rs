@@ -177,9 +177,9 @@ impl Upstreams {
                     ));
                 }
                 // One that was closed while it was idle: the next one may be open, and a new one is.
-                Err((Some(unsent), _)) if !fresh => request = unsent,
+                Err((Some(unsent), _)) if !fresh => request = *unsent,
                 Err((Some(unsent), error)) => {
-                    return Err(Unanswered::NotSent(unsent.into(), broke(to, &error)));
+                    return Err(Unanswered::NotSent(unsent, broke(to, &error)));
                 }
                 Err((None, error)) => return Err(Unanswered::Broke(broke(to, &error))),
             }
@@ -273,9 +273,9 @@ impl Sender {
     async fn send(
         self,
         request: Request<Body>,
-    ) -> Result<(Response<Incoming>, Self), (Option<Request<Body>>, hyper::Error)> {
+    ) -> Result<(Response<Incoming>, Self), (Option<Box<Request<Body>>>, hyper::Error)> {
         let failed = |mut error: hyper::client::conn::TrySendError<Request<Body>>| {
-            (error.take_message(), error.into_error())
+            (error.take_message().map(Box::new), error.into_error())
         };
         match self {
             Self::One(mut sender) => {
