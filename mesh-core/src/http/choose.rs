@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::model::http::{Backend, Mirror, Retry};
 
-/// The longest pause between two attempts.
+/// The longest pause between two attempts, without what chance adds.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 
 /// The backend for a request, by the weights; `None` if no backend has any. `chance`: any number, evenly spread.
@@ -24,11 +24,11 @@ pub fn is_mirrored(mirror: &Mirror, chance: u64) -> bool {
     chance % u64::from(mirror.of.max(1)) < u64::from(mirror.copies)
 }
 
-/// The pause before the attempt with this number, from 1: half of it for certain, the other half by chance, so that
-/// those who failed together do not come back together.
+/// The pause before the attempt with this number, from 1: what is said for certain, and up to a half more by chance, so
+/// that those who failed together do not come back together.
 pub fn pause(retry: &Retry, attempt: u32, chance: u32) -> Duration {
     let whole = retry.backoff.saturating_mul(1u32 << attempt.saturating_sub(1).min(16)).min(MAX_PAUSE);
-    whole / 2 + (whole / 2).mul_f64(f64::from(chance) / f64::from(u32::MAX))
+    whole + (whole / 2).mul_f64(f64::from(chance) / f64::from(u32::MAX))
 }
 
 #[cfg(test)]
@@ -53,9 +53,9 @@ mod tests {
     #[test]
     fn pauses_grow_and_are_bounded() {
         let retry = Retry { codes: vec![], attempts: 9, backoff: Duration::from_millis(100) };
-        assert_eq!(pause(&retry, 1, 0), Duration::from_millis(50));
-        assert_eq!(pause(&retry, 1, u32::MAX), Duration::from_millis(100));
-        assert_eq!(pause(&retry, 3, u32::MAX), Duration::from_millis(400));
-        assert_eq!(pause(&retry, 40, u32::MAX), MAX_PAUSE);
+        assert_eq!(pause(&retry, 1, 0), Duration::from_millis(100));
+        assert_eq!(pause(&retry, 1, u32::MAX), Duration::from_millis(150));
+        assert_eq!(pause(&retry, 3, u32::MAX), Duration::from_millis(600));
+        assert_eq!(pause(&retry, 40, 0), MAX_PAUSE);
     }
 }
