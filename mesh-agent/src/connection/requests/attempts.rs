@@ -1,7 +1,7 @@
 //! To which endpoint a request is sent, and when it is tried again.
 //!
 //! A request that a backend certainly did not take is sent to another endpoint, whatever it is. One that a backend may
-//! have taken is sent again only if the rule says so, or if it is one that may be made twice (RFC 9110, section 9.2.2), and
+//! have taken is sent again only if the rule says so, or if it is a safe one (RFC 9110, section 9.2.1), and
 //! only as long as such attempts are few beside all requests to the service ([`Budget`]): when everything fails, trying
 //! again makes it worse.
 
@@ -31,7 +31,7 @@ use super::{
     Asker, Declined,
     body::{Asking, Body},
     exchange::Exchange,
-    upstream::{self, Unanswered, Used},
+    upstream::{Unanswered, Used},
 };
 use crate::{balance::Attempt, refusal::Refusal};
 
@@ -194,14 +194,7 @@ impl Attempts<'_> {
             return Tried::Broke(Refusal::new(Reason::BackendReset, "its body was sent already"));
         };
         let request = again(&self.head, body);
-        let asking = upstream::Asking {
-            node: &self.asker.node,
-            local: &self.asker.local,
-            own: self.own,
-            address: self.asker.peer,
-            asked: self.asker.original,
-            view: self.view,
-        };
+        let asking = self.asker.asking(self.own, self.view);
         let sent = self.asker.node.inner.upstreams.send(asking, endpoint, request);
         let sent = match self.rule.timeouts.backend {
             None => Box::pin(sent).await,
@@ -274,14 +267,7 @@ impl Attempts<'_> {
             self.asker.node.drain().spawn(async move {
                 let Ok(view) = asker.node.view() else { return };
                 let Some((endpoint, _attempt)) = backends.pick(&asker) else { return };
-                let asking = upstream::Asking {
-                    node: &asker.node,
-                    local: &asker.local,
-                    own: &own,
-                    address: asker.peer,
-                    asked: asker.original,
-                    view: &view,
-                };
+                let asking = asker.asking(&own, &view);
                 let sent = Box::pin(asker.node.inner.upstreams.send(asking, &endpoint, request));
                 let read = async {
                     let Ok((response, used)) = sent.await else { return };
@@ -314,7 +300,7 @@ fn again(head: &Request<()>, body: Body) -> Request<Body> {
     request
 }
 
-/// RFC 9110, section 9.2.2, but for what a form may do by DELETE or PUT and a server may not expect twice.
+/// Safe methods alone (RFC 9110, section 9.2.1): PUT and DELETE are idempotent by the book, and not in every server.
 fn may_be_made_twice(method: &Method) -> bool {
     method.is_safe()
 }

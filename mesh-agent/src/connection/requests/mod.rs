@@ -33,6 +33,7 @@ use hyper_util::{
 };
 use mesh_core::{
     http::{choose, edit, matches::Asked},
+    identity::SpiffeId,
     model::{
         Name,
         http::{Backend, BackendTarget, Filters, PathMatch, RouteRule},
@@ -117,6 +118,20 @@ struct Asker {
     upgraded: TaskTracker,
     /// Cancelled when the connection must end.
     ended: CancellationToken,
+}
+
+impl Asker {
+    /// Who asks, to a backend.
+    fn asking<'a>(&'a self, own: &'a Arc<SpiffeId>, view: &'a Snapshot) -> upstream::Asking<'a> {
+        upstream::Asking {
+            node: &self.node,
+            local: &self.local,
+            own,
+            address: self.peer,
+            asked: self.original,
+            view,
+        }
+    }
 }
 
 /// Serves the requests of a connection until it ends, and records how that was.
