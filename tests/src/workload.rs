@@ -108,9 +108,11 @@ impl Workload {
     pub fn exchange(&self, to: SocketAddr, request: &[u8]) -> io::Result<Vec<u8>> {
         let mut stream = self.connect(to)?;
         stream.write_all(request)?;
-        stream.shutdown(Shutdown::Write)?;
+        let half_closed = stream.shutdown(Shutdown::Write);
         let mut answer = vec![];
+        // First: of a connection that was reset since the write, shutdown(2) knows only that there is none.
         stream.read_to_end(&mut answer)?;
+        half_closed?;
         Ok(answer)
     }
 
