@@ -291,9 +291,29 @@ async fn workloads_of_this_node_get_certificates_and_lose_them_when_they_go() {
     assert_eq!(keys(), 1);
 
     fake.send(delta("2", vec![], &["workload/shop/web"])).await;
+    soon(snapshot(&mut control, "2")).await;
+    assert!(node.identities.server(&identity("web")).is_ok(), "what it has open ends in order");
     soon(control.certificates.wait_for(|all| !all.contains_key(&identity("web")))).await.unwrap();
     assert_eq!(node.identities.client(&identity("web")).unwrap_err(), Reason::NoCertificate);
     assert_eq!(keys(), 0, "the key must go with the identity");
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn a_workload_whose_place_is_taken_at_once_leaves_its_certificate_to_its_successor() {
+    let (mut fake, node) = (Fake::start().await, Node::new());
+    let mut control = node.start(&fake).await;
+    soon(fake.hello()).await;
+    fake.send(complete("1", vec![mesh(fake.roots()), workload("web", "n1")])).await;
+    soon(control.certificates.wait_for(|all| all.contains_key(&identity("web")))).await.unwrap();
+    fake.send(delta("2", vec![], &["workload/shop/web"])).await;
+    soon(snapshot(&mut control, "2")).await;
+    // One that never leaves is certified after the successor came: by then the first would have been asked for again.
+    fake.send(delta("3", vec![workload("web", "n1"), workload("last", "n1")], &[])).await;
+    soon(control.certificates.wait_for(|all| all.contains_key(&identity("last")))).await.unwrap();
+    assert!(node.identities.server(&identity("web")).is_ok());
+    let asked = |event: &Event| matches!(event, Event::Certify { identity } if identity.ends_with("/web"));
+    assert_eq!(fake.drain().into_iter().filter(asked).count(), 1);
     control.stop().await;
 }
 

@@ -206,8 +206,7 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
             Err(_) => return Box::pin(link.close(limits.ready_wait)).await,
         };
         drop(idle);
-        let withdrawn = node.view().is_ok_and(|view| !link.led().holds(&view.mesh().roots));
-        if link.has_expired() || withdrawn {
+        if link.has_expired() {
             // Nothing was taken: the source opens another, for which it needs a certificate that is valid.
             return Box::pin(link.close(limits.ready_wait)).await;
         }
@@ -238,6 +237,12 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     };
     let (app, _place, _held) = match asked {
         Ok(admitted) => admitted,
+        Err(refusal) if refusal.reason == Reason::CertificateUntrusted => {
+            // Its root was withdrawn since the handshake. Nothing was taken: as with a certificate that has run out.
+            entry.withdraw();
+            Box::pin(link.close(wait)).await;
+            return None;
+        }
         Err(refusal) => {
             let reason = refusal.reason;
             entry.finish(Err(refusal.into()));

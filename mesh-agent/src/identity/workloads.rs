@@ -37,6 +37,9 @@ const FOLDER: &str = "workloads";
 /// Requests under way at a time: 250 identities at a start are asked for within seconds and the controller is not
 /// flooded.
 const MAX_REQUESTS: usize = 16;
+/// How long an identity outlives the last workload here that had it: what that has open, and what reaches it before
+/// everybody knows, ends in order; and a pod that takes its place at once waits for no certificate.
+const KEPT_AFTER: Duration = Duration::from_secs(5);
 
 /// The identities that the enrolled workloads of this node have.
 pub fn wanted(snapshot: &Snapshot) -> BTreeSet<SpiffeId> {
@@ -68,6 +71,8 @@ struct Slot {
     credential: Option<Credential>,
     renewal: Renewal,
     asking: bool,
+    /// When it is forgotten, since no workload here has it any more.
+    forgotten: Option<Instant>,
 }
 
 impl Workloads {
@@ -91,9 +96,12 @@ impl Workloads {
     pub fn adopt(&mut self, snapshot: &Snapshot) {
         let now = self.surroundings.clock.now();
         let wanted = wanted(snapshot);
-        let gone: Vec<_> = self.slots.keys().filter(|id| !wanted.contains(id)).cloned().collect();
-        for id in gone {
-            self.forget(&id);
+        for (id, slot) in &mut self.slots {
+            if wanted.contains(id) {
+                slot.forgotten = None;
+            } else {
+                slot.forgotten.get_or_insert_with(|| Instant::now() + KEPT_AFTER);
+            }
         }
         let roots = roots_of(snapshot);
         if roots != self.roots {
@@ -105,6 +113,7 @@ impl Workloads {
                 credential: None,
                 renewal: Renewal::at(now),
                 asking: false,
+                forgotten: None,
             });
         }
     }
@@ -120,6 +129,7 @@ impl Workloads {
         shutdown: CancellationToken,
     ) {
         loop {
+            self.forget_gone();
             self.save_again();
             self.ask(&channel);
             let pause = self.pause();
@@ -153,7 +163,7 @@ impl Workloads {
             if self.requests.len() >= MAX_REQUESTS {
                 return;
             }
-            if slot.asking || !slot.renewal.pause(wall, now).is_zero() {
+            if slot.asking || slot.forgotten.is_some() || !slot.renewal.pause(wall, now).is_zero() {
                 continue;
             }
             slot.asking = true;
@@ -169,11 +179,12 @@ impl Workloads {
     /// How long nothing is due; what waits for a free request is looked at when one ends.
     fn pause(&self) -> Duration {
         let (wall, now) = (self.surroundings.clock.now(), Instant::now());
-        let idle = self.slots.values().filter(|slot| !slot.asking).map(|slot| slot.renewal.pause(wall, now));
-        let next = idle.min().unwrap_or(Duration::MAX);
+        let idle = self.slots.values().filter(|slot| !slot.asking && slot.forgotten.is_none());
+        let next = idle.map(|slot| slot.renewal.pause(wall, now)).min().unwrap_or(Duration::MAX);
         let next = if self.requests.len() >= MAX_REQUESTS { Duration::MAX } else { next };
-        let save = self.unsaved.as_ref().map(|(again, _)| again.saturating_duration_since(now));
-        save.map_or(next, |save| save.min(next))
+        let save = self.unsaved.as_ref().map(|(again, _)| *again);
+        let others = self.slots.values().filter_map(|slot| slot.forgotten).chain(save);
+        others.map(|at| at.saturating_duration_since(now)).fold(next, Duration::min)
     }
 
     fn take(&mut self, id: &SpiffeId, issued: Result<Issued, IssueError>) {
@@ -250,7 +261,8 @@ impl Workloads {
         // The roots may have changed between the request and now, or while the agent was not running.
         let renewal =
             credential.renewal(&self.roots, self.surroundings.clock.now(), self.surroundings.chance.draw());
-        self.slots.insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false });
+        let forgotten = self.slots.get(&id).and_then(|slot| slot.forgotten);
+        self.slots.insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false, forgotten });
         self.publish(&id, CertificateStatus { expires, root, error: None });
     }
 
@@ -293,6 +305,14 @@ impl Workloads {
         credential.check(&self.roots, self.surroundings.clock.now())?;
         self.identities.install(credential.id().clone(), credential.certified(), &self.roots)?;
         Ok(credential)
+    }
+
+    fn forget_gone(&mut self) {
+        let now = Instant::now();
+        let gone = self.slots.iter().filter(|(_, slot)| slot.forgotten.is_some_and(|at| at <= now));
+        for id in gone.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
+            self.forget(&id);
+        }
     }
 
     fn forget(&mut self, id: &SpiffeId) {

@@ -215,6 +215,16 @@ impl Bed {
         self.nodes.iter().map(of_node).sum()
     }
 
+    /// What access logs have of them, for whoever reads a failed test.
+    pub(crate) fn told_of_certificates(&self) -> String {
+        let lines = match self.cluster.access_log() {
+            Ok(lines) => lines,
+            Err(error) => return format!("{error:#}"),
+        };
+        let is_one = |line: &&Value| line["reason"].as_str().is_some_and(|it| it.contains("certificate"));
+        lines.iter().filter(is_one).map(Value::to_string).collect::<Vec<_>>().join("\n")
+    }
+
     /// What the agents that run now write, for as long as they do and after.
     pub(crate) fn logs_of_agents(&self) -> Logs {
         let agents = self.pods(NAMESPACE, "app.kubernetes.io/component=agent", |_| true);

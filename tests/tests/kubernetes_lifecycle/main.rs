@@ -248,7 +248,8 @@ fn authority_is_rotated(bed: &Bed) {
     bed.job("under-another-root");
     bed.load.await_more(100);
     bed.seen().assert_unharmed("the old root gone");
-    assert_eq!(bed.refused_for_certificates(), refused, "connections, the walker's and the Jobs' too");
+    let now = bed.refused_for_certificates();
+    assert_eq!(now, refused, "the walker's and the Jobs' too: {}", bed.told_of_certificates());
 }
 
 fn agents_are_restarted(bed: &Bed) {
