@@ -1,11 +1,12 @@
-//! May they: the destination's decision, when a connection is opened and again whenever the view changes.
+//! May they: the destination's decision, when a connection is opened, for each request of one whose requests are read,
+//! and again whenever the view changes.
 
 use std::{net::IpAddr, sync::Arc};
 
 use mesh_core::{
     identity::SpiffeId,
     model::{Name, Workload},
-    policy::{Decision, Request, RuleRef, Verdict, WouldRefuse, decide},
+    policy::{self, Content, Decision, Reads, Request, RuleRef, Verdict, WouldRefuse, decide},
     refusal::Reason,
     view::Snapshot,
 };
@@ -19,18 +20,24 @@ pub(crate) fn inbound(
     source: Option<&SpiffeId>,
     source_address: IpAddr,
     port: u16,
+    content: Content<'_>,
 ) -> Result<Allowed, Denied> {
-    let request = Request { source, source_address, port };
+    let request = Request { source, source_address, port, content };
     let Decision { verdict, would_refuse } =
         decide(destination.mode, view.policies_of(destination), &request);
     match verdict {
-        Verdict::AllowedByDefault => Ok(Allowed { rule: None, would_refuse }),
+        Verdict::AllowedByDefault | Verdict::ByRequest => Ok(Allowed { rule: None, would_refuse }),
         Verdict::Allowed(rule) => Ok(Allowed { rule: Some(rule), would_refuse }),
         Verdict::Refused { reason, rule } => Err(Denied { reason, rule }),
     }
 }
 
-/// A verdict for a connection.
+/// Whether requests to a port of a workload of this node have to be read.
+pub(crate) fn reads(view: &Snapshot, destination: &Workload, port: u16) -> Reads {
+    policy::reads(view.policies_of(destination), port)
+}
+
+/// A verdict for a connection, or a request.
 #[derive(Debug)]
 pub(crate) struct Allowed {
     /// The rule that allows it, if one had to.
@@ -39,7 +46,7 @@ pub(crate) struct Allowed {
     pub(crate) would_refuse: Option<WouldRefuse>,
 }
 
-/// A verdict against a connection.
+/// A verdict against a connection, or a request.
 #[derive(Debug)]
 pub(crate) struct Denied {
     pub(crate) reason: Reason,

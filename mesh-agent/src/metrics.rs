@@ -68,9 +68,11 @@ pub struct AuditLabels {
 /// Labels of `nodemesh_requests_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
-    /// The workload of this node that asked, `namespace/name`.
+    /// Outbound: decided where it comes from, by routes; inbound: where it arrives, by policies on requests.
+    pub direction: Direction,
+    /// The workload of this node: that asked, or that is asked, `namespace/name`.
     pub workload: String,
-    /// The service that it asked, `namespace/name`.
+    /// The service that it asked, `namespace/name`; empty where that is not known.
     pub service: String,
     /// The route that it fell under, `KIND/namespace/name`; empty for none.
     pub route: String,
@@ -87,9 +89,11 @@ pub struct RequestLabels {
 /// Labels of `nodemesh_request_duration_seconds`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestTimeLabels {
-    /// The workload of this node that asked, `namespace/name`.
+    /// Which way, as in `nodemesh_requests_total`.
+    pub direction: Direction,
+    /// The workload of this node, `namespace/name`.
     pub workload: String,
-    /// The service that it asked, `namespace/name`.
+    /// The service that it asked, `namespace/name`; empty where that is not known.
     pub service: String,
     /// The service that it went to, `namespace/name`; empty for none.
     pub backend: String,
@@ -281,7 +285,8 @@ impl Metrics {
         registry.register("connections_active", "Connections that are carried now", m.active.clone());
         registry.register(
             "requests",
-            "Requests of this node's workloads to services whose requests are routed",
+            "Requests that are read: of this node's workloads to services that have routes, and to workloads of which policies \
+             say something of requests",
             m.requests.clone(),
         );
         registry.register(
@@ -409,6 +414,11 @@ impl Metrics {
         self.requests.get_or_create(labels).inc();
     }
 
+    /// How many requests ended with these labels.
+    pub fn requests(&self, labels: &RequestLabels) -> u64 {
+        self.requests.get_or_create(labels).get()
+    }
+
     /// A request took so long.
     pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration) {
         self.request_seconds.get_or_create(labels).observe(took.as_secs_f64());
@@ -419,12 +429,12 @@ impl Metrics {
         self.connections.get_or_create(labels).get()
     }
 
-    /// An audited policy would have refused a connection.
+    /// An audited policy would have refused a connection, or a request.
     pub fn audit_refused(&self, labels: &AuditLabels) {
         self.audit_refusals.get_or_create(labels).inc();
     }
 
-    /// How many connections audited policies would have refused with these labels.
+    /// How many connections and requests audited policies would have refused with these labels.
     pub fn audit_refusals(&self, labels: &AuditLabels) -> u64 {
         self.audit_refusals.get_or_create(labels).get()
     }
@@ -694,6 +704,7 @@ mod tests {
         metrics.view_entries.get_or_create(&KindLabels { kind: "workload" }).set(1);
         metrics.held(HoldOutcome::Captured);
         metrics.request_ended(&RequestLabels {
+            direction: Direction::Outbound,
             workload: "shop/web".into(),
             service: "shop/pay".into(),
             route: "HTTPRoute/shop/pay".into(),
@@ -703,7 +714,8 @@ mod tests {
             reason: "",
         });
         let (workload, service, backend) = ("shop/web".into(), "shop/pay".into(), "shop/pay-v2".into());
-        metrics.request_took(&RequestTimeLabels { workload, service, backend }, Duration::from_millis(3));
+        let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
+        metrics.request_took(&labels, Duration::from_millis(3));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

@@ -2,124 +2,31 @@
 //! happens when a backend does not answer, and what is recorded. Needs root, as the data path does.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+#[path = "data_path/app.rs"]
+mod app;
 #[path = "data_path/world.rs"]
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{
-    convert::Infallible,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
+use app::*;
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, Version};
-use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Empty, Full, combinators::BoxBody};
 use hyper::{
-    body::{Frame, Incoming},
+    body::Incoming,
     client::conn::{http1, http2},
-    service::service_fn,
 };
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
-    server::conn::auto,
-};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_core::model::http::{
     Backend, BackendTarget, Filters, HeaderEdits, Parent, PathEdit, PathMatch, PersistBy, Persistence,
     Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind, RouteRule, TextMatch, Timeouts,
     ValueMatch,
 };
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-    task::JoinHandle,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
-
-/// An application that says what it was asked, and does what paths say.
-struct App {
-    served: Arc<AtomicUsize>,
-    task: JoinHandle<()>,
-}
-
-impl App {
-    fn served(&self) -> usize {
-        self.served.load(Ordering::Relaxed)
-    }
-}
-
-fn app(says: &'static str, listener: TcpListener) -> App {
-    let served = Arc::new(AtomicUsize::new(0));
-    let counted = served.clone();
-    let task = tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let counted = counted.clone();
-            tokio::spawn(async move {
-                let service = service_fn(move |request| {
-                    let count = counted.fetch_add(1, Ordering::Relaxed);
-                    async move { Ok::<_, Infallible>(respond(says, count, request).await) }
-                });
-                let builder = auto::Builder::new(TokioExecutor::new());
-                let _ = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
-            });
-        }
-    });
-    App { served, task }
-}
-
-async fn respond(
-    says: &str,
-    count: usize,
-    mut request: Request<Incoming>,
-) -> Response<BoxBody<Bytes, Infallible>> {
-    let path = request.uri().path().to_owned();
-    let mut response = Response::new(Full::new(Bytes::new()).boxed());
-    response.headers_mut().insert("x-app", says.parse().unwrap());
-    match path.as_str() {
-        "/never" => std::future::pending().await,
-        "/late" if count == 0 => std::future::pending().await,
-        "/unready" if count < 2 => *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE,
-        "/die" if count == 0 => panic!("as asked"),
-        "/trailers/say" => {
-            let mut trailers = HeaderMap::new();
-            trailers.insert("grpc-status", "7".parse().unwrap());
-            let frames = [Ok(Frame::data(Bytes::from("body"))), Ok(Frame::trailers(trailers))];
-            *response.body_mut() = BodyExt::boxed(StreamBody::new(futures_util::stream::iter(frames)));
-        }
-        "/upgrade" => {
-            let upgrade = hyper::upgrade::on(&mut request);
-            tokio::spawn(async move {
-                let mut stream = TokioIo::new(upgrade.await.unwrap());
-                let mut bytes = [0; 4];
-                stream.read_exact(&mut bytes).await.unwrap();
-                stream.write_all(&bytes).await.unwrap();
-            });
-            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-            response.headers_mut().insert("connection", "upgrade".parse().unwrap());
-            response.headers_mut().insert("upgrade", "echo".parse().unwrap());
-        }
-        _ => {
-            let headers: Vec<(String, String)> = request
-                .headers()
-                .iter()
-                .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
-                .collect();
-            let (method, uri) = (request.method().to_string(), request.uri().to_string());
-            let body = request.into_body().collect().await.map(|it| it.to_bytes()).unwrap_or_default();
-            let said = json!({
-                "app": says, "method": method, "uri": uri, "headers": headers, "length": body.len(),
-                "body": String::from_utf8_lossy(&body[..body.len().min(100)]),
-            });
-            *response.body_mut() = Full::new(Bytes::from(said.to_string())).boxed();
-        }
-    }
-    response
-}
 
 fn to(account: &str, weight: u32) -> Backend {
     let to = BackendTarget::Service { service: name(account), port: 80 };
@@ -194,12 +101,6 @@ impl Client {
     async fn ask(&mut self, request: http::request::Builder) -> (StatusCode, Value) {
         said(self.send(request, "").await).await
     }
-}
-
-async fn said(response: Response<Incoming>) -> (StatusCode, Value) {
-    let status = response.status();
-    let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,7 @@
 //! Stands apart from the sources, which refuse only what has no meaning: nothing here changes what is in force. Pure.
 //! Which workloads a policy selects is asked of `mesh-core`, so it cannot differ from what agents decide.
 
+mod asks;
 mod route;
 mod shadow;
 
@@ -135,6 +136,7 @@ impl Review<'_> {
         self.shadowed_rules(&key, policy);
         self.unknown_sources(&key, policy);
         self.ports_of_rules(&key, policy, &selected);
+        self.requests_of_every_port(&key, policy);
     }
 
     /// Deny rules by identity, of workloads that take plaintext, which has none.
@@ -313,7 +315,7 @@ impl Review<'_> {
             let mut allows = self.model.policies.values().filter(of_workload).peekable();
             allows.peek().is_some()
                 && allows.all(|it| {
-                    let none = |to: &[Target]| !to.is_empty() && !to.iter().any(|to| includes(to, port));
+                    let none = |to: &[Target]| !to.is_empty() && !to.iter().any(|to| to.has_port(port));
                     it.rules.iter().all(|rule| none(&rule.to))
                 })
         };
@@ -384,13 +386,6 @@ impl Review<'_> {
             }
         }
     }
-}
-
-/// Whether a target has this port.
-fn includes(target: &Target, port: u16) -> bool {
-    let Target { ports, not_ports } = target;
-    (ports.is_empty() || ports.iter().any(|it| it.contains(port)))
-        && !not_ports.iter().any(|it| it.contains(port))
 }
 
 /// Why these labels select nothing, as far as it can be told.
@@ -578,6 +573,15 @@ mod tests {
             &[(P, "spec.rules[0]", "never allows: the deny rule shop/no[0]", "narrow shop/no[0]")],
         );
         check(&[policy("p", "action: Deny")], &[(P, "spec.rules", "does nothing", "rules: [{}]")]);
+    }
+
+    #[test]
+    fn a_rule_on_requests_of_every_port_is_told() {
+        let rule = |to: &str| policy("p", &format!("action: Deny, rules: [{{to: [{to}]}}]"));
+        let expected = [(P, "spec.rules[0].to[0]", "no HTTP is refused at every port", "ports: [8080]")];
+        check(&[rule("{paths: [/admin]}")], &expected);
+        check(&[rule("{notPorts: [1], notMethods: [GET]}")], &expected);
+        check(&[rule("{ports: [8080], paths: [/admin]}")], &[]);
     }
 
     #[test]

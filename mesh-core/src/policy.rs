@@ -1,4 +1,4 @@
-//! Who may connect: the one decision that agents enforce and `meshctl why` explains.
+//! Who may connect, and who may ask for what: the one decision that agents enforce and `meshctl why` explains.
 //!
 //! Order of words, strongest first: a strict destination's mode; a deny rule that matches; an allow rule that matches;
 //! the existence of any allow policy (then what nothing allowed is refused); otherwise allowed. `docs/operate/authorization.md`
@@ -6,7 +6,11 @@
 //!
 //! Invariants, each a property test (`tests/properties/policy.rs`): a deny policy never allows anything; an allow policy
 //! never allows what a deny rule refuses; an audited policy never changes the verdict; order changes nothing but the
-//! name of the rule; what nothing proves never satisfies an allow rule's `not…`, and always a deny rule's.
+//! name of the rule; what nothing proves never satisfies an allow rule's `not…`, and always a deny rule's; a connection
+//! that carries no requests is allowed only where every request is, and one whose requests are still to come is refused only
+//! where every request is.
+
+pub mod request;
 
 use std::net::IpAddr;
 
@@ -14,9 +18,10 @@ use serde::Serialize;
 
 use crate::{
     identity::SpiffeId,
-    model::{Action, Enforcement, IdentityPattern, Mode, Name, Policy, PortRange, Rule, Source, Target},
+    model::{Action, Enforcement, IdentityPattern, Mode, Name, Policy, Rule, Source, Target},
     refusal::Reason,
 };
+use request::Reading;
 
 /// What is known of a connection when its destination decides.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +32,43 @@ pub struct Request<'a> {
     pub source_address: IpAddr,
     /// The port of the destination workload.
     pub port: u16,
+    /// What comes by it.
+    pub content: Content<'a>,
+}
+
+/// What a connection carries, as far as that is known when it is decided.
+#[derive(Debug, Clone, Copy)]
+pub enum Content<'a> {
+    /// Bytes, of which nothing can be said: rules on requests allow none of it, and deny all.
+    Bytes,
+    /// Requests, each of which is decided for itself when it comes.
+    Requests,
+    /// This one.
+    Request(&'a Reading<'a>),
+}
+
+/// Whether requests to a port have to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reads {
+    /// No rule says anything of them.
+    No,
+    /// Only audited policies do: what cannot be read goes on.
+    Audit,
+    /// An enforced policy does: what cannot be read is decided as [`Content::Bytes`].
+    Enforce,
+}
+
+/// Whether rules of these policies, which select a workload, say something of requests to this port of it.
+pub fn reads<'p>(policies: impl IntoIterator<Item = &'p Policy>, port: u16) -> Reads {
+    let of = |policy: &Policy| {
+        let mut targets = policy.rules.iter().flat_map(|rule| &rule.to);
+        match (targets.any(|target| target.is_of_requests() && target.has_port(port)), policy.enforcement) {
+            (false, _) => Reads::No,
+            (true, Enforcement::Audit) => Reads::Audit,
+            (true, Enforcement::Enforce) => Reads::Enforce,
+        }
+    };
+    policies.into_iter().map(of).max().unwrap_or(Reads::No)
 }
 
 /// The rule that decided.
@@ -51,6 +93,8 @@ pub enum Verdict {
     AllowedByDefault,
     /// This allow rule matched.
     Allowed(RuleRef),
+    /// Some of the requests that may come by it are allowed by a rule, and others are not.
+    ByRequest,
     /// Refused; the rule is named where one matched.
     Refused {
         /// Why.
@@ -117,11 +161,15 @@ pub fn decide<'p>(
 
 fn judge<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
     let of = |action| policies.clone().filter(move |policy| policy.action == action);
-    if let Some(rule) = of(Action::Deny).find_map(|policy| matching_rule(policy, request)) {
+    let rule = |action, matches| of(action).find_map(|policy| rule_that(policy, request, |it| it == matches));
+    if let Some(rule) = rule(Action::Deny, Matches::Yes) {
         return Verdict::Refused { reason: Reason::PolicyDeny, rule: Some(rule) };
     }
-    if let Some(rule) = of(Action::Allow).find_map(|policy| matching_rule(policy, request)) {
+    if let Some(rule) = rule(Action::Allow, Matches::Yes) {
         return Verdict::Allowed(rule);
+    }
+    if rule(Action::Allow, Matches::SomeRequests).is_some() {
+        return Verdict::ByRequest;
     }
     if of(Action::Allow).next().is_some() {
         return Verdict::Refused { reason: Reason::PolicyNotAllowed, rule: None };
@@ -133,7 +181,7 @@ fn judge<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Reque
 /// where no allow rule matched, all allow policies are audited ones: an enforced one would have refused by itself.
 fn shadow<'p>(verdict: Verdict, mut audited: impl Iterator<Item = &'p Policy>) -> Option<WouldRefuse> {
     match verdict {
-        Verdict::AllowedByDefault | Verdict::Allowed(_) => None,
+        Verdict::AllowedByDefault | Verdict::Allowed(_) | Verdict::ByRequest => None,
         Verdict::Refused { reason, rule: Some(rule) } => {
             Some(WouldRefuse { policy: rule.policy, rule: Some(rule.rule), reason })
         }
@@ -144,19 +192,43 @@ fn shadow<'p>(verdict: Verdict, mut audited: impl Iterator<Item = &'p Policy>) -
     }
 }
 
-fn matching_rule(policy: &Policy, request: &Request<'_>) -> Option<RuleRef> {
-    let rule = policy.rules.iter().position(|rule| rule_matches(rule, policy.action, request))?;
+/// Whether a rule matches a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Matches {
+    No,
+    /// It depends on which request comes.
+    SomeRequests,
+    Yes,
+}
+
+fn rule_that(policy: &Policy, request: &Request<'_>, is: impl Fn(Matches) -> bool) -> Option<RuleRef> {
+    let rule = policy.rules.iter().position(|rule| is(rule_matches(rule, policy.action, request)))?;
     Some(RuleRef { policy: policy.name.clone(), rule })
 }
 
-fn rule_matches(rule: &Rule, action: Action, request: &Request<'_>) -> bool {
-    (rule.to.is_empty() || rule.to.iter().any(|target| target_matches(target, request.port)))
-        && (rule.from.is_empty() || rule.from.iter().any(|source| source_matches(source, action, request)))
+fn rule_matches(rule: &Rule, action: Action, request: &Request<'_>) -> Matches {
+    if !rule.from.is_empty() && !rule.from.iter().any(|source| source_matches(source, action, request)) {
+        return Matches::No;
+    }
+    if rule.to.is_empty() {
+        return Matches::Yes;
+    }
+    rule.to.iter().map(|target| target_matches(target, action, request)).max().unwrap_or(Matches::No)
 }
 
-fn target_matches(target: &Target, port: u16) -> bool {
-    let within = |ranges: &[PortRange]| ranges.iter().any(|range| range.contains(port));
-    (target.ports.is_empty() || within(&target.ports)) && !within(&target.not_ports)
+fn target_matches(target: &Target, action: Action, request: &Request<'_>) -> Matches {
+    if !target.has_port(request.port) {
+        return Matches::No;
+    }
+    if !target.is_of_requests() {
+        return Matches::Yes;
+    }
+    let matches = match request.content {
+        Content::Bytes => action == Action::Deny,
+        Content::Requests => return Matches::SomeRequests,
+        Content::Request(reading) => reading.matches(&target.any_of, &target.none_of, action),
+    };
+    if matches { Matches::Yes } else { Matches::No }
 }
 
 fn source_matches(source: &Source, action: Action, request: &Request<'_>) -> bool {
@@ -217,7 +289,10 @@ mod tests {
 
     fn to(ports: &[&str], not_ports: &[&str]) -> Rule {
         let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
-        Rule { from: vec![], to: vec![Target { ports: ranges(ports), not_ports: ranges(not_ports) }] }
+        Rule {
+            from: vec![],
+            to: vec![Target { ports: ranges(ports), not_ports: ranges(not_ports), ..Target::default() }],
+        }
     }
 
     fn identities(patterns: &[&str]) -> Traits {
@@ -241,8 +316,12 @@ mod tests {
 
     fn decided(mode: Mode, policies: &[Policy], source: Option<&str>) -> Decision {
         let source = source.map(id);
-        let request =
-            Request { source: source.as_ref(), source_address: "10.1.0.11".parse().unwrap(), port: 8080 };
+        let request = Request {
+            source: source.as_ref(),
+            source_address: "10.1.0.11".parse().unwrap(),
+            port: 8080,
+            content: Content::Bytes,
+        };
         decide(mode, policies, &request)
     }
 
@@ -250,7 +329,7 @@ mod tests {
     fn check(mode: Mode, policies: &[Policy], source: Option<&str>, expected: Result<(), Reason>) {
         let Decision { verdict, would_refuse } = decided(mode, policies, source);
         let got = match &verdict {
-            Verdict::AllowedByDefault | Verdict::Allowed(_) => Ok(()),
+            Verdict::AllowedByDefault | Verdict::Allowed(_) | Verdict::ByRequest => Ok(()),
             Verdict::Refused { reason, .. } => Err(*reason),
         };
         assert_eq!((got, would_refuse), (expected, None), "{verdict:?}");
@@ -334,6 +413,46 @@ mod tests {
             Source { any_of: identities(&["spiffe://td/ns/shop/sa/web"]), ..Source::default() },
         ];
         check_rule(Rule { from: or_web, to: vec![] }, true, false, false);
+    }
+
+    /// A rule on GET requests to 8080.
+    fn gets() -> Rule {
+        let any_of = crate::model::Asks { methods: vec!["GET".into()], ..Default::default() };
+        let ports = vec!["8080".parse().unwrap()];
+        Rule { from: vec![], to: vec![Target { ports, any_of, ..Target::default() }] }
+    }
+
+    #[test]
+    fn requests_are_decided_one_by_one_and_what_is_none_by_no_rule_on_requests() {
+        let (headers, uri) = (http::HeaderMap::new(), http::Uri::from_static("/"));
+        let decided = |policies: &[Policy], port, method: Option<&http::Method>| {
+            let of = |method| crate::http::matches::Asked { method, uri: &uri, headers: &headers };
+            let reading = method.map(|method| Reading::of(&of(method)));
+            let content = reading.as_ref().map_or(Content::Requests, Content::Request);
+            let source_address = "10.1.0.11".parse().unwrap();
+            let request = |content| Request { source: None, source_address, port, content };
+            let decide = |content| decide(Mode::Permissive, policies, &request(content)).verdict;
+            (decide(content), decide(Content::Bytes))
+        };
+        let rule = || RuleRef { policy: Name::new("shop", "p"), rule: 0 };
+        let not_allowed = || Verdict::Refused { reason: Reason::PolicyNotAllowed, rule: None };
+        let denied = || Verdict::Refused { reason: Reason::PolicyDeny, rule: Some(rule()) };
+        let (get, put) = (Some(&http::Method::GET), Some(&http::Method::PUT));
+        let allow = [policy(Action::Allow, vec![gets()])];
+        assert_eq!(decided(&allow, 8080, None), (Verdict::ByRequest, not_allowed()));
+        assert_eq!(decided(&allow, 8080, get).0, Verdict::Allowed(rule()));
+        assert_eq!(decided(&allow, 8080, put).0, not_allowed());
+        assert_eq!(decided(&allow, 9090, None).0, not_allowed());
+        let deny = [policy(Action::Deny, vec![gets()])];
+        assert_eq!(decided(&deny, 8080, None), (Verdict::AllowedByDefault, denied()));
+        assert_eq!(decided(&deny, 8080, get).0, denied());
+        assert_eq!(decided(&deny, 8080, put).0, Verdict::AllowedByDefault);
+        assert_eq!(decided(&deny, 9090, None), (Verdict::AllowedByDefault, Verdict::AllowedByDefault));
+        let audit = Policy { enforcement: Enforcement::Audit, ..deny[0].clone() };
+        assert_eq!(reads(&deny, 8080), Reads::Enforce);
+        assert_eq!(reads(&deny, 9090), Reads::No);
+        assert_eq!(reads([&audit], 8080), Reads::Audit);
+        assert_eq!(reads([&audit, &deny[0]], 8080), Reads::Enforce);
     }
 
     #[track_caller]

@@ -2,6 +2,7 @@
 //!
 //! What comes off the wire is checked here: an agent puts a view in force only when every resource of it converts.
 
+mod asks;
 mod routes;
 
 use std::{net::IpAddr, sync::Arc};
@@ -262,6 +263,8 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
             .map(|target| proto::Target {
                 ports: target.ports.iter().map(range_to_proto).collect(),
                 not_ports: target.not_ports.iter().map(range_to_proto).collect(),
+                any_of: asks::to_proto(&target.any_of),
+                none_of: asks::to_proto(&target.none_of),
             })
             .collect(),
     };
@@ -306,6 +309,8 @@ fn policy_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<m
         Ok(model::Target {
             ports: ranges_from_proto(key, "rules.to.ports", &target.ports)?,
             not_ports: ranges_from_proto(key, "rules.to.not_ports", &target.not_ports)?,
+            any_of: asks::from_proto(key, target.any_of.as_ref())?,
+            none_of: asks::from_proto(key, target.none_of.as_ref())?,
         })
     };
     let rule = |rule: &proto::Rule| {
@@ -493,8 +498,14 @@ mod tests {
             |_, policy| policy.rules = vec![rule(bad, target.clone())],
             "rules.from.address_blocks",
         );
-        let bad = proto::Target { not_ports: vec![proto::PortRange { first: 2, last: 1 }], ..target };
-        check_refused(|_, policy| policy.rules = vec![rule(traits, bad)], "rules.to.not_ports");
+        let bad = proto::Target { not_ports: vec![proto::PortRange { first: 2, last: 1 }], ..target.clone() };
+        check_refused(|_, policy| policy.rules = vec![rule(traits.clone(), bad)], "rules.to.not_ports");
+        let bad = proto::Asks { paths: vec!["/a*b".into()], ..Default::default() };
+        let bad = proto::Target { none_of: Some(bad), ..target.clone() };
+        check_refused(|_, policy| policy.rules = vec![rule(traits.clone(), bad)], "rules.to.paths");
+        let bad = proto::Asks { headers: vec![proto::HeaderPattern::default()], ..Default::default() };
+        let bad = proto::Target { any_of: Some(bad), ..target };
+        check_refused(|_, policy| policy.rules = vec![rule(traits, bad)], "rules.to.headers.name");
     }
 
     #[test]

@@ -107,4 +107,29 @@ spec: {selector: {matchLabels: {app: pay-2}}, action: Deny, rules: [{}]}
     });
     let denied = world.agent("a").wait_log("the refusal", |line: &Value| line["status"] == 503);
     assert_eq!(denied["reason"], "peer_refused", "{denied}");
+
+    // Or only some of what it asks: its backend's agent reads each request for itself.
+    let policy = policy.replace("[{}]", "[{to: [{ports: [8080], paths: [/v2/admin*]}]}]");
+    world.yaml.write("policy.yaml", &policy).unwrap();
+    until("the policy on requests is in force", TIMEOUT, || {
+        let answer = ask(&world, &get("/v2", ""))?;
+        holds(answer.contains("pay-2 saw"), || answer.clone())
+    });
+    for path in ["/v2/admin", "/v2/x/%2e%2e/Admin/users"] {
+        let answer = ask(&world, &get(path, "")).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 403 ") && !answer.contains("policy"), "{path}: {answer}");
+    }
+    assert!(ask(&world, &get("/v2/administer-not", "")).unwrap().starts_with("HTTP/1.1 403 "));
+    assert!(ask(&world, &get("/v2/other", "")).unwrap().contains("pay-2 saw"));
+    let told = |line: &Value| line["direction"] == "inbound" && line["path"] == "/v2/admin";
+    let line = world.agent("b").wait_log("the refused request", told);
+    assert_eq!(
+        (&line["status"], &line["reason"], &line["rule"]),
+        (&403.into(), &"policy_deny".into(), &"shop/pay-2[0]".into()),
+        "{line}"
+    );
+    assert_eq!(line["source"]["workload"], "shop/web");
+    let metrics = world.agent("b").metrics().unwrap();
+    let counted = [("direction", "inbound"), ("workload", "shop/pay-2"), ("reason", "policy_deny")];
+    assert!(metrics.sum("nodemesh_requests_total", &counted) >= 3.0);
 }

@@ -1,5 +1,7 @@
 //! A connection to a workload of this node, from its capture to its last byte; and the tunnels of other agents, that
-//! carry one such connection after another.
+//! carry one such connection after another. Where a policy says something of requests, [`reading`] goes on.
+
+mod reading;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -9,6 +11,7 @@ use std::{
 use mesh_core::{
     frame::{Control, Open},
     identity::SpiffeId,
+    policy::{Content, Reads},
     refusal::Reason,
     route::Transport,
     view::Snapshot,
@@ -17,6 +20,7 @@ use mesh_core::{
 use super::{
     Accepted, Asked, Node,
     identify::{self, Arrival},
+    requests::stream::{Arriving, Socket},
     turn::Turn,
 };
 use crate::{
@@ -31,6 +35,7 @@ use crate::{
     tunnel::{Event, Link, LinkError, lease},
     wants::Held,
 };
+use reading::Visit;
 
 /// The story of what arrives at a workload's address: plaintext, which is one connection, or a tunnel, whose leases
 /// are one connection each.
@@ -58,7 +63,13 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
                 result = plaintext(&accepted, view, node, &mut entry) => result,
                 refusal = node.cut(&accepted.workload) => Err(refusal.into()),
             };
-            super::end(accepted.stream, entry, result);
+            match result {
+                Ok(Next::Requests(visit)) => {
+                    Box::pin(requests_in_plaintext(accepted, *visit, node, entry)).await;
+                }
+                Ok(Next::Ended) => super::end(accepted.stream, entry, Ok(())),
+                Err(stop) => super::end(accepted.stream, entry, Err(stop)),
+            }
         }
         Err(refusal) => super::end(accepted.stream, entry, Err(refusal.into())),
     }
@@ -124,20 +135,29 @@ async fn arrive(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<A
     Ok(Arrived { how, view, turn })
 }
 
+/// What becomes of a plaintext connection.
+enum Next {
+    /// It has ended well.
+    Ended,
+    /// Its requests are read.
+    Requests(Box<Visit>),
+}
+
 /// One plaintext connection.
 async fn plaintext(
     accepted: &Accepted,
     view: Arc<Snapshot>,
     node: &Node,
     entry: &mut Entry,
-) -> Result<(), Stop> {
+) -> Result<Next, Stop> {
     let (at, client) = (At::of(accepted), accepted.peer.ip());
     // May they? The address names the source for the log alone: nothing proves it.
     entry.told().source.workload = view.workload_at(client).map(|workload| workload.name.clone());
-    let Allowed { rule, would_refuse } = may(&view, &at, None, Stage::Asked)?;
+    let reads = reads(&view, &at)?;
+    let Allowed { rule, would_refuse } = may(&view, &at, None, Stage::Asked, content(reads))?;
     drop(view); // the connection may outlive many
     entry.allowed(rule, would_refuse);
-    let _place = at.workload.admit(node.limits().max_connections_per_workload)?;
+    let place = at.workload.admit(node.limits().max_connections_per_workload)?;
 
     // The application, and the bytes, for as long as they may.
     let limits = node.limits();
@@ -145,11 +165,27 @@ async fn plaintext(
         Box::pin(connect::application(&at.workload.namespace, client, at.original, limits.dial_timeout));
     let app = ResetOnDrop::new(app.await?);
     entry.opened();
+    if reads != Reads::No {
+        return Ok(Next::Requests(Box::new(Visit { at, proved: None, reads, app, _place: place })));
+    }
     let carried = node.carried(entry, &at.workload, client);
     tokio::select! {
-        ended = relay::plain::run(&accepted.stream, app, &carried) => ended,
-        refusal = revoked(node, &at, None, entry) => Err(refusal.into()),
+        ended = relay::plain::run(&accepted.stream, app, &carried) => ended.map(|()| Next::Ended),
+        refusal = revoked(node, &at, None, entry, Content::Bytes) => Err(refusal.into()),
     }
+}
+
+/// The requests of a plaintext connection.
+async fn requests_in_plaintext(accepted: Accepted, visit: Visit, node: &Node, entry: Box<Entry>) {
+    let socket = Socket::new(accepted.stream).counting(entry.shared());
+    let result = tokio::select! {
+        result = reading::serve(Arriving::by_plaintext(socket.clone()), visit, node, &entry) => result,
+        refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+    };
+    if result.is_ok() {
+        socket.ended();
+    }
+    entry.finish(result);
 }
 
 /// The tunnel of another agent. Who it is must be what the view says, lease by lease.
@@ -235,7 +271,7 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
         asked = Box::pin(admit(&proved, at, node, &mut entry)) => asked,
         refusal = node.cut(&at.workload) => Err(refusal),
     };
-    let (app, _place, _held) = match asked {
+    let Admitted { app, reads, place, _held } = match asked {
         Ok(admitted) => admitted,
         Err(refusal) if refusal.reason == Reason::CertificateUntrusted => {
             // Its root was withdrawn since the handshake. Nothing was taken: as with a certificate that has run out.
@@ -250,12 +286,18 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
         }
     };
 
-    // The bytes, for as long as they may.
     entry.opened();
+    if reads != Reads::No {
+        let visit = Visit { at: at.clone(), proved: Some(proved), reads, app, _place: place };
+        return Box::pin(requests(link, visit, node, entry)).await;
+    }
+
+    // The bytes, for as long as they may.
+    let _place = place;
     let carried = node.carried(&entry, &at.workload, at.from.ip());
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, &carried) => carried,
-        refusal = revoked(node, at, Some(&proved), &entry) => return cut(entry, refusal),
+        refusal = revoked(node, at, Some(&proved), &entry, Content::Bytes) => return cut(entry, refusal),
         refusal = node.cut(&at.workload) => return cut(entry, refusal),
     };
     let (result, usable) = match stopped {
@@ -276,6 +318,30 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     Box::pin(lease::make_ready(link, said, wait)).await
 }
 
+/// The requests of one lease. The tunnel, if it takes another.
+async fn requests(link: Box<Link>, visit: Visit, node: &Node, entry: Box<Entry>) -> Option<Box<Link>> {
+    let wait = node.limits().ready_wait;
+    let accepted = link.push(&Control::Accept).map_err(LinkError::from);
+    let accepted = match accepted {
+        Ok(()) => link.flush().await,
+        error => error,
+    };
+    if let Err(error) = accepted {
+        entry.finish(Err(error.into()));
+        return None;
+    }
+    let (arriving, workload) = (Arriving::by_tunnel(link, entry.shared()), visit.at.workload.clone());
+    let result = tokio::select! {
+        result = reading::serve(arriving.clone(), visit, node, &entry) => result,
+        refusal = node.cut(&workload) => Err(refusal.into()),
+    };
+    let cut = matches!(result, Err(Stop::Refused(_)));
+    entry.finish(result);
+    // Cut in its midst the tunnel is reset, by being dropped; what was answered before, 400 say, is to be read.
+    let (link, said) = arriving.into_lease().filter(|(_, said)| said.own_end || !cut)?;
+    Box::pin(lease::make_ready(link, said, wait)).await
+}
+
 /// Ends a connection in its midst: application and tunnel are reset, by being dropped.
 fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Box<Link>> {
     entry.finish(Err(refusal.into()));
@@ -291,12 +357,7 @@ struct Proved {
 }
 
 /// May they? Then connects the application, as the client.
-async fn admit(
-    proved: &Proved,
-    at: &At,
-    node: &Node,
-    entry: &mut Entry,
-) -> Result<(ResetOnDrop, Admission, Holds), Refusal> {
+async fn admit(proved: &Proved, at: &At, node: &Node, entry: &mut Entry) -> Result<Admitted, Refusal> {
     let open = &proved.open;
     entry.told().transport = Some(Transport::Tunnel);
     entry.told().source.address = Some(open.source);
@@ -317,13 +378,36 @@ async fn admit(
     entry.view = Some(view.shared_version());
     entry.told().destination.identity = view.identity(&at.workload.name).cloned();
     entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
-    let Allowed { rule, would_refuse } = may(&view, at, Some(proved), Stage::Asked)?;
+    let reads = reads(&view, at)?;
+    let Allowed { rule, would_refuse } = may(&view, at, Some(proved), Stage::Asked, content(reads))?;
     entry.allowed(rule, would_refuse);
     let limits = node.limits();
     let place = at.workload.admit(limits.max_connections_per_workload)?;
     let app =
         connect::application(&at.workload.namespace, open.source.ip(), at.original, limits.dial_timeout);
-    Ok((ResetOnDrop::new(app.await?), place, holds))
+    Ok(Admitted { app: ResetOnDrop::new(app.await?), reads, place, _held: holds })
+}
+
+/// A connection that may be.
+struct Admitted {
+    app: ResetOnDrop,
+    reads: Reads,
+    place: Admission,
+    _held: Holds,
+}
+
+/// Whether the requests that arrive here have to be read.
+fn reads(view: &Snapshot, at: &At) -> Result<Reads, Refusal> {
+    let destination = authorize::destination(view, &at.workload.name)?;
+    Ok(authorize::reads(view, &destination, at.original.port()))
+}
+
+/// What a connection carries before its first byte has come.
+fn content(reads: Reads) -> Content<'static> {
+    match reads {
+        Reads::No => Content::Bytes,
+        Reads::Audit | Reads::Enforce => Content::Requests,
+    }
 }
 
 /// The word that a source's addresses are used: that of its tunnel and, where it differs, its own.
@@ -339,9 +423,15 @@ enum Stage {
     GoesOn,
 }
 
-/// The decision, the same when a connection is opened and whenever the view changes: is the source who it says, and
-/// may it connect?
-fn may(view: &Snapshot, at: &At, proved: Option<&Proved>, stage: Stage) -> Result<Allowed, Refusal> {
+/// The decision, the same when a connection is opened, for each of its requests, and whenever the view changes: is the
+/// source who it says, and may it?
+fn may(
+    view: &Snapshot,
+    at: &At,
+    proved: Option<&Proved>,
+    stage: Stage,
+    content: Content<'_>,
+) -> Result<Allowed, Refusal> {
     let destination = authorize::destination(view, &at.workload.name)?;
     let (identity, address): (Option<&SpiffeId>, IpAddr) = match proved {
         Some(proved) => {
@@ -356,13 +446,19 @@ fn may(view: &Snapshot, at: &At, proved: Option<&Proved>, stage: Stage) -> Resul
         }
         None => (None, at.from.ip()),
     };
-    Ok(authorize::inbound(view, &destination, identity, address, at.original.port())?)
+    Ok(authorize::inbound(view, &destination, identity, address, at.original.port(), content)?)
 }
 
 /// Done when a change of the view takes a live connection's permission away. Cancel-safe.
-async fn revoked(node: &Node, at: &At, proved: Option<&Proved>, entry: &Entry) -> Refusal {
+async fn revoked(
+    node: &Node,
+    at: &At,
+    proved: Option<&Proved>,
+    entry: &Entry,
+    content: Content<'_>,
+) -> Refusal {
     node.each_view(|view| {
-        let allowed = may(view, at, proved, Stage::GoesOn)?;
+        let allowed = may(view, at, proved, Stage::GoesOn, content)?;
         entry.would_refuse(allowed.would_refuse);
         Ok(())
     })

@@ -262,7 +262,8 @@ impl Workloads {
         let renewal =
             credential.renewal(&self.roots, self.surroundings.clock.now(), self.surroundings.chance.draw());
         let forgotten = self.slots.get(&id).and_then(|slot| slot.forgotten);
-        self.slots.insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false, forgotten });
+        self.slots
+            .insert(id.clone(), Slot { credential: Some(credential), renewal, asking: false, forgotten });
         self.publish(&id, CertificateStatus { expires, root, error: None });
     }
 

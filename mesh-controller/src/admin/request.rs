@@ -9,6 +9,7 @@ use mesh_core::{
         Service,
         http::{Backend, BackendTarget},
     },
+    policy::request::Reading,
     refusal::{Reason, Step},
     route,
     view::Owner,
@@ -45,6 +46,11 @@ impl Request {
             request.headers.append(name, value);
         }
         Ok(request)
+    }
+
+    /// As its destination's policies look at it.
+    pub(super) fn reading(&self) -> Reading<'_> {
+        Reading::of(&self.asked())
     }
 
     fn asked(&self) -> Asked<'_> {

@@ -7,7 +7,7 @@ use std::{
 
 use mesh_core::{
     model::{Endpoint, Name, Workload},
-    policy::{Decision, Request, Verdict, decide},
+    policy::{self, Content, Decision, Reads, Request, Verdict, decide},
     refusal::{Reason, Step},
     route::{self, Reached, Route, Transport},
     view::{Snapshot, SnapshotError},
@@ -177,18 +177,31 @@ impl Story<'_> {
         self.step(Step::Connect, format!("{to}: {}", word(transport)));
         let identity = self.snapshot.identity(&self.source.name).map(Arc::as_ref);
         let own = self.source.addresses.iter().find(|own| own.is_ipv4() == address.is_ipv4());
+        let policies = self.snapshot.policies_of(destination);
+        let reading = self.request.map(AskedFor::reading);
+        let content = match (policy::reads(policies.clone(), address.port()), &reading) {
+            // Of audited policies alone, what cannot be read is as what can.
+            (Reads::No, _) => Content::Bytes,
+            (_, Some(reading)) => Content::Request(reading),
+            (_, None) => Content::Requests,
+        };
         let request = Request {
             source: identity.filter(|_| transport == Transport::Tunnel),
             // Without an address of the family there is no such connection; what it would be is still told.
             source_address: own.or(self.source.addresses.first()).copied().unwrap_or(address.ip()),
             port: address.port(),
+            content,
         };
-        let policies = self.snapshot.policies_of(destination);
         let Decision { verdict, would_refuse } = decide(destination.mode, policies.clone(), &request);
         let count = policies.count();
         let authorized =
             format!("{count} policy(ies) select {}, mode {}", destination.name, destination.mode);
         self.step(Step::Authorize, authorized);
+        if matches!(content, Content::Requests) {
+            let says =
+                "requests to this port are read: each is decided for itself, and what is none is refused";
+            self.step(Step::Authorize, says.to_owned());
+        }
         if let Some(would) = &would_refuse {
             self.step(Step::Authorize, format!("audited policy {would} would refuse it, were it enforced"));
         }
@@ -198,6 +211,10 @@ impl Story<'_> {
                 (allowed(to, transport, says), None)
             }
             Verdict::Allowed(rule) => (allowed(to, transport, "an allow rule matches"), Some(rule)),
+            Verdict::ByRequest => {
+                let says = "each request is decided for itself: name one with --request 'GET /path'";
+                (End { verdict: "by request".into(), ..allowed(to, transport, says) }, None)
+            }
             Verdict::Refused { reason, rule } => (refused(to, word(transport), reason), rule),
         };
         End {
@@ -408,6 +425,33 @@ spec:
         let why = explain(&common, "shop/web", "shop/front:80", None).unwrap();
         assert_eq!(why.ends[0].verdict, "routed");
         assert!(AskedFor::parse("/db", "").is_err() && AskedFor::parse("GET /db", "version").is_err());
+    }
+
+    #[test]
+    fn requests_are_authorized_as_the_agents_do() {
+        let policies = "---
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: readers, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  action: Allow
+  rules: [{to: [{ports: [80], methods: [GET], notPaths: [/admin*]}]}]
+";
+        let common = common_of(&format!("{MANIFESTS}{policies}"));
+        for (line, verdict, reason) in [
+            ("GET /cart", "allowed", None),
+            ("GET /ADMIN", "refused", Some("policy_not_allowed")),
+            ("PUT /cart", "refused", Some("policy_not_allowed")),
+        ] {
+            let request = AskedFor::parse(line, "host: web").unwrap();
+            let why = explain(&common, "shop/db", "shop/web:80", Some(&request)).unwrap();
+            let end = &why.ends[0];
+            assert_eq!((end.verdict.as_str(), end.reason.as_deref()), (verdict, reason), "{line}: {why:?}");
+        }
+        let why = explain(&common, "shop/db", "shop/web:80", None).unwrap();
+        assert_eq!(why.ends[0].verdict, "by request", "{why:?}");
+        assert!(why.steps.iter().any(|step| step.says.contains("what is none is refused")), "{why:?}");
     }
 
     #[test]

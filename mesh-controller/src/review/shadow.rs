@@ -5,7 +5,8 @@
 
 use mesh_core::{
     model::{
-        Action, Enforcement, IdentityPattern, Policy, PortRange, Rule, Selector, Source, Target, Traits,
+        Action, Asks, Enforcement, HeaderPattern, IdentityPattern, Policy, PortRange, Rule, Selector, Source,
+        Target, TextPattern, Traits,
     },
     policy::RuleRef,
 };
@@ -103,7 +104,7 @@ fn identity_covers(wide: &IdentityPattern, narrow: &IdentityPattern) -> bool {
 }
 
 fn target_covers(wide: &Target, narrow: &Target) -> bool {
-    let Target { ports, not_ports } = wide;
+    let Target { ports, not_ports, any_of, none_of } = wide;
     let asked_elsewhere = |left_out: &PortRange| {
         let apart = |asked: &PortRange| asked.last() < left_out.first() || left_out.last() < asked.first();
         !narrow.ports.is_empty() && narrow.ports.iter().all(apart)
@@ -111,6 +112,29 @@ fn target_covers(wide: &Target, narrow: &Target) -> bool {
     let left_out = |it: &PortRange| narrow.not_ports.iter().any(|narrow| range_covers(narrow, it));
     any_or(ports, &narrow.ports, range_covers)
         && not_ports.iter().all(|it| left_out(it) || asked_elsewhere(it))
+        && any_asks_cover(any_of, &narrow.any_of)
+        && none_of_asks_cover(none_of, &narrow.none_of)
+}
+
+/// Of requests. A pattern that covers another does so in every reading of a request.
+fn any_asks_cover(wide: &Asks, narrow: &Asks) -> bool {
+    let Asks { methods, hosts, paths, headers } = wide;
+    any_or(methods, &narrow.methods, |wide, narrow| wide == narrow)
+        && any_or(hosts, &narrow.hosts, TextPattern::covers)
+        && any_or(paths, &narrow.paths, TextPattern::covers)
+        && headers.iter().all(|wide| narrow.headers.iter().any(|narrow| header_covers(wide, narrow)))
+}
+
+fn none_of_asks_cover(wide: &Asks, narrow: &Asks) -> bool {
+    let Asks { methods, hosts, paths, headers } = wide;
+    all_within(methods, &narrow.methods, |wide, narrow| wide == narrow)
+        && all_within(hosts, &narrow.hosts, TextPattern::covers)
+        && all_within(paths, &narrow.paths, TextPattern::covers)
+        && all_within(headers, &narrow.headers, header_covers)
+}
+
+fn header_covers(wide: &HeaderPattern, narrow: &HeaderPattern) -> bool {
+    wide.name == narrow.name && any_or(&wide.values, &narrow.values, TextPattern::covers)
 }
 
 fn range_covers(wide: &PortRange, narrow: &PortRange) -> bool {
@@ -154,7 +178,7 @@ mod tests {
         let ranges = |text: &str| text.split_whitespace().map(|it| it.parse().unwrap()).collect();
         Rule {
             from: vec![Source { any_of: traits(any_of), none_of: traits(none_of) }],
-            to: vec![Target { ports: ranges(ports), not_ports: ranges(not_ports) }],
+            to: vec![Target { ports: ranges(ports), not_ports: ranges(not_ports), ..Target::default() }],
         }
     }
 
@@ -200,6 +224,38 @@ mod tests {
         ] {
             assert!(!covers(&rule(one), &rule(other)), "{one:?} {other:?}");
             assert!(!covers(&rule(other), &rule(one)), "{other:?} {one:?}");
+        }
+    }
+
+    /// A rule to requests with these methods, paths and headers that are there, and not with these.
+    fn of_requests(any_of: [&str; 3], none_of: [&str; 3]) -> Rule {
+        let asks = |[methods, paths, headers]: [&str; 3]| Asks {
+            methods: methods.split_whitespace().map(str::to_owned).collect(),
+            hosts: vec![],
+            paths: paths.split_whitespace().map(|it| it.parse().unwrap()).collect(),
+            headers: headers
+                .split_whitespace()
+                .map(|name| HeaderPattern { name: name.to_owned(), values: vec![] })
+                .collect(),
+        };
+        let (any_of, none_of) = (asks(any_of), asks(none_of));
+        Rule { from: vec![], to: vec![Target { any_of, none_of, ..Target::default() }] }
+    }
+
+    #[test]
+    fn a_rule_on_connections_covers_one_on_requests_and_never_the_other_way() {
+        let nothing = [""; 3];
+        for (wide, narrow) in [
+            ((nothing, nothing), (["GET", "", ""], nothing)),
+            ((nothing, nothing), (nothing, ["", "/a", ""])),
+            ((["GET PUT", "", ""], nothing), (["GET", "", ""], nothing)),
+            ((["", "/a*", ""], nothing), (["", "/a/*", "x"], nothing)),
+            ((["", "", "x"], nothing), (["GET", "", "x y"], nothing)),
+            ((nothing, ["", "/a/*", ""]), (nothing, ["", "/a*", ""])),
+        ] {
+            let (wide, narrow) = (of_requests(wide.0, wide.1), of_requests(narrow.0, narrow.1));
+            assert!(covers(&wide, &narrow), "{wide} {narrow}");
+            assert!(!covers(&narrow, &wide), "{narrow} {wide}");
         }
     }
 

@@ -5,6 +5,7 @@
 
 pub mod http;
 mod policy;
+mod request;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -14,6 +15,7 @@ pub use self::policy::{
     Action, Enforcement, Expression, IdentityPattern, IpNet, Operator, PatternError, Policy, PortRange,
     PortRangeError, Rule, Selector, Source, Target, Traits,
 };
+pub use self::request::{Asks, HeaderPattern, TextPattern, TextPatternError};
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// The label that says in which zone something runs (Kubernetes, "Well-Known Labels").

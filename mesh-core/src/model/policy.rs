@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 pub use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Name, Workload};
+use super::{Asks, Name, Workload};
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// What a policy does with the connections that its rules match.
@@ -170,13 +170,32 @@ pub struct Traits {
     pub address_blocks: Vec<IpNet>,
 }
 
-/// A set of ports of the destination workload.
+/// A set of ports of the destination workload, and of requests to them.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Target {
     /// Any of these; none: any port.
     pub ports: Vec<PortRange>,
     /// None of these.
     pub not_ports: Vec<PortRange>,
+    /// Requests that are so.
+    #[serde(default)]
+    pub any_of: Asks,
+    /// And not so.
+    #[serde(default)]
+    pub none_of: Asks,
+}
+
+impl Target {
+    /// Whether a port is of it.
+    pub fn has_port(&self, port: u16) -> bool {
+        let within = |ranges: &[PortRange]| ranges.iter().any(|range| range.contains(port));
+        (self.ports.is_empty() || within(&self.ports)) && !within(&self.not_ports)
+    }
+
+    /// Whether requests have to be read to know what is of it.
+    pub fn is_of_requests(&self) -> bool {
+        !self.any_of.is_empty() || !self.none_of.is_empty()
+    }
 }
 
 /// What a rule matches, in one line for a person.
@@ -213,13 +232,15 @@ impl Traits {
 
 impl Target {
     fn describe(&self) -> String {
-        let none_of = list("port", &self.not_ports).map(|part| format!("not {part}"));
-        let all: Vec<String> = list("port", &self.ports).into_iter().chain(none_of).collect();
+        let none_of = list("port", &self.not_ports).into_iter().chain(self.none_of.describe());
+        let none_of = none_of.map(|part| format!("not {part}"));
+        let any_of = list("port", &self.ports).into_iter().chain(self.any_of.describe());
+        let all: Vec<String> = any_of.chain(none_of).collect();
         if all.is_empty() { "any port".to_owned() } else { all.join(" and ") }
     }
 }
 
-fn list(what: &str, entries: &[impl ToString]) -> Option<String> {
+pub(super) fn list(what: &str, entries: &[impl ToString]) -> Option<String> {
     let entries: Vec<String> = entries.iter().map(ToString::to_string).collect();
     (!entries.is_empty()).then(|| format!("{what} {}", entries.join(" or ")))
 }

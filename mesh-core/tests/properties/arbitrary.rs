@@ -13,9 +13,9 @@ use ipnet::IpNet;
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
     model::{
-        Action, Choice, Distribution, Endpoint, Enforcement, Expression, IdentityPattern, Mode, Name,
-        Operator, Place, Policy, PortRange, Rule, Selector, Service, ServicePort, Source, Target, Traits,
-        Workload,
+        Action, Asks, Choice, Distribution, Endpoint, Enforcement, Expression, HeaderPattern,
+        IdentityPattern, Mode, Name, Operator, Place, Policy, PortRange, Rule, Selector, Service,
+        ServicePort, Source, Target, TextPattern, Traits, Workload,
         http::{
             Backend, BackendTarget, Cors, Filters, HeaderEdits, Mirror, Parent, PathEdit, PathMatch,
             PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
@@ -104,9 +104,32 @@ fn port_range() -> impl Strategy<Value = PortRange> {
     (port(), port()).prop_map(|(a, b)| PortRange::new(a.min(b).into(), a.max(b).into()).expect("in order"))
 }
 
-fn target() -> impl Strategy<Value = Target> {
-    (vec(port_range(), 0..2), vec(port_range(), 0..2))
-        .prop_map(|(ports, not_ports)| Target { ports, not_ports })
+fn text_pattern() -> impl Strategy<Value = TextPattern> {
+    let text = select(vec!["/a", "/a/", "/a/b", "a", "b", "/"]);
+    (0..3, text).prop_map(|(kind, text)| match kind {
+        0 => TextPattern::Exact(text.to_owned()),
+        1 => TextPattern::Prefix(text.to_owned()),
+        _ => TextPattern::Suffix(text.to_owned()),
+    })
+}
+
+fn asks() -> impl Strategy<Value = Asks> {
+    let methods = vec(select(vec!["GET".to_owned(), "PUT".to_owned()]), 0..2);
+    let header = (select(vec!["x-a", "x-b"]), vec(text_pattern(), 0..2))
+        .prop_map(|(name, values)| HeaderPattern { name: name.to_owned(), values });
+    let patterns = || vec(text_pattern(), 0..2);
+    (methods, patterns(), patterns(), vec(header, 0..2)).prop_map(|(methods, hosts, paths, headers)| Asks {
+        methods,
+        hosts,
+        paths,
+        headers,
+    })
+}
+
+pub(crate) fn target() -> impl Strategy<Value = Target> {
+    let some = || prop_oneof![3 => Just(Asks::default()), 2 => asks()];
+    (vec(port_range(), 0..2), vec(port_range(), 0..2), some(), some())
+        .prop_map(|(ports, not_ports, any_of, none_of)| Target { ports, not_ports, any_of, none_of })
 }
 
 pub(crate) fn rule() -> impl Strategy<Value = Rule> {

@@ -2,13 +2,15 @@
 
 use std::net::IpAddr;
 
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use mesh_core::{
+    http::matches::Asked as AskedFor,
     identity::SpiffeId,
     model::{Action, Enforcement, Mode, Policy, Rule, Source},
-    policy::{Decision, Request, Verdict, WouldRefuse, decide},
+    policy::{Content, Decision, Reads, Request, Verdict, WouldRefuse, decide, reads, request::Reading},
     refusal::Reason,
 };
-use proptest::{collection::vec, option, prelude::*};
+use proptest::{collection::vec, option, prelude::*, sample::select};
 
 use super::arbitrary;
 
@@ -19,12 +21,36 @@ struct Asked {
     source: Option<SpiffeId>,
     address: IpAddr,
     port: u16,
+    carries: Carries,
+}
+
+/// What comes by it.
+#[derive(Debug, Clone)]
+enum Carries {
+    Bytes,
+    Requests,
+    Request { method: Method, uri: Box<Uri>, headers: Box<HeaderMap> },
 }
 
 impl Asked {
     fn decide(&self, policies: &[Policy]) -> Decision {
-        let request = Request { source: self.source.as_ref(), source_address: self.address, port: self.port };
-        decide(self.mode, policies, &request)
+        let reading = match &self.carries {
+            Carries::Request { method, uri, headers } => {
+                Some(Reading::of(&AskedFor { method, uri, headers }))
+            }
+            Carries::Bytes | Carries::Requests => None,
+        };
+        let content = match (&self.carries, &reading) {
+            (Carries::Bytes, _) => Content::Bytes,
+            (_, Some(reading)) => Content::Request(reading),
+            (_, None) => Content::Requests,
+        };
+        let (source, source_address) = (self.source.as_ref(), self.address);
+        decide(self.mode, policies, &Request { source, source_address, port: self.port, content })
+    }
+
+    fn carrying(&self, carries: Carries) -> Self {
+        Self { carries, ..self.clone() }
     }
 
     fn allowed(&self, policies: &[Policy]) -> bool {
@@ -34,7 +60,30 @@ impl Asked {
 
 fn asked() -> impl Strategy<Value = Asked> {
     let who = (arbitrary::mode(), option::of(arbitrary::identity()), arbitrary::address(), arbitrary::port());
-    who.prop_map(|(mode, source, address, port)| Asked { mode, source, address, port })
+    (who, carries()).prop_map(|((mode, source, address, port), carries)| Asked {
+        mode,
+        source,
+        address,
+        port,
+        carries,
+    })
+}
+
+fn request() -> impl Strategy<Value = Carries> {
+    let method = select(vec![Method::GET, Method::PUT]);
+    let path = select(vec!["/a", "/a/", "/a/b", "/A", "/a/../b", "//a", "/a%2fb", "http://b/a"]);
+    let header = (select(vec!["x-a", "x-b", "host"]), select(vec!["a", "b", "/a/b"]));
+    (method, path, vec(header, 0..3)).prop_map(|(method, path, headers)| {
+        let mut all = HeaderMap::new();
+        for (name, value) in headers {
+            all.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        Carries::Request { method, uri: Box::new(path.parse().expect("a target")), headers: Box::new(all) }
+    })
+}
+
+fn carries() -> impl Strategy<Value = Carries> {
+    prop_oneof![1 => Just(Carries::Bytes), 1 => Just(Carries::Requests), 3 => request()]
 }
 
 fn policies() -> impl Strategy<Value = Vec<Policy>> {
@@ -88,7 +137,7 @@ proptest! {
         prop_assert!(!asked.allowed(std::slice::from_ref(&empty)));
         match asked.decide(&with(&policies, empty)).verdict {
             Verdict::AllowedByDefault => prop_assert!(false, "an allow policy is there"),
-            Verdict::Allowed(_) | Verdict::Refused { .. } => {}
+            Verdict::Allowed(_) | Verdict::ByRequest | Verdict::Refused { .. } => {}
         }
     }
 
@@ -148,6 +197,53 @@ proptest! {
     }
 
     #[test]
+    fn what_cannot_be_read_is_allowed_only_where_every_request_is(
+        asked in asked(), policies in policies(), request in request(),
+    ) {
+        if asked.carrying(Carries::Bytes).allowed(&policies) {
+            prop_assert!(asked.carrying(request).allowed(&policies));
+        }
+    }
+
+    #[test]
+    fn a_connection_is_refused_before_its_requests_only_where_every_request_is(
+        asked in asked(), policies in policies(), request in request(),
+    ) {
+        if asked.carrying(request).allowed(&policies) {
+            prop_assert!(asked.carrying(Carries::Requests).allowed(&policies));
+        }
+    }
+
+    #[test]
+    fn where_requests_are_not_read_they_make_no_difference(
+        asked in asked(), policies in policies(), request in request(),
+    ) {
+        match reads(&policies, asked.port) {
+            Reads::No => {
+                let read = asked.carrying(request).decide(&policies);
+                prop_assert_eq!(asked.carrying(Carries::Bytes).decide(&policies), read.clone());
+                prop_assert_eq!(asked.carrying(Carries::Requests).decide(&policies), read);
+            }
+            Reads::Audit => {
+                let read = asked.carrying(request).decide(&policies).verdict;
+                prop_assert_eq!(asked.carrying(Carries::Bytes).decide(&policies).verdict, read);
+            }
+            Reads::Enforce => {}
+        }
+    }
+
+    #[test]
+    fn of_what_is_asked_for_and_left_out_at_once_nothing_is_allowed(
+        asked in asked(), mut target in arbitrary::target(), request in request(), name in arbitrary::name(),
+    ) {
+        prop_assume!(!target.any_of.is_empty());
+        target.none_of = target.any_of.clone();
+        let rules = vec![Rule { from: vec![], to: vec![target] }];
+        let allowed = asked.carrying(request).allowed(&[Policy::new(name, Action::Allow, rules)]);
+        prop_assert!(!allowed);
+    }
+
+    #[test]
     fn strict_takes_no_plaintext_whatever_policies_say(asked in asked(), policies in policies()) {
         let asked = Asked { source: None, mode: Mode::Strict, ..asked };
         let Decision { verdict, would_refuse } = asked.decide(&policies);
@@ -164,6 +260,6 @@ fn reversed(rule: Rule) -> Rule {
 fn reason(verdict: &Verdict) -> Option<Reason> {
     match verdict {
         Verdict::Refused { reason, .. } => Some(*reason),
-        Verdict::AllowedByDefault | Verdict::Allowed(_) => None,
+        Verdict::AllowedByDefault | Verdict::Allowed(_) | Verdict::ByRequest => None,
     }
 }

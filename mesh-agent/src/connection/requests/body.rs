@@ -18,7 +18,7 @@ const MOST_KEPT: usize = 64 * 1024;
 
 /// A body that is sent.
 #[derive(Debug)]
-pub(super) enum Body {
+pub(in crate::connection) enum Body {
     /// As it comes from the other side.
     Carried(Incoming),
     /// This, then the end.
@@ -29,7 +29,7 @@ pub(super) enum Body {
 
 /// The body of a backend's answer.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(in crate::connection) struct Answer {
     body: Incoming,
     used: Option<Used>,
     exchange: Exchange,
@@ -40,9 +40,9 @@ impl Body {
         Self::Whole(None)
     }
 
-    /// An answer's. Once it has ended, the connection that it came by can be used again.
-    pub(super) fn answer(body: Incoming, used: Used, exchange: Exchange) -> Self {
-        let mut answer = Answer { body, used: Some(used), exchange };
+    /// An answer's. Once it has ended, the connection that it came by, if it was one of many, can be used again.
+    pub(super) fn answer(body: Incoming, used: Option<Used>, exchange: Exchange) -> Self {
+        let mut answer = Answer { body, used, exchange };
         if answer.body.is_end_stream() {
             answer.ended();
         }

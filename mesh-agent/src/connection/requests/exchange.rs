@@ -4,14 +4,19 @@
 use std::time::{Instant, SystemTime};
 
 use http::{HeaderMap, Method, Version};
-use mesh_core::{http::Chosen, model::Name, refusal::Reason};
+use mesh_core::{
+    http::Chosen,
+    model::Name,
+    policy::{RuleRef, WouldRefuse},
+    refusal::Reason,
+};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{Asker, body::grpc_status};
+use super::body::grpc_status;
 use crate::{
     live::Party,
-    metrics::{Direction, RequestLabels, RequestTimeLabels},
+    metrics::{AuditLabels, Direction, RequestLabels, RequestTimeLabels},
     record::Recorder,
     refusal::Refusal,
 };
@@ -19,24 +24,34 @@ use crate::{
 /// Longest path that is logged, bytes: more of it is cut off.
 const MAX_PATH: usize = 512;
 
+/// Between whom a request is.
+#[derive(Debug)]
+pub(in crate::connection) struct Ends {
+    pub(in crate::connection) recorder: Recorder,
+    /// Outbound: the source is a workload of this node, which asks a service.
+    pub(in crate::connection) direction: Direction,
+    pub(in crate::connection) source: Party,
+    pub(in crate::connection) destination: Party,
+    /// The port that was asked for.
+    pub(in crate::connection) port: u16,
+}
+
 /// A request that will be recorded.
 #[derive(Debug)]
-pub(super) struct Exchange(Option<Box<Told>>);
+pub(in crate::connection) struct Exchange(Option<Box<Told>>);
 
 /// What became known of a request.
 #[derive(Debug)]
 struct Told {
-    recorder: Recorder,
+    ends: Ends,
     began: Instant,
     time: SystemTime,
-    source: Party,
-    destination: Party,
-    port: u16,
     method: Method,
     path: String,
     protocol: Version,
     route: Option<String>,
     rule: Option<String>,
+    would_refuse: Option<WouldRefuse>,
     backend: Option<Name>,
     attempts: u32,
     status: Option<u16>,
@@ -49,25 +64,19 @@ struct Told {
 
 impl Exchange {
     /// A request has arrived.
-    pub(super) fn begin<B>(of: &Asker, request: &http::Request<B>) -> Self {
+    pub(in crate::connection) fn begin<B>(ends: Ends, request: &http::Request<B>) -> Self {
         let path = request.uri().path();
         let cut = (0..=path.len().min(MAX_PATH)).rev().find(|at| path.is_char_boundary(*at)).unwrap_or(0);
         Self(Some(Box::new(Told {
-            recorder: of.node.inner.recorder.clone(),
+            ends,
             began: Instant::now(),
             time: SystemTime::now(),
-            source: Party {
-                workload: Some(of.local.name.clone()),
-                address: Some(of.peer),
-                ..Party::default()
-            },
-            destination: Party { service: Some(of.service.clone()), ..Party::default() },
-            port: of.port,
             method: request.method().clone(),
             path: path[..cut].to_owned(),
             protocol: request.version(),
             route: None,
             rule: None,
+            would_refuse: None,
             backend: None,
             attempts: 0,
             status: None,
@@ -83,15 +92,29 @@ impl Exchange {
         self.0.as_deref_mut()
     }
 
-    /// It was decided on this view, by this workload's identity.
-    pub(super) fn decided(
-        &mut self,
-        view: std::sync::Arc<str>,
-        identity: std::sync::Arc<mesh_core::identity::SpiffeId>,
-    ) {
+    /// It is decided on this view.
+    pub(in crate::connection) fn decided(&mut self, view: std::sync::Arc<str>) {
         if let Some(told) = self.told() {
             told.view = Some(view);
-            told.source.identity = Some(identity);
+        }
+    }
+
+    /// It comes from a workload with this identity.
+    pub(super) fn comes_from(&mut self, identity: std::sync::Arc<mesh_core::identity::SpiffeId>) {
+        if let Some(told) = self.told() {
+            told.ends.source.identity = Some(identity);
+        }
+    }
+
+    /// It may be: by this rule, if one had to say so, and against this audited policy.
+    pub(in crate::connection) fn allowed(
+        &mut self,
+        rule: Option<RuleRef>,
+        would_refuse: Option<WouldRefuse>,
+    ) {
+        if let Some(told) = self.told() {
+            told.rule = rule.map(|rule| rule.to_string());
+            told.would_refuse = would_refuse;
         }
     }
 
@@ -115,13 +138,13 @@ impl Exchange {
     pub(super) fn tried(&mut self, endpoint: &mesh_core::model::Endpoint) {
         if let Some(told) = self.told() {
             told.attempts += 1;
-            told.destination.workload = endpoint.workload.clone();
-            told.destination.address = Some(std::net::SocketAddr::new(endpoint.address, endpoint.port));
+            told.ends.destination.workload = endpoint.workload.clone();
+            told.ends.destination.address = Some(std::net::SocketAddr::new(endpoint.address, endpoint.port));
         }
     }
 
     /// It is answered with this head.
-    pub(super) fn answered(&mut self, status: http::StatusCode, headers: &HeaderMap) {
+    pub(in crate::connection) fn answered(&mut self, status: http::StatusCode, headers: &HeaderMap) {
         if let Some(told) = self.told() {
             told.status = Some(status.as_u16());
             told.grpc_status = grpc_status(headers);
@@ -129,8 +152,11 @@ impl Exchange {
     }
 
     /// It is not answered by a backend, for this reason.
-    pub(super) fn refused(&mut self, refusal: Refusal) {
+    pub(in crate::connection) fn refused(&mut self, refusal: Refusal) {
         if let Some(told) = self.told() {
+            if let Some(rule) = &refusal.rule {
+                told.rule = Some(rule.to_string());
+            }
             told.refusal = Some(refusal);
         }
     }
@@ -150,7 +176,7 @@ impl Exchange {
     }
 
     /// All of the answer has come.
-    pub(super) fn complete(&mut self) {
+    pub(in crate::connection) fn complete(&mut self) {
         if let Some(mut told) = self.0.take() {
             told.complete = true;
         }
@@ -178,12 +204,22 @@ impl Told {
 
 impl Drop for Told {
     fn drop(&mut self) {
-        let workload = self.source.workload.as_ref().map(ToString::to_string).unwrap_or_default();
-        let service = self.destination.service.as_ref().map(ToString::to_string).unwrap_or_default();
-        let backend = self.backend.as_ref().map(ToString::to_string).unwrap_or_default();
+        let Ends { recorder, direction, source, destination, port } = &self.ends;
+        let direction = *direction;
+        let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string).unwrap_or_default();
+        let workload = match direction {
+            Direction::Outbound => text(&source.workload),
+            Direction::Inbound => text(&destination.workload),
+        };
+        let (service, backend) = (text(&destination.service), text(&self.backend));
         let took = self.began.elapsed();
-        let metrics = &self.recorder.metrics;
+        let metrics = &recorder.metrics;
+        if let Some(found) = &self.would_refuse {
+            let (policy, reason) = (found.policy.to_string(), found.reason.label());
+            metrics.audit_refused(&AuditLabels { policy, workload: workload.clone(), reason });
+        }
         metrics.request_ended(&RequestLabels {
+            direction,
             workload: workload.clone(),
             service: service.clone(),
             route: self.route.clone().unwrap_or_default(),
@@ -192,16 +228,16 @@ impl Drop for Told {
             grpc_status: self.grpc_status.map(|status| status.to_string()).unwrap_or_default(),
             reason: self.reason(),
         });
-        metrics.request_took(&RequestTimeLabels { workload, service, backend }, took);
-        self.recorder.write(&Event {
+        metrics.request_took(&RequestTimeLabels { direction, workload, service, backend }, took);
+        recorder.write(&Event {
             time: OffsetDateTime::from(self.time).format(&Rfc3339).unwrap_or_default(),
             kind: "request",
             duration_ms: took.as_secs_f64() * 1000.0,
-            direction: Direction::Outbound,
-            node: &self.recorder.node,
-            source: &self.source,
-            destination: &self.destination,
-            port: self.port,
+            direction,
+            node: &recorder.node,
+            source,
+            destination,
+            port: *port,
             protocol: match self.protocol {
                 Version::HTTP_2 => "HTTP/2",
                 Version::HTTP_10 => "HTTP/1.0",
@@ -211,6 +247,7 @@ impl Drop for Told {
             path: &self.path,
             route: self.route.as_deref(),
             rule: self.rule.as_deref(),
+            would_refuse: self.would_refuse.as_ref(),
             backend: self.backend.as_ref(),
             attempts: self.attempts,
             status: self.status,
@@ -241,6 +278,8 @@ struct Event<'a> {
     path: &'a str,
     route: Option<&'a str>,
     rule: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    would_refuse: Option<&'a WouldRefuse>,
     backend: Option<&'a Name>,
     attempts: u32,
     status: Option<u16>,

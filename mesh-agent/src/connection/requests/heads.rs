@@ -17,7 +17,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 
 /// Refuses what two servers could take for two different requests (RFC 9112, section 6.3 and 3.2), and what only a proxy
 /// that one knows of is asked for.
-pub(super) fn check<B>(request: &Request<B>) -> Result<(), Refusal> {
+pub(in crate::connection) fn check<B>(request: &Request<B>) -> Result<(), Refusal> {
     let headers = request.headers();
     let bad = |what: &'static str| Err(Refusal::new(Reason::BadRequest, what));
     if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
@@ -39,7 +39,7 @@ pub(super) fn check<B>(request: &Request<B>) -> Result<(), Refusal> {
 }
 
 /// Whether a request of HTTP/1.1 wants to go on in another protocol.
-pub(super) fn wants_upgrade<B>(request: &Request<B>) -> bool {
+pub(in crate::connection) fn wants_upgrade<B>(request: &Request<B>) -> bool {
     request.version() == Version::HTTP_11
         && request.headers().contains_key(UPGRADE)
         && names_in(request.headers()).any(|name| name == UPGRADE)
@@ -47,7 +47,7 @@ pub(super) fn wants_upgrade<B>(request: &Request<B>) -> bool {
 
 /// Takes away what is of one connection alone (RFC 9110, section 7.6.1). `upgrade`: this protocol is asked for, or gone
 /// over to, at the next hop too.
-pub(super) fn take_hop(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
+pub(in crate::connection) fn take_hop(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
     let named: Vec<HeaderName> = names_in(headers).collect();
     let trailers = headers.get(TE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
     for name in named.into_iter().chain([
@@ -104,7 +104,7 @@ pub(super) fn rewrite<B>(
 }
 
 /// Whether a request is a call of gRPC, which is answered in gRPC's way (gRPC over HTTP/2, "Requests").
-pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
+pub(in crate::connection) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 

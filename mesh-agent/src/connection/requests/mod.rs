@@ -1,4 +1,4 @@
-//! ★ The story of a request: what comes by a connection to a port of a service that has routes, from its head to the last
+//! ★ The story of a request that is sent: what comes by a connection to a port of a service that has routes, from its head to the last
 //! byte of its answer. [`answer`] tells it from top to bottom.
 //!
 //! | file | what |
@@ -11,15 +11,17 @@
 //! | `stream` | a lease, or a socket, as a stream of bytes |
 //! | `exchange` | what is told of a request |
 //!
+//! How a request is taken in where a policy says something of it is told in [`super::inbound`], with the same parts.
+//!
 //! Bytes that are no HTTP get no further than this, but for TLS between the applications, which is carried as it is to the
 //! service that was asked for.
 
 mod attempts;
-mod body;
-mod exchange;
-mod heads;
+pub(super) mod body;
+pub(super) mod exchange;
+pub(super) mod heads;
 mod session;
-mod stream;
+pub(super) mod stream;
 mod upstream;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -41,26 +43,32 @@ use mesh_core::{
     refusal::Reason,
     view::{Owner, Snapshot},
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(super) use self::{attempts::Budgets, upstream::Upstreams};
 use self::{
     attempts::{Attempts, Backends},
     body::{Asking, Body},
-    exchange::Exchange,
+    exchange::{Ends, Exchange},
     stream::Socket,
 };
 use super::{Accepted, Node, wants};
 use crate::{
+    drain::Drain,
+    live::Party,
     local::{Admission, Local},
+    metrics::Direction,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
 };
 
 /// How long a client may take for a head, and be silent between two requests: longer than servers usually allow, so that
 /// it is they who end what is idle.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
 /// Most bytes of a head: what servers take at most as a rule is less.
 const MOST_HEAD: usize = 128 * 1024;
 /// Most headers of a request.
@@ -93,7 +101,7 @@ impl Routed {
 }
 
 /// The first byte of TLS: a record of a handshake (RFC 8446, section 5.1). No request begins with it.
-const HANDSHAKE: u8 = 22;
+pub(super) const HANDSHAKE: u8 = 22;
 
 /// Waits for a client's first byte, and says whether what it speaks is encrypted between it and the application: that is
 /// carried as it is, to the service that was asked for. Cancel-safe: what is looked at stays.
@@ -121,6 +129,19 @@ struct Asker {
 }
 
 impl Asker {
+    /// Between whom its requests are.
+    fn ends(&self) -> Ends {
+        let source =
+            Party { workload: Some(self.local.name.clone()), address: Some(self.peer), ..Party::default() };
+        Ends {
+            recorder: self.node.inner.recorder.clone(),
+            direction: Direction::Outbound,
+            source,
+            destination: Party { service: Some(self.service.clone()), ..Party::default() },
+            port: self.port,
+        }
+    }
+
     /// Who asks, to a backend.
     fn asking<'a>(&'a self, own: &'a Arc<SpiffeId>, view: &'a Snapshot) -> upstream::Asking<'a> {
         upstream::Asking {
@@ -151,8 +172,18 @@ pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry
         upgraded: TaskTracker::new(),
         ended,
     });
+    let conversation = async {
+        let answer = |request| {
+            let asker = asker.clone();
+            async move { Ok::<_, Infallible>(Box::pin(answer(&asker, request)).await) }
+        };
+        let ended = converse(socket.clone(), node.drain(), answer).await;
+        asker.upgraded.close();
+        asker.upgraded.wait().await;
+        ended
+    };
     let result = tokio::select! {
-        result = converse(socket.clone(), &asker) => result,
+        result = conversation => result,
         refusal = node.cut(&asker.local) => Err(refusal.into()),
     };
     if result.is_ok() {
@@ -162,15 +193,20 @@ pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry
     drop(routed);
 }
 
-/// One request after another, or many at once, as the client likes.
-async fn converse(socket: Socket, asker: &Arc<Asker>) -> Result<(), Stop> {
+/// One request after another, or many at once, as the client likes. An answer that is an error ends the connection.
+pub(super) async fn converse<I, A, F, E>(stream: I, drain: &Drain, answer: A) -> Result<(), Stop>
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    A: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Result<Response<Body>, E>> + Send + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .preserve_header_case(true)
-        .pipeline_flush(true)
         .max_buf_size(MOST_HEAD)
         .max_headers(MOST_HEADERS)
         .auto_date_header(false);
@@ -182,25 +218,16 @@ async fn converse(socket: Socket, asker: &Arc<Asker>) -> Result<(), Stop> {
         .initial_connection_window_size(WINDOW * 4)
         .max_header_list_size(MOST_HEAD as u32)
         .auto_date_header(false);
-    let service = service_fn({
-        let asker = asker.clone();
-        move |request| {
-            let asker = asker.clone();
-            async move { Ok::<_, Infallible>(Box::pin(answer(&asker, request)).await) }
-        }
-    });
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(socket), service);
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer));
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         // What is under way is answered still.
-        () = asker.node.drain().draining() => {
+        () = drain.draining() => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
-    asker.upgraded.close();
-    asker.upgraded.wait().await;
     match ended {
         Ok(()) => Ok(()),
         Err(error) => match error.downcast_ref::<hyper::Error>() {
@@ -214,22 +241,40 @@ async fn converse(socket: Socket, asker: &Arc<Asker>) -> Result<(), Stop> {
 
 /// Why a request is answered by ourselves.
 #[derive(Debug)]
-struct Declined {
+pub(super) struct Declined {
     status: StatusCode,
     refusal: Refusal,
 }
 
 impl Declined {
-    fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
+    pub(super) fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
         Self { status, refusal: refusal.into() }
     }
 }
 
 /// The story of a request. Whatever happens there is an answer, which tells nobody outside why.
 async fn answer(asker: &Arc<Asker>, request: Request<Incoming>) -> Response<Body> {
-    let mut exchange = Exchange::begin(asker, &request);
+    let mut exchange = Exchange::begin(asker.ends(), &request);
     let grpc = heads::is_grpc(request.headers());
-    match tell(asker, request, &mut exchange).await {
+    let told = tell(asker, request, &mut exchange).await;
+    respond(told, grpc, exchange)
+}
+
+/// Who answers a request.
+pub(super) enum Answered {
+    /// We do.
+    Here(Response<Body>),
+    /// The backend did; the connection that it came by, if others may use it.
+    Backend(response::Parts, Incoming, Option<upstream::Used>),
+}
+
+/// The answer to a request, which is recorded once that has ended.
+pub(super) fn respond(
+    told: Result<Answered, Declined>,
+    grpc: bool,
+    mut exchange: Exchange,
+) -> Response<Body> {
+    match told {
         Ok(Answered::Here(response)) => {
             exchange.answered(response.status(), response.headers());
             exchange.complete();
@@ -249,14 +294,6 @@ async fn answer(asker: &Arc<Asker>, request: Request<Incoming>) -> Response<Body
     }
 }
 
-/// Who answers a request.
-enum Answered {
-    /// We do.
-    Here(Response<Body>),
-    /// The backend did.
-    Backend(response::Parts, Incoming, upstream::Used),
-}
-
 async fn tell(
     asker: &Arc<Asker>,
     mut request: Request<Incoming>,
@@ -268,7 +305,8 @@ async fn tell(
     // One version for all of it: who asks, and under which rule does it fall?
     let view = asker.node.view().map_err(unready)?;
     let own = view.identity(&asker.local.name).ok_or_else(|| unready(Reason::ViewMissing))?;
-    exchange.decided(view.shared_version(), own.clone());
+    exchange.decided(view.shared_version());
+    exchange.comes_from(own.clone());
     let table = view.table(&asker.service, asker.port, &asker.local.name.namespace).cloned();
     let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
     let chosen = match &table {
@@ -343,7 +381,7 @@ async fn tell(
     // The answer, as the rule wants it.
     let (mut parts, incoming) = response.into_parts();
     if parts.status == StatusCode::SWITCHING_PROTOCOLS {
-        return switched(asker, parts, incoming, from_client);
+        return switched((&asker.upgraded, &asker.ended), parts, incoming, from_client);
     }
     heads::take_hop(&mut parts.headers, None);
     for filters in [&backend.filters, &rule.filters] {
@@ -357,7 +395,7 @@ async fn tell(
     {
         session::begin(persistence, endpoint, &mut parts.headers);
     }
-    Ok(Answered::Backend(parts, incoming, used))
+    Ok(Answered::Backend(parts, incoming, Some(used)))
 }
 
 fn no_rule(grpc: bool) -> Declined {
@@ -397,9 +435,9 @@ fn backend<'a>(
     of_session.or_else(by_chance).ok_or_else(nobody)
 }
 
-/// Both sides go on in another protocol: their bytes are carried until both have ended.
-fn switched(
-    asker: &Arc<Asker>,
+/// Both sides go on in another protocol: their bytes are carried until both have ended, or until the connection has.
+pub(super) fn switched(
+    (upgraded, ended): (&TaskTracker, &CancellationToken),
     mut parts: response::Parts,
     incoming: Incoming,
     from_client: Option<hyper::upgrade::OnUpgrade>,
@@ -413,8 +451,8 @@ fn switched(
     let mut answered = Response::from_parts(parts.clone(), incoming);
     let from_backend = hyper::upgrade::on(&mut answered);
     heads::take_hop(&mut parts.headers, protocol);
-    let ended = asker.ended.clone();
-    asker.upgraded.spawn(async move {
+    let ended = ended.clone();
+    upgraded.spawn(async move {
         let carried = async {
             let (client, backend) = tokio::try_join!(from_client, from_backend)?;
             let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
@@ -446,6 +484,7 @@ fn said(status: StatusCode, grpc: bool) -> Response<Body> {
             StatusCode::BAD_REQUEST => "13",
             StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => "12",
             StatusCode::GATEWAY_TIMEOUT => "4",
+            StatusCode::FORBIDDEN => "7",
             _ => "14",
         };
         let mut response = empty(StatusCode::OK);

@@ -112,7 +112,7 @@ impl Drop for Stream {
 
 /// A connection after its answer's head.
 #[derive(Debug)]
-pub(super) struct Used {
+pub(in crate::connection) struct Used {
     sender: Option<Sender>,
     key: Key,
     upstreams: Arc<Upstreams>,

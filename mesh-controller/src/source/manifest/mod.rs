@@ -8,11 +8,13 @@
 //! | [`service`] | services |
 //! | [`slice`] | who serves them |
 //! | [`policy`] | authorization policies |
+//! | [`asks`] | what they say of requests |
 //! | [`route`] | routes of requests, and who may send some to whom |
 //! | [`check`] | what is checked the same way in all of them |
 //!
 //! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
 
+mod asks;
 mod check;
 #[cfg(test)]
 mod crd;
@@ -260,7 +262,13 @@ spec:
                  notNamespaces: [a, b]\n      trustDomains: [td]\n      notTrustDomains: [old]\n      \
                  notAddressBlocks: [10.9.0.0/16]\n      addressBlocks:",
             )
-            .replace("[8080]", "[8080, 9000-9100, '70']\n      notPorts: [9050]");
+            .replace(
+                "[8080]",
+                "[8080, 9000-9100, '70']\n      notPorts: [9050]\n      methods: [GET, M-SEARCH]\n      \
+                 notMethods: [PUT]\n      hosts: ['*.Shop.example']\n      notHosts: ['a:80']\n      paths: \
+                 [/cart/*, '*.pdf']\n      notPaths: [/cart/x]\n      headers: [{name: X-Tenant, values: [a, \
+                 'b*']}, {name: x-there}]\n      notHeaders: [{name: x-gone}]",
+            );
         let Object::AuthorizationPolicy(policy) = accepted(&text) else { panic!() };
         assert_eq!((policy.action, policy.enforcement), (Action::Deny, Enforcement::Audit));
         assert_eq!(policy.selector.to_string(), "app not in (web, db), x is set");
@@ -268,7 +276,9 @@ spec:
             policy.rules[0].to_string(),
             "from identity spiffe://td/ns/shop/sa/web and namespace shop and trust domain td and address in 10.0.0.0/8 and \
              not identity spiffe://td/ns/shop/* and not namespace a or b and not trust domain old and not address in \
-             10.9.0.0/16 to port 8080 or 9000-9100 or 70 and not port 9050, or port 9090"
+             10.9.0.0/16 to port 8080 or 9000-9100 or 70 and method GET or M-SEARCH and host *.shop.example and path \
+             /cart/* or *.pdf and header x-tenant: a or b* and header x-there and not port 9050 and not method PUT and \
+             not host a:80 and not path /cart/x and not header x-gone, or port 9090"
         );
     }
 
@@ -396,6 +406,31 @@ spec:
             &with("ports: [8080]", "notPorts: [x]"),
             &[(13, "spec.rules[0].to[0].notPorts[0]", "neither a port", "9000-9100")],
         );
+        let of_request = |text: &str| with("ports: [8080]", text);
+        for (text, field, reason, cure) in [
+            ("methods: [get]", "methods[0]", "'get' is not a method", "upper case"),
+            ("notMethods: ['G T']", "notMethods[0]", "not a method", "GET"),
+            ("hosts: ['http://shop']", "hosts[0]", "not a host", "shop.example"),
+            ("hosts: ['a*b']", "hosts[0]", "one '*' may stand", "*.shop"),
+            ("notHosts: ['']", "notHosts[0]", "it is empty", "*.shop"),
+            ("paths: [cart]", "paths[0]", "does not begin with a slash", "/cart"),
+            ("paths: ['/a%20b']", "paths[0]", "has a character", "percent-encoded"),
+            ("paths: ['/a?b']", "paths[0]", "has a character", "query"),
+            ("notPaths: [/a/../b]", "notPaths[0]", "dots or slashes", "/cart"),
+            ("paths: ['*/a/*']", "paths[0]", "one '*' may stand", "/cart/*"),
+            ("headers: [{name: 'x y'}]", "headers[0].name", "not a header's name", "x-tenant"),
+            ("headers: [{name: Host, values: [a]}]", "headers[0].name", "not compared", "hosts"),
+            (
+                "notHeaders: [{name: x, values: ['a*b']}]",
+                "notHeaders[0].values[0]",
+                "one '*' may stand",
+                "b*",
+            ),
+            ("headers: [{name: x, values: []}]", "headers[0].values", "is empty", "remove"),
+            ("paths: []", "paths", "is empty", "remove"),
+        ] {
+            check_refused(&of_request(text), &[(13, &format!("spec.rules[0].to[0].{field}"), reason, cure)]);
+        }
         let selector = |text: &str| with("matchLabels: {app: web}", &format!("matchExpressions: [{text}]"));
         let at = "spec.selector.matchExpressions[0]";
         check_refused(

@@ -9,8 +9,8 @@ use std::{collections::BTreeMap, fmt};
 use mesh_core::{
     identity::TrustDomain,
     model::{
-        Action, Enforcement, Expression, IdentityPattern, IpNet, Operator, Policy, PortRange, Rule, Selector,
-        Source, Target, Traits,
+        Action, Asks, Enforcement, Expression, IdentityPattern, IpNet, Operator, Policy, PortRange, Rule,
+        Selector, Source, Target, Traits,
     },
 };
 use serde::{
@@ -21,6 +21,7 @@ use serde::{
 use super::{
     super::document::one_of,
     Raw,
+    asks::RawHeader,
     check::{Check, MAX_ENTRIES},
 };
 use crate::model::Object;
@@ -88,7 +89,7 @@ struct RawExpression {
     values: Vec<String>,
 }
 
-/// It matches a connection that one of `from` and one of `to` match; one that is left out matches all.
+/// It matches a connection, or a request, that one of `from` and one of `to` match; one that is left out matches all.
 #[derive(Debug, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -186,6 +187,60 @@ struct RawTarget {
     /// Not these ports.
     #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     not_ports: Option<Vec<RawPorts>>,
+    /// Methods of requests: GET. With this or anything below, what comes to the ports has to be HTTP.
+    #[cfg_attr(
+        test,
+        schemars(length(min = 1, max = 64), inner(regex(pattern = r"^[A-Z][A-Z0-9_-]{0,31}$")))
+    )]
+    methods: Option<Vec<String>>,
+    /// Not these methods.
+    #[cfg_attr(
+        test,
+        schemars(length(min = 1, max = 64), inner(regex(pattern = r"^[A-Z][A-Z0-9_-]{0,31}$")))
+    )]
+    not_methods: Option<Vec<String>>,
+    /// Hosts that requests ask for: shop.example, *.shop.example or shop.*; of every port, unless one is named.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 260), regex(pattern = r"^[A-Za-z0-9.:_*\[\]-]+$"))
+        )
+    )]
+    hosts: Option<Vec<String>>,
+    /// Not these hosts.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 260), regex(pattern = r"^[A-Za-z0-9.:_*\[\]-]+$"))
+        )
+    )]
+    not_hosts: Option<Vec<String>>,
+    /// Paths without query, with nothing percent-encoded: /cart, /cart/* or *.pdf.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 1024), regex(pattern = r"^[/*][^%?#;\\]*$"))
+        )
+    )]
+    paths: Option<Vec<String>>,
+    /// Not these paths.
+    #[cfg_attr(
+        test,
+        schemars(
+            length(min = 1, max = 1024),
+            inner(length(max = 1024), regex(pattern = r"^[/*][^%?#;\\]*$"))
+        )
+    )]
+    not_paths: Option<Vec<String>>,
+    /// Headers, all of which have to be so.
+    #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
+    headers: Option<Vec<RawHeader>>,
+    /// Headers, none of which may be so.
+    #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
+    not_headers: Option<Vec<RawHeader>>,
 }
 
 /// A port or a range of them: a number, or a text such as `9000-9100`.
@@ -349,11 +404,23 @@ impl Check<'_> {
         Some(Target {
             ports: self.list(&format!("{at}.ports"), raw.ports, Self::port_range),
             not_ports: self.list(&format!("{at}.notPorts"), raw.not_ports, Self::port_range),
+            any_of: Asks {
+                methods: self.list(&format!("{at}.methods"), raw.methods, Self::method),
+                hosts: self.list(&format!("{at}.hosts"), raw.hosts, Self::host),
+                paths: self.list(&format!("{at}.paths"), raw.paths, Self::path),
+                headers: self.list(&format!("{at}.headers"), raw.headers, Self::header),
+            },
+            none_of: Asks {
+                methods: self.list(&format!("{at}.notMethods"), raw.not_methods, Self::method),
+                hosts: self.list(&format!("{at}.notHosts"), raw.not_hosts, Self::host),
+                paths: self.list(&format!("{at}.notPaths"), raw.not_paths, Self::path),
+                headers: self.list(&format!("{at}.notHeaders"), raw.not_headers, Self::header),
+            },
         })
     }
 
     /// A list that, where it is given, has entries; what is wrong with one of them is said at its own place.
-    fn list<Raw, T>(
+    pub(super) fn list<Raw, T>(
         &mut self,
         field: &str,
         raw: Option<Vec<Raw>>,
@@ -416,6 +483,7 @@ fn entries(rule: &Rule) -> usize {
         it.identities.len() + it.namespaces.len() + it.trust_domains.len() + it.address_blocks.len()
     };
     let sources = rule.from.iter().map(|source| 1 + traits(&source.any_of) + traits(&source.none_of));
-    let targets = rule.to.iter().map(|target| 1 + target.ports.len() + target.not_ports.len());
+    let of_requests = |it: &Target| it.any_of.len() + it.none_of.len();
+    let targets = rule.to.iter().map(|it| 1 + it.ports.len() + it.not_ports.len() + of_requests(it));
     1 + sources.sum::<usize>() + targets.sum::<usize>()
 }

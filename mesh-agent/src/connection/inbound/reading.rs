@@ -1,0 +1,424 @@
+//! ★ The story of a request that arrives at a workload of whose requests a policy says something: from its head, by the
+//! decision on it, to the last byte of its application's answer. [`answer`] tells it from top to bottom.
+//!
+//! What comes by such a connection has to be HTTP. What is not (bytes of another protocol, TLS between the applications) is
+//! decided as what cannot be read, which is refused where an enforced policy asks to read it ([`Content::Bytes`]).
+//!
+//! To both ends it is as if nobody read: the version of HTTP stays, an application that resets its connection before it has
+//! answered has its client's reset, and nothing is tried twice that may have been taken.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, header};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_core::{
+    http::matches::Asked,
+    policy::{Content, Reads, request::Reading},
+    refusal::Reason,
+};
+use tokio::io::AsyncWriteExt;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    super::{
+        Node,
+        requests::{
+            Answered, Declined, HANDSHAKE, HEAD_TIMEOUT,
+            body::Body,
+            converse,
+            exchange::{Ends, Exchange},
+            heads, respond,
+            stream::{Arriving, Socket},
+            switched,
+        },
+    },
+    At, Proved, Stage, may, revoked,
+};
+use crate::{
+    authorize::Allowed,
+    connect,
+    live::Party,
+    local::Admission,
+    metrics::Direction,
+    record::Entry,
+    refusal::{Failure, Refusal, Stop},
+    relay::ResetOnDrop,
+};
+
+/// How long the source of a connection that need not be read may take for its first byte.
+const DETECTION: Duration = Duration::from_millis(100);
+/// Who the client is, to the application; what a client says of itself there is taken away.
+const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+/// What is read of an answer's head at most, and sent of a stream of HTTP/2 before it is read.
+const HEAD: usize = 128 * 1024;
+const WINDOW: u32 = 1 << 20;
+
+/// A connection whose requests are read, and its application's end.
+#[derive(Debug)]
+pub(super) struct Visit {
+    pub(super) at: At,
+    /// What its source has shown of itself; `None` in plaintext.
+    pub(super) proved: Option<Proved>,
+    pub(super) reads: Reads,
+    pub(super) app: ResetOnDrop,
+    pub(super) _place: Admission,
+}
+
+/// Serves the requests of a connection until it ends, or may not go on.
+pub(super) async fn serve(
+    mut arriving: Arriving,
+    visit: Visit,
+    node: &Node,
+    entry: &Entry,
+) -> Result<(), Stop> {
+    let Visit { at, proved, reads, app, _place } = visit;
+    let wait = if reads == Reads::Enforce { HEAD_TIMEOUT } else { DETECTION };
+    let read = tokio::select! {
+        first = arriving.first(wait) => is_read(first.map_err(|_| Failure::SourceReset)?, reads),
+        refusal = revoked(node, &at, proved.as_ref(), entry, Content::Requests) => return Err(refusal.into()),
+    };
+    if !read {
+        let content = Content::Bytes;
+        let view = node.view()?;
+        let allowed = may(&view, &at, proved.as_ref(), Stage::GoesOn, content)?;
+        drop(view);
+        entry.would_refuse(allowed.would_refuse);
+        return tokio::select! {
+            carried = carry(arriving, app) => carried,
+            refusal = revoked(node, &at, proved.as_ref(), entry, content) => Err(refusal.into()),
+        };
+    }
+    let ended = CancellationToken::new();
+    let _ended = ended.clone().drop_guard();
+    let (source, destination) = {
+        let told = entry.told();
+        (told.source.clone(), told.destination.clone())
+    };
+    let guest = Arc::new(Guest {
+        node: node.clone(),
+        source,
+        destination,
+        at,
+        proved,
+        application: Application::new(app),
+        tasks: TaskTracker::new(),
+        ended,
+        gone: AtomicBool::new(false),
+    });
+    tokio::select! {
+        ended = visited(arriving, &guest) => ended,
+        refusal = revoked(node, &guest.at, guest.proved.as_ref(), entry, Content::Requests) => Err(refusal.into()),
+    }
+}
+
+/// Whether what begins so is read as HTTP. Where it need not be, only what certainly is; else all but TLS, of which nobody
+/// could read anything.
+fn is_read(first: &[u8], reads: Reads) -> bool {
+    match reads {
+        Reads::Enforce => first.first() != Some(&HANDSHAKE),
+        Reads::No | Reads::Audit => is_http(first),
+    }
+}
+
+/// A method, a space, and how a target begins; or the preface of HTTP/2 (RFC 9113, section 3.4), which is made to look so.
+fn is_http(first: &[u8]) -> bool {
+    let of_method = |byte: &u8| byte.is_ascii_uppercase() || matches!(byte, b'-' | b'_');
+    let method = first.iter().take_while(|byte| of_method(byte)).count();
+    method > 0 && matches!(first[method..], [b' ', b'/' | b'*' | b'h', ..])
+}
+
+/// Bytes that are no requests.
+async fn carry(mut arriving: Arriving, app: ResetOnDrop) -> Result<(), Stop> {
+    let mut app = Socket::from(app);
+    match tokio::io::copy_bidirectional(&mut arriving, &mut app).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Failure::DestinationReset.into()),
+    }
+}
+
+/// Who asks, and who is asked.
+#[derive(Debug)]
+struct Guest {
+    node: Node,
+    source: Party,
+    destination: Party,
+    at: At,
+    proved: Option<Proved>,
+    application: Application,
+    /// The application's connections, and what goes on in another protocol.
+    tasks: TaskTracker,
+    /// Cancelled when the connection must end.
+    ended: CancellationToken,
+    /// The application has not answered, and will not.
+    gone: AtomicBool,
+}
+
+impl Guest {
+    fn ends(&self) -> Ends {
+        Ends {
+            recorder: self.node.inner.recorder.clone(),
+            direction: Direction::Inbound,
+            source: self.source.clone(),
+            destination: self.destination.clone(),
+            port: self.at.original.port(),
+        }
+    }
+}
+
+/// One request after another, or many at once; then the application's connections are ended as its client ended its own.
+async fn visited(arriving: Arriving, guest: &Arc<Guest>) -> Result<(), Stop> {
+    let each = |request| {
+        let guest = guest.clone();
+        async move { Box::pin(answer(&guest, request)).await }
+    };
+    let mut ours = arriving.clone();
+    let ended = converse(arriving, guest.node.drain(), each).await;
+    if guest.gone.load(Ordering::Relaxed) {
+        return Err(Failure::DestinationReset.into());
+    }
+    if ended.is_ok() {
+        guest.application.close();
+        guest.tasks.close();
+        guest.tasks.wait().await;
+    }
+    if matches!(ended, Ok(()) | Err(Stop::Refused(_))) {
+        // Our end is said, also after a 400. Fails for a source that is gone.
+        let _ = tokio::time::timeout(guest.node.limits().ready_wait, ours.shutdown()).await;
+    }
+    ended
+}
+
+/// The application is gone: its client is told as it would be without us.
+#[derive(Debug, thiserror::Error)]
+#[error("the application ended its connection before it answered: {0}")]
+struct Gone(Refusal);
+
+/// The story of a request.
+async fn answer(guest: &Arc<Guest>, request: Request<Incoming>) -> Result<Response<Body>, Gone> {
+    let mut exchange = Exchange::begin(guest.ends(), &request);
+    let grpc = heads::is_grpc(request.headers());
+    let told = match tell(guest, request, &mut exchange).await {
+        Ok(answered) => Ok(answered),
+        Err(Ended::Declined(declined)) => Err(declined),
+        Err(Ended::Gone(refusal)) => {
+            guest.gone.store(true, Ordering::Relaxed);
+            exchange.refused(refusal.clone());
+            return Err(Gone(refusal));
+        }
+    };
+    Ok(respond(told, grpc, exchange))
+}
+
+/// Why the application has not answered.
+enum Ended {
+    /// It was not asked.
+    Declined(Declined),
+    /// It did not.
+    Gone(Refusal),
+}
+
+impl From<Declined> for Ended {
+    fn from(declined: Declined) -> Self {
+        Self::Declined(declined)
+    }
+}
+
+async fn tell(
+    guest: &Arc<Guest>,
+    mut request: Request<Incoming>,
+    exchange: &mut Exchange,
+) -> Result<Answered, Ended> {
+    heads::check(&request).map_err(|refusal| Declined::new(StatusCode::BAD_REQUEST, refusal))?;
+
+    // May it?
+    let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
+    let view = guest.node.view().map_err(unready)?;
+    exchange.decided(view.shared_version());
+    {
+        let reading =
+            Reading::of(&Asked { method: request.method(), uri: request.uri(), headers: request.headers() });
+        let may = may(&view, &guest.at, guest.proved.as_ref(), Stage::GoesOn, Content::Request(&reading));
+        let Allowed { rule, would_refuse } =
+            may.map_err(|refusal| Declined::new(StatusCode::FORBIDDEN, refusal))?;
+        exchange.allowed(rule, would_refuse);
+    }
+
+    // To the application, with who asks.
+    let upgrade =
+        heads::wants_upgrade(&request).then(|| request.headers().get(header::UPGRADE).cloned()).flatten();
+    let from_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+    heads::take_hop(request.headers_mut(), upgrade);
+    request.headers_mut().remove(CLIENT_CERT);
+    if let Some(proved) = &guest.proved {
+        let own = view.identity(&guest.at.workload.name).map(ToString::to_string).unwrap_or_default();
+        // Identities are of letters, digits and signs that headers may have.
+        if let Ok(value) = HeaderValue::try_from(format!("By={own};URI={}", proved.identity)) {
+            request.headers_mut().insert(CLIENT_CERT, value);
+        }
+    }
+    drop(view);
+    if request.version() == Version::HTTP_10 {
+        *request.version_mut() = Version::HTTP_11;
+    }
+    let response = guest.application.send(guest, request.map(Body::Carried)).await.map_err(Ended::Gone)?;
+
+    // And back.
+    let (mut parts, incoming) = response.into_parts();
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(switched((&guest.tasks, &guest.ended), parts, incoming, from_client)?);
+    }
+    heads::take_hop(&mut parts.headers, None);
+    Ok(Answered::Backend(parts, incoming, None))
+}
+
+/// The application's end: one connection at a time, as its client has one.
+#[derive(Debug)]
+struct Application {
+    /// Connected before the first request was there.
+    first: Mutex<Option<ResetOnDrop>>,
+    /// What requests are sent on. Asynchronous: it is held while a connection is opened, and while one of HTTP/1.1 waits
+    /// for its answer.
+    sender: tokio::sync::Mutex<Option<Sender>>,
+}
+
+#[derive(Debug)]
+enum Sender {
+    One(http1::SendRequest<Body>),
+    Many(http2::SendRequest<Body>),
+}
+
+impl Application {
+    fn new(app: ResetOnDrop) -> Self {
+        Self { first: Mutex::new(Some(app)), sender: tokio::sync::Mutex::new(None) }
+    }
+
+    /// Nothing is asked any more.
+    fn close(&self) {
+        if let Ok(mut sender) = self.sender.try_lock() {
+            *sender = None;
+        }
+    }
+
+    /// Sends a request, and waits for the head of its answer. One that was certainly not taken, since the application has
+    /// closed an idle connection, is sent on another.
+    async fn send(&self, guest: &Guest, mut request: Request<Body>) -> Result<Response<Incoming>, Refusal> {
+        let many = request.version() == Version::HTTP_2;
+        loop {
+            let mut place = self.sender.lock().await;
+            let kept = match place.take() {
+                Some(Sender::One(mut one)) => one.ready().await.is_ok().then_some(Sender::One(one)),
+                Some(Sender::Many(many)) => (!many.is_closed()).then_some(Sender::Many(many)),
+                None => None,
+            };
+            let (sender, fresh) = match kept {
+                Some(sender) => (sender, false),
+                None => (self.open(guest, many).await?, true),
+            };
+            let mut error = match sender {
+                Sender::One(mut one) => match one.try_send_request(request).await {
+                    Ok(response) => {
+                        *place = Some(Sender::One(one));
+                        return Ok(response);
+                    }
+                    Err(error) => error,
+                },
+                Sender::Many(mut many) => {
+                    *place = Some(Sender::Many(many.clone()));
+                    drop(place);
+                    match many.try_send_request(request).await {
+                        Ok(response) => return Ok(response),
+                        Err(error) => error,
+                    }
+                }
+            };
+            match error.take_message() {
+                Some(unsent) if !fresh => request = unsent,
+                _ => return Err(Refusal::new(Reason::BackendReset, error.into_error().to_string())),
+            }
+        }
+    }
+
+    async fn open(&self, guest: &Guest, many: bool) -> Result<Sender, Refusal> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let app = match first {
+            Some(app) => app,
+            None => {
+                let client = guest.proved.as_ref().map_or(guest.at.from.ip(), |it| it.open.source.ip());
+                let At { workload, original, .. } = &guest.at;
+                let timeout = guest.node.limits().dial_timeout;
+                ResetOnDrop::new(connect::application(&workload.namespace, client, *original, timeout).await?)
+            }
+        };
+        let stream = TokioIo::new(Socket::from(app));
+        let unspoken = |error: hyper::Error| Refusal::new(Reason::BackendReset, error.to_string());
+        if many {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(WINDOW)
+                .initial_connection_window_size(WINDOW * 4)
+                .max_header_list_size(HEAD as u32);
+            let (sender, connection) = builder.handshake(stream).await.map_err(unspoken)?;
+            guest.drive(connection);
+            return Ok(Sender::Many(sender));
+        }
+        let mut builder = http1::Builder::new();
+        builder.preserve_header_case(true).max_buf_size(HEAD);
+        let (sender, connection) = builder.handshake(stream).await.map_err(unspoken)?;
+        guest.drive(connection.with_upgrades());
+        Ok(Sender::One(sender))
+    }
+}
+
+impl Guest {
+    /// Runs a connection of the application's until it ends, or its client's has.
+    fn drive(&self, connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static) {
+        let ended = self.ended.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                result = connection => if let Err(error) = result {
+                    tracing::debug!(%error, "a connection to an application ended");
+                },
+                () = ended.cancelled() => {}
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_http_is_told_by_its_first_bytes() {
+        for (first, expected) in [
+            (&b"GET / HTTP/1.1\r\n"[..], true),
+            (b"GE", false),
+            (b"GET ", false),
+            (b"OPTIONS * HTTP/1.1", true),
+            (b"M-SEARCH * HTTP/1.1", true),
+            (b"GET http://a/ HTTP/1.1", true),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", true),
+            (b"", false),
+            (b"get /", false),
+            (b"EHLO mail", false),
+            (b"SELECT 1", false),
+            (b"\x16\x03\x01", false),
+            (b"\0\0\0\x08", false),
+        ] {
+            assert_eq!(is_http(first), expected, "{}", String::from_utf8_lossy(first));
+            assert_eq!(is_read(first, Reads::Audit), expected);
+            assert_eq!(is_read(first, Reads::Enforce), first.first() != Some(&22));
+        }
+    }
+}

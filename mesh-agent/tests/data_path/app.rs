@@ -1,0 +1,118 @@
+//! An application that speaks HTTP/1.1 and HTTP/2, and says what it was asked.
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    task::JoinHandle,
+};
+
+use crate::world::in_time;
+
+/// An application that says what it was asked, and does what paths say.
+pub(crate) struct App {
+    served: Arc<AtomicUsize>,
+    #[allow(dead_code, reason = "for those who end it")]
+    pub(crate) task: JoinHandle<()>,
+}
+
+impl App {
+    /// Requests so far.
+    pub(crate) fn served(&self) -> usize {
+        self.served.load(Ordering::Relaxed)
+    }
+}
+
+pub(crate) fn app(says: &'static str, listener: TcpListener) -> App {
+    let served = Arc::new(AtomicUsize::new(0));
+    let counted = served.clone();
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request| {
+                    let count = counted.fetch_add(1, Ordering::Relaxed);
+                    async move { Ok::<_, Infallible>(respond(says, count, request).await) }
+                });
+                let builder = auto::Builder::new(TokioExecutor::new());
+                let _ = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    App { served, task }
+}
+
+async fn respond(
+    says: &str,
+    count: usize,
+    mut request: Request<Incoming>,
+) -> Response<BoxBody<Bytes, Infallible>> {
+    let path = request.uri().path().to_owned();
+    let mut response = Response::new(Full::new(Bytes::new()).boxed());
+    response.headers_mut().insert("x-app", says.parse().unwrap());
+    match path.as_str() {
+        "/never" => std::future::pending().await,
+        "/late" if count == 0 => std::future::pending().await,
+        "/unready" if count < 2 => *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE,
+        "/die" if count == 0 => panic!("as asked"),
+        "/trailers/say" => {
+            let mut trailers = HeaderMap::new();
+            trailers.insert("grpc-status", "7".parse().unwrap());
+            let frames = [Ok(Frame::data(Bytes::from("body"))), Ok(Frame::trailers(trailers))];
+            *response.body_mut() = BodyExt::boxed(StreamBody::new(futures_util::stream::iter(frames)));
+        }
+        "/upgrade" => {
+            let upgrade = hyper::upgrade::on(&mut request);
+            tokio::spawn(async move {
+                let mut stream = TokioIo::new(upgrade.await.unwrap());
+                let mut bytes = [0; 4];
+                stream.read_exact(&mut bytes).await.unwrap();
+                stream.write_all(&bytes).await.unwrap();
+            });
+            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            response.headers_mut().insert("connection", "upgrade".parse().unwrap());
+            response.headers_mut().insert("upgrade", "echo".parse().unwrap());
+        }
+        _ => {
+            let headers: Vec<(String, String)> = request
+                .headers()
+                .iter()
+                .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+                .collect();
+            let (method, uri) = (request.method().to_string(), request.uri().to_string());
+            let body = request.into_body().collect().await.map(|it| it.to_bytes()).unwrap_or_default();
+            let said = json!({
+                "app": says, "method": method, "uri": uri, "headers": headers, "length": body.len(),
+                "body": String::from_utf8_lossy(&body[..body.len().min(100)]),
+            });
+            *response.body_mut() = Full::new(Bytes::from(said.to_string())).boxed();
+        }
+    }
+    response
+}
+
+/// The status, and what the application said.
+pub(crate) async fn said(response: Response<Incoming>) -> (StatusCode, Value) {
+    let status = response.status();
+    let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
