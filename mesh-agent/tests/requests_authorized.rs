@@ -404,6 +404,13 @@ async fn to_both_ends_it_is_as_if_nobody_read() {
         "{line}"
     );
 
+    // An old client.
+    let mut old = connect(bed.at).await;
+    old.write_all(b"GET /old HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    in_time(old.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200 ") && answer.contains("\"uri\":\"/old\""), "{answer}");
+
     // Another protocol, after a request.
     let mut client = bed.client().await;
     let asked = Request::get("/upgrade").header("connection", "upgrade").header("upgrade", "echo");

@@ -257,16 +257,7 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
                 none_of: Some(traits_to_proto(&source.none_of)),
             })
             .collect(),
-        to: rule
-            .to
-            .iter()
-            .map(|target| proto::Target {
-                ports: target.ports.iter().map(range_to_proto).collect(),
-                not_ports: target.not_ports.iter().map(range_to_proto).collect(),
-                any_of: asks::to_proto(&target.any_of),
-                none_of: asks::to_proto(&target.none_of),
-            })
-            .collect(),
+        to: rule.to.iter().map(|target| asks::target_to_proto(target, policy.action)).collect(),
     };
     let expression = |expression: &model::Expression| proto::Expression {
         key: expression.key.clone(),
@@ -305,14 +296,7 @@ fn policy_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<m
         };
         Ok(model::Source { any_of: traits(&source.any_of)?, none_of: traits(&source.none_of)? })
     };
-    let target = |target: &proto::Target| {
-        Ok(model::Target {
-            ports: ranges_from_proto(key, "rules.to.ports", &target.ports)?,
-            not_ports: ranges_from_proto(key, "rules.to.not_ports", &target.not_ports)?,
-            any_of: asks::from_proto(key, target.any_of.as_ref())?,
-            none_of: asks::from_proto(key, target.none_of.as_ref())?,
-        })
-    };
+    let target = |target: &proto::Target| asks::target_from_proto(key, target);
     let rule = |rule: &proto::Rule| {
         Ok(model::Rule {
             from: rule.from.iter().map(source).collect::<Result<_, _>>()?,
@@ -501,11 +485,27 @@ mod tests {
         let bad = proto::Target { not_ports: vec![proto::PortRange { first: 2, last: 1 }], ..target.clone() };
         check_refused(|_, policy| policy.rules = vec![rule(traits.clone(), bad)], "rules.to.not_ports");
         let bad = proto::Asks { paths: vec!["/a*b".into()], ..Default::default() };
-        let bad = proto::Target { none_of: Some(bad), ..target.clone() };
+        let bad = proto::RequestTarget { none_of: Some(bad), ..Default::default() };
+        let bad = proto::Target { requests: Some(bad), ..target.clone() };
         check_refused(|_, policy| policy.rules = vec![rule(traits.clone(), bad)], "rules.to.paths");
         let bad = proto::Asks { headers: vec![proto::HeaderPattern::default()], ..Default::default() };
-        let bad = proto::Target { any_of: Some(bad), ..target };
+        let bad = proto::RequestTarget { any_of: Some(bad), ..Default::default() };
+        let bad = proto::Target { requests: Some(bad), ..target };
         check_refused(|_, policy| policy.rules = vec![rule(traits, bad)], "rules.to.headers.name");
+    }
+
+    #[test]
+    fn who_knows_nothing_of_requests_refuses_more_and_never_less() {
+        let any_of = model::Asks { methods: vec!["GET".into()], ..Default::default() };
+        let ports = vec!["80".parse().unwrap()];
+        let target = model::Target { ports, any_of, ..Default::default() };
+        for (action, of_port) in [(model::Action::Allow, false), (model::Action::Deny, true)] {
+            let sent = asks::target_to_proto(&target, action);
+            assert_eq!(asks::target_from_proto("k", &sent).unwrap(), target);
+            let older = proto::Target { requests: None, ..sent };
+            let older = asks::target_from_proto("k", &older).unwrap();
+            assert_eq!([80, 81].map(|port| older.has_port(port)), [of_port, false], "{action:?}");
+        }
     }
 
     #[test]

@@ -1,10 +1,41 @@
-//! What policies ask of requests, to the wire and back.
+//! What policies say of ports and of requests to them, to the wire and back.
 
-use super::{WireError, error, proto};
+use super::{WireError, error, proto, range_to_proto, ranges_from_proto};
 use crate::model;
 
+/// A target of a rule that does this. What an agent reads in it that knows nothing of requests refuses more, never less.
+pub(super) fn target_to_proto(target: &model::Target, action: model::Action) -> proto::Target {
+    let ranges = |ranges: &[model::PortRange]| ranges.iter().map(range_to_proto).collect::<Vec<_>>();
+    let (ports, not_ports) = (ranges(&target.ports), ranges(&target.not_ports));
+    if !target.is_of_requests() {
+        return proto::Target { ports, not_ports, requests: None };
+    }
+    let any_of = to_proto(&target.any_of);
+    let none_of = to_proto(&target.none_of);
+    let every = proto::PortRange { first: 1, last: u32::from(u16::MAX) };
+    let (for_older, not_for_older) = match action {
+        model::Action::Allow => (vec![], vec![every]),
+        model::Action::Deny => (ports.clone(), not_ports.clone()),
+    };
+    let requests = Some(proto::RequestTarget { ports, not_ports, any_of, none_of });
+    proto::Target { ports: for_older, not_ports: not_for_older, requests }
+}
+
+pub(super) fn target_from_proto(key: &str, target: &proto::Target) -> Result<model::Target, WireError> {
+    let (ports, not_ports, any_of, none_of) = match &target.requests {
+        None => (&target.ports, &target.not_ports, None, None),
+        Some(it) => (&it.ports, &it.not_ports, it.any_of.as_ref(), it.none_of.as_ref()),
+    };
+    Ok(model::Target {
+        ports: ranges_from_proto(key, "rules.to.ports", ports)?,
+        not_ports: ranges_from_proto(key, "rules.to.not_ports", not_ports)?,
+        any_of: from_proto(key, any_of)?,
+        none_of: from_proto(key, none_of)?,
+    })
+}
+
 /// Nothing for what says nothing: most targets are of connections.
-pub(super) fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
+fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
     let texts = |patterns: &[model::TextPattern]| patterns.iter().map(ToString::to_string).collect();
     let header = |header: &model::HeaderPattern| proto::HeaderPattern {
         name: header.name.clone(),
@@ -18,7 +49,7 @@ pub(super) fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
     })
 }
 
-pub(super) fn from_proto(key: &str, asks: Option<&proto::Asks>) -> Result<model::Asks, WireError> {
+fn from_proto(key: &str, asks: Option<&proto::Asks>) -> Result<model::Asks, WireError> {
     let Some(asks) = asks else { return Ok(model::Asks::default()) };
     let texts = |field: &'static str, texts: &[String]| {
         let parsed = texts.iter().map(|text| text.parse::<model::TextPattern>());

@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use mesh_core::{
     http::matches::Asked as AskedFor,
     identity::SpiffeId,
-    model::{Action, Enforcement, Mode, Policy, Rule, Source},
+    model::{Action, Asks, Enforcement, Mode, Policy, Rule, Source, Target, TextPattern},
     policy::{Content, Decision, Reads, Request, Verdict, WouldRefuse, decide, reads, request::Reading},
     refusal::Reason,
 };
@@ -241,6 +241,33 @@ proptest! {
         let rules = vec![Rule { from: vec![], to: vec![target] }];
         let allowed = asked.carrying(request).allowed(&[Policy::new(name, Action::Allow, rules)]);
         prop_assert!(!allowed);
+    }
+
+    #[test]
+    fn a_path_is_the_same_however_it_is_encoded(
+        path in "(/[a-z._~!$&'()*+,=:@ é-]{1,6}){1,4}", encoded in vec(any::<bool>(), 64),
+    ) {
+        prop_assume!(!path.contains('*') && path.split('/').all(|it| !matches!(it, "." | "..")));
+        let written: String = path
+            .bytes()
+            .zip(encoded.iter().cycle())
+            .map(|(byte, encode)| match byte {
+                b'/' => "/".to_owned(),
+                _ if *encode || byte == b' ' || !byte.is_ascii() => format!("%{byte:02X}"),
+                _ => char::from(byte).to_string(),
+            })
+            .collect();
+        let (method, uri, headers) = (Method::GET, written.parse().expect("a target"), HeaderMap::new());
+        let reading = Reading::of(&AskedFor { method: &method, uri: &uri, headers: &headers });
+        let any_of = Asks { paths: vec![TextPattern::Exact(path)], ..Asks::default() };
+        let rules = vec![Rule { from: vec![], to: vec![Target { any_of, ..Target::default() }] }];
+        let name = mesh_core::model::Name::new("a", "b");
+        for (action, allowed) in [(Action::Allow, true), (Action::Deny, false)] {
+            let content = Content::Request(&reading);
+            let request = Request { source: None, source_address: IpAddr::from([10, 0, 0, 1]), port: 80, content };
+            let policy = Policy::new(name.clone(), action, rules.clone());
+            prop_assert_eq!(decide(Mode::Permissive, [&policy], &request).verdict.allows(), allowed, "{}", &written);
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use mesh_core::{
     http::matches::Asked,
     policy::{Content, Reads, request::Reading},
@@ -40,6 +40,7 @@ use super::{
             heads, respond,
             stream::{Arriving, Socket},
             switched,
+            upstream::{self, unspoken},
         },
     },
     At, Proved, Stage, may, revoked,
@@ -59,9 +60,6 @@ use crate::{
 const DETECTION: Duration = Duration::from_millis(100);
 /// Who the client is, to the application; what a client says of itself there is taken away.
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
-/// What is read of an answer's head at most, and sent of a stream of HTTP/2 before it is read.
-const HEAD: usize = 128 * 1024;
-const WINDOW: u32 = 1 << 20;
 
 /// A connection whose requests are read, and its application's end.
 #[derive(Debug)]
@@ -267,9 +265,6 @@ async fn tell(
         }
     }
     drop(view);
-    if request.version() == Version::HTTP_10 {
-        *request.version_mut() = Version::HTTP_11;
-    }
     let response = guest.application.send(guest, request.map(Body::Carried)).await.map_err(Ended::Gone)?;
 
     // And back.
@@ -360,21 +355,12 @@ impl Application {
             }
         };
         let stream = TokioIo::new(Socket::from(app));
-        let unspoken = |error: hyper::Error| Refusal::new(Reason::BackendReset, error.to_string());
         if many {
-            let mut builder = http2::Builder::new(TokioExecutor::new());
-            builder
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(WINDOW)
-                .initial_connection_window_size(WINDOW * 4)
-                .max_header_list_size(HEAD as u32);
-            let (sender, connection) = builder.handshake(stream).await.map_err(unspoken)?;
+            let (sender, connection) = upstream::http2().handshake(stream).await.map_err(unspoken)?;
             guest.drive(connection);
             return Ok(Sender::Many(sender));
         }
-        let mut builder = http1::Builder::new();
-        builder.preserve_header_case(true).max_buf_size(HEAD);
-        let (sender, connection) = builder.handshake(stream).await.map_err(unspoken)?;
+        let (sender, connection) = upstream::http1().handshake(stream).await.map_err(unspoken)?;
         guest.drive(connection.with_upgrades());
         Ok(Sender::One(sender))
     }

@@ -22,7 +22,7 @@ pub(super) mod exchange;
 pub(super) mod heads;
 mod session;
 pub(super) mod stream;
-mod upstream;
+pub(super) mod upstream;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -359,22 +359,14 @@ impl Opened {
 
     async fn one(self, from: Asking<'_>) -> Result<http1::SendRequest<Body>, Refusal> {
         let Self { stream, entry, led } = self;
-        let mut builder = http1::Builder::new();
-        builder.preserve_header_case(true).max_buf_size(HEAD);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        let (sender, connection) = http1().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         drive(connection.with_upgrades(), from, entry, led);
         Ok(sender)
     }
 
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
         let Self { stream, entry, led } = self;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW * 4)
-            .max_header_list_size(HEAD as u32);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        let (sender, connection) = http2().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
         Ok(Shared { sender, streams: Arc::default(), used })
@@ -407,7 +399,26 @@ fn drive(
     });
 }
 
-fn unspoken(error: hyper::Error) -> Refusal {
+/// How HTTP/1.1 is spoken to a backend, or to an application of this node.
+pub(in crate::connection) fn http1() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.preserve_header_case(true).max_buf_size(HEAD);
+    builder
+}
+
+/// How HTTP/2 is.
+pub(in crate::connection) fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW * 4)
+        .max_header_list_size(HEAD as u32);
+    builder
+}
+
+/// The other end does not speak it.
+pub(in crate::connection) fn unspoken(error: hyper::Error) -> Refusal {
     Refusal::new(Reason::BackendReset, error.to_string())
 }
 
