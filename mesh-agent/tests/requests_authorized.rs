@@ -378,11 +378,14 @@ async fn a_change_counts_from_the_next_request_on_and_ends_what_cannot_be_read()
     let server = echo(bed.listener.take().unwrap());
     let mut bytes = connect(bed.at).await;
     bytes.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
-    eventually(async || {
-        let listed = bed.world.destination.node.connections().list(None, 1);
-        listed.connections.first().filter(|it| it.state == "open").map(drop)
-    })
-    .await;
+    // At both ends: one that the source has not seen accepted goes by another tunnel, and is a new one.
+    for agent in [&bed.world.source, &bed.world.destination] {
+        eventually(async || {
+            let listed = agent.node.connections().list(None, 1);
+            listed.connections.first().filter(|it| it.state == "open").map(drop)
+        })
+        .await;
+    }
     bed.publish(vec![deny()]);
     is_reset(&bytes).await;
     assert_eq!(bed.log_of_connection().await["reason"], "policy_deny");

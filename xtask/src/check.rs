@@ -34,8 +34,7 @@ pub(crate) fn everything(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         step("Check the format", || succeed(cargo().args(["fmt", "--all", "--check"])))?;
     }
-    // Go's compiler beside Rust's, which by itself leaves a third of two cores idle. Before the tests, each of which has a
-    // limited time.
+    // Side by side, as the last crates of each build leave a core idle. Before the tests, each of which has a limited time.
     let (binaries, nextest) = std::thread::scope(|scope| {
         let others = filter.is_none().then(|| scope.spawn(prepare_others));
         let built = build_all(filter);
@@ -61,7 +60,6 @@ fn build_all(filter: Option<&str>) -> Result<(PathBuf, PathBuf)> {
             clippy.args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
             succeed(&mut clippy)
         })?;
-        fuzz::in_tests()?;
     }
     let binaries = build_binaries()?;
     let nextest = setup::nextest()?;
@@ -73,8 +71,9 @@ fn build_all(filter: Option<&str>) -> Result<(PathBuf, PathBuf)> {
     Ok((binaries, nextest))
 }
 
-/// What tests run beside that: Kubernetes, its conformance tests, helm.
+/// What tests run beside that: Kubernetes, its conformance tests, helm; and what is fuzzed, compiled in a way of its own.
 fn prepare_others() -> Result<()> {
+    fuzz::in_tests()?;
     cluster::prepare()?;
     conformance::prepare()?;
     chart::check()

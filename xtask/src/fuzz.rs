@@ -41,7 +41,7 @@ pub(crate) fn run(chosen: Option<&str>, runs: u64) -> Result<()> {
     if let Some(name) = chosen {
         ensure!(TARGETS.contains(&name), "there is no target '{name}'; there are: {}", TARGETS.join(", "));
     }
-    let programs = build("release")?;
+    let programs = build()?;
     for name in TARGETS.iter().filter(|name| chosen.is_none_or(|chosen| chosen == **name)) {
         let found = target().join("fuzz/corpus").join(name);
         fs::create_dir_all(&found).with_context(|| format!("making {}", found.display()))?;
@@ -59,7 +59,7 @@ pub(crate) fn in_tests() -> Result<()> {
     step("Check the format of the fuzz targets", || {
         succeed(cargo().args(["fmt", "--check", "--manifest-path", "tests/fuzz/Cargo.toml"]))
     })?;
-    let programs = build("short")?;
+    let programs = build()?;
     step(&format!("Fuzz: {RUNS_IN_TESTS} runs of each target"), || {
         TARGETS.iter().try_for_each(|name| {
             let found = target().join("fuzz/tests").join(name);
@@ -80,19 +80,19 @@ pub(crate) fn seeds() -> Result<()> {
     })
 }
 
-/// Builds the targets by a profile of theirs, and returns the directory that they are in.
-fn build(profile: &str) -> Result<PathBuf> {
+/// Builds the targets, and returns the directory that they are in.
+fn build() -> Result<PathBuf> {
     setup::cpp_compiler()?;
     step("Build the fuzz targets", || {
         let host = read(clean("rustc").arg("--print=host-tuple"))?.trim().to_owned();
         let directory = target().join("fuzz/build");
         let mut build = cargo();
-        build.args(["build", "--profile", profile, "--manifest-path", "tests/fuzz/Cargo.toml"]);
+        build.args(["build", "--release", "--manifest-path", "tests/fuzz/Cargo.toml"]);
         // Named, even though it is our own: flags are for what is fuzzed then, not for build scripts.
         build.args(["--target", &host]).arg("--target-dir").arg(&directory);
         build.env("RUSTFLAGS", COVERAGE.join(" ")).env_remove("CARGO_ENCODED_RUSTFLAGS");
         succeed(&mut build)?;
-        Ok(directory.join(host).join(profile))
+        Ok(directory.join(host).join("release"))
     })
 }
 

@@ -109,7 +109,8 @@ pub(super) async fn serve(
         at,
         proved,
         application: Application::new(app),
-        tasks: TaskTracker::new(),
+        upgraded: TaskTracker::new(),
+        applications: TaskTracker::new(),
         ended,
         gone: AtomicBool::new(false),
     });
@@ -153,8 +154,10 @@ struct Guest {
     at: At,
     proved: Option<Proved>,
     application: Application,
-    /// The application's connections, and what goes on in another protocol.
-    tasks: TaskTracker,
+    /// What goes on in another protocol.
+    upgraded: TaskTracker,
+    /// The application's connections.
+    applications: TaskTracker,
     /// Cancelled when the connection must end.
     ended: CancellationToken,
     /// The application has not answered, and will not.
@@ -184,14 +187,18 @@ async fn visited(arriving: Arriving, guest: &Arc<Guest>) -> Result<(), Stop> {
     if guest.gone.load(Ordering::Relaxed) {
         return Err(Failure::DestinationReset.into());
     }
+    let wait = guest.node.limits().ready_wait;
     if ended.is_ok() {
+        guest.upgraded.close();
+        guest.upgraded.wait().await;
+        // In order, if they can be; else with the guest.
         guest.application.close();
-        guest.tasks.close();
-        guest.tasks.wait().await;
+        guest.applications.close();
+        let _ = tokio::time::timeout(wait, guest.applications.wait()).await;
     }
     if matches!(ended, Ok(()) | Err(Stop::Refused(_))) {
         // Our end is said, also after a 400. Fails for a source that is gone.
-        let _ = tokio::time::timeout(guest.node.limits().ready_wait, ours.shutdown()).await;
+        let _ = tokio::time::timeout(wait, ours.shutdown()).await;
     }
     ended
 }
@@ -270,7 +277,7 @@ async fn tell(
     // And back.
     let (mut parts, incoming) = response.into_parts();
     if parts.status == StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(switched((&guest.tasks, &guest.ended), parts, incoming, from_client)?);
+        return Ok(switched((&guest.upgraded, &guest.ended), parts, incoming, from_client)?);
     }
     heads::take_hop(&mut parts.headers, None);
     Ok(Answered::Backend(parts, incoming, None))
@@ -370,7 +377,7 @@ impl Guest {
     /// Runs a connection of the application's until it ends, or its client's has.
     fn drive(&self, connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static) {
         let ended = self.ended.clone();
-        self.tasks.spawn(async move {
+        self.applications.spawn(async move {
             tokio::select! {
                 result = connection => if let Err(error) = result {
                     tracing::debug!(%error, "a connection to an application ended");
