@@ -154,7 +154,7 @@ async fn plaintext(
     // May they? The address names the source for the log alone: nothing proves it.
     entry.told().source.workload = view.workload_at(client).map(|workload| workload.name.clone());
     let reads = reads(&view, &at)?;
-    let Allowed { rule, would_refuse } = may(&view, &at, None, Stage::Asked, content(reads))?;
+    let Allowed { rule, would_refuse } = may(&view, &at, None, Stage::Asked, Content::Requests)?;
     drop(view); // the connection may outlive many
     entry.allowed(rule, would_refuse);
     let place = at.workload.admit(node.limits().max_connections_per_workload)?;
@@ -379,7 +379,7 @@ async fn admit(proved: &Proved, at: &At, node: &Node, entry: &mut Entry) -> Resu
     entry.told().destination.identity = view.identity(&at.workload.name).cloned();
     entry.told().source.workload = view.workload_at(open.source.ip()).map(|workload| workload.name.clone());
     let reads = reads(&view, at)?;
-    let Allowed { rule, would_refuse } = may(&view, at, Some(proved), Stage::Asked, content(reads))?;
+    let Allowed { rule, would_refuse } = may(&view, at, Some(proved), Stage::Asked, Content::Requests)?;
     entry.allowed(rule, would_refuse);
     let limits = node.limits();
     let place = at.workload.admit(limits.max_connections_per_workload)?;
@@ -402,21 +402,14 @@ fn reads(view: &Snapshot, at: &At) -> Result<Reads, Refusal> {
     Ok(authorize::reads(view, &destination, at.original.port()))
 }
 
-/// What a connection carries before its first byte has come.
-fn content(reads: Reads) -> Content<'static> {
-    match reads {
-        Reads::No => Content::Bytes,
-        Reads::Audit | Reads::Enforce => Content::Requests,
-    }
-}
-
 /// The word that a source's addresses are used: that of its tunnel and, where it differs, its own.
 type Holds = Box<[Option<Held>; 2]>;
 
 /// When a decision is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// The connection is asked for.
+    /// The connection is asked for: with [`Content::Requests`], which decides as [`Content::Bytes`] does where no policy says
+    /// anything of requests.
     Asked,
     /// It goes on, and the view has changed. A view that has nothing to say of its source, for once, says nothing against
     /// it: who it is was proved when it was opened.

@@ -180,7 +180,6 @@ impl Story<'_> {
         let policies = self.snapshot.policies_of(destination);
         let reading = self.request.map(AskedFor::reading);
         let content = match (policy::reads(policies.clone(), address.port()), &reading) {
-            // Of audited policies alone, what cannot be read is as what can.
             (Reads::No, _) => Content::Bytes,
             (_, Some(reading)) => Content::Request(reading),
             (_, None) => Content::Requests,

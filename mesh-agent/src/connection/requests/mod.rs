@@ -1,5 +1,5 @@
-//! ★ The story of a request that is sent: what comes by a connection to a port of a service that has routes, from its head to the last
-//! byte of its answer. [`answer`] tells it from top to bottom.
+//! ★ The story of a request that is sent: what comes by a connection to a port of a service that has routes, from its head
+//! to the last byte of its answer. [`answer`] tells it from top to bottom.
 //!
 //! | file | what |
 //! |---|---|
