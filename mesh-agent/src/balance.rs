@@ -8,8 +8,8 @@ use std::{
 };
 
 use mesh_core::{
-    balance::{self, Load},
-    model::Endpoint,
+    balance::{self, Candidate, How, Load},
+    model::{Endpoint, traffic::Ejection},
 };
 
 /// Endpoints whose load is remembered; at the limit the ones without a connection are forgotten, and start over as
@@ -52,22 +52,31 @@ impl Balancer {
     }
 
     /// Picks one of these endpoints for one attempt; `None` if there is none.
-    pub fn pick(self: &Arc<Self>, endpoints: &[&Endpoint]) -> Option<(usize, Attempt)> {
-        let index = balance::pick(&self.known(endpoints), self.epoch.elapsed(), rand::random())?;
-        Some((index, self.attempt(address_of(endpoints[index]))))
+    pub fn pick(self: &Arc<Self>, endpoints: &[&Endpoint], how: &How<'_>) -> Option<(usize, Attempt)> {
+        let now = self.epoch.elapsed();
+        let slowly = how.balancing.is_some_and(|it| it.slow_start.is_some());
+        let known = if slowly { self.seen(endpoints, now) } else { self.known(endpoints) };
+        let index = balance::pick(&known, how, now, rand::random())?;
+        Some((index, self.attempt(known[index].address, how.ejection)))
     }
 
     /// The same for a client that stays with its endpoint: the one that it has, or else the one that is settled.
-    /// Endpoints that refused lately are passed over, if there are others.
-    pub fn pick_for(self: &Arc<Self>, client: &Client, endpoints: &[&Endpoint]) -> Option<(usize, Attempt)> {
+    /// Endpoints that refused or failed lately are passed over, if there are others.
+    pub fn pick_for(
+        self: &Arc<Self>,
+        client: &Client,
+        endpoints: &[&Endpoint],
+        ejection: Option<&Ejection>,
+    ) -> Option<(usize, Attempt)> {
         let now = self.epoch.elapsed();
-        let serving = balance::serving(&self.known(endpoints), now);
-        let addresses: Vec<_> = serving.iter().map(|index| address_of(endpoints[*index])).collect();
+        let known = self.known(endpoints);
+        let serving = balance::serving(&known, ejection, now);
+        let addresses: Vec<_> = serving.iter().map(|index| known[*index].address).collect();
         let stay = self.stays.lock().unwrap_or_else(PoisonError::into_inner).get(client).copied();
         let kept = stay.filter(|stay| now < stay.until);
         let kept = kept.and_then(|stay| addresses.iter().position(|at| *at == stay.endpoint));
         let chosen = kept.or_else(|| balance::settled(client.address, &addresses))?;
-        Some((serving[chosen], self.attempt(addresses[chosen])))
+        Some((serving[chosen], self.attempt(addresses[chosen], ejection)))
     }
 
     /// A client has connected: it stays where it is for so long.
@@ -83,26 +92,35 @@ impl Balancer {
         stays.insert(client, Stay { endpoint: attempt.address, until: now + long });
     }
 
-    fn attempt(self: &Arc<Self>, address: SocketAddr) -> Attempt {
+    fn attempt(self: &Arc<Self>, address: SocketAddr, ejection: Option<&Ejection>) -> Attempt {
         let mut loads = self.loads();
-        if loads.len() >= MAX_ENDPOINTS {
-            loads.retain(|_, load| load.active > 0);
-        }
+        make_room(&mut loads, 1);
         loads.entry(address).or_default().active += 1;
         drop(loads);
-        Attempt { balancer: self.clone(), address, began: Instant::now() }
+        Attempt { balancer: self.clone(), address, began: Instant::now(), ejection: ejection.copied() }
     }
 
-    fn with(&self, address: SocketAddr, change: impl FnOnce(&mut Load, Duration)) {
+    fn with<T>(&self, address: SocketAddr, change: impl FnOnce(&mut Load, Duration) -> T) -> Option<T> {
         let now = self.epoch.elapsed();
-        if let Some(load) = self.loads().get_mut(&address) {
-            change(load, now);
-        }
+        self.loads().get_mut(&address).map(|load| change(load, now))
     }
 
-    fn known(&self, endpoints: &[&Endpoint]) -> Vec<Load> {
+    fn known(&self, endpoints: &[&Endpoint]) -> Vec<Candidate> {
         let loads = self.loads();
-        endpoints.iter().map(|it| loads.get(&address_of(it)).copied().unwrap_or_default()).collect()
+        let known = |address| Candidate { address, load: loads.get(&address).copied().unwrap_or_default() };
+        endpoints.iter().map(|it| known(address_of(it))).collect()
+    }
+
+    /// The same, and of those that were not known yet it is noted that they have come.
+    fn seen(&self, endpoints: &[&Endpoint], now: Duration) -> Vec<Candidate> {
+        let mut loads = self.loads();
+        make_room(&mut loads, endpoints.len());
+        let mut seen = |address| {
+            let load = loads.entry(address).or_default();
+            load.seen(now);
+            Candidate { address, load: *load }
+        };
+        endpoints.iter().map(|it| seen(address_of(it))).collect()
     }
 
     fn loads(&self) -> MutexGuard<'_, HashMap<SocketAddr, Load>> {
@@ -110,16 +128,33 @@ impl Balancer {
     }
 }
 
+/// The value by which what comes from one address has the same endpoint.
+pub(crate) fn value_of(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    }
+    .octets()
+}
+
+/// Forgets endpoints that nothing is under way to, if so many more are too many.
+fn make_room(loads: &mut HashMap<SocketAddr, Load>, more: usize) {
+    if loads.len() + more > MAX_ENDPOINTS {
+        loads.retain(|_, load| load.active > 0);
+    }
+}
+
 fn address_of(endpoint: &Endpoint) -> SocketAddr {
     SocketAddr::new(endpoint.address, endpoint.port)
 }
 
-/// A connection of an endpoint, from its first attempt to its end.
+/// A connection of an endpoint, or a request to it, from its first attempt to its end.
 #[derive(Debug)]
 pub struct Attempt {
     balancer: Arc<Balancer>,
     address: SocketAddr,
     began: Instant,
+    ejection: Option<Ejection>,
 }
 
 impl Attempt {
@@ -132,6 +167,13 @@ impl Attempt {
     /// It did not: it is passed over for a while.
     pub fn failed(&self) {
         self.balancer.with(self.address, Load::failed);
+    }
+
+    /// What it took has ended well or not. Whether it is ejected for that.
+    pub fn answered(&self, failed: bool) -> bool {
+        let Some(ejection) = &self.ejection else { return false };
+        let ejected = self.balancer.with(self.address, |load, now| load.answered(failed, ejection, now));
+        ejected.unwrap_or(false)
     }
 }
 
@@ -156,13 +198,13 @@ mod tests {
         };
         let (a, b) = (endpoint(1), endpoint(2));
         let balancer = Balancer::new();
-        let (index, attempt) = balancer.pick(&[&a, &b]).unwrap();
+        let (index, attempt) = balancer.pick(&[&a, &b], &How::default()).unwrap();
         attempt.failed();
         drop(attempt);
         for _ in 0..20 {
-            assert_ne!(balancer.pick(&[&a, &b]).unwrap().0, index);
+            assert_ne!(balancer.pick(&[&a, &b], &How::default()).unwrap().0, index);
         }
-        assert!(balancer.pick(&[]).is_none());
+        assert!(balancer.pick(&[], &How::default()).is_none());
     }
 
     #[test]
@@ -173,15 +215,15 @@ mod tests {
         let address = [10, 1, 0, 1].into();
         let client = Client { local: 1, address, asked: SocketAddr::from(([10, 96, 0, 1], 80)) };
         let pick = |endpoints: &[&Endpoint]| {
-            let (index, attempt) = balancer.pick_for(&client, endpoints).unwrap();
+            let (index, attempt) = balancer.pick_for(&client, endpoints, None).unwrap();
             (endpoints[index].clone(), attempt)
         };
         // Where it comes to first depends on nothing that another agent would not know.
         let every: Vec<_> = all.iter().collect();
         let (first, _) = pick(&every);
         assert_eq!(
-            Balancer::new().pick_for(&client, &every).unwrap().0,
-            balancer.pick_for(&client, &every).unwrap().0
+            Balancer::new().pick_for(&client, &every, None).unwrap().0,
+            balancer.pick_for(&client, &every, None).unwrap().0
         );
 
         // It is remembered where it is, though others come that would have been its own.
@@ -197,6 +239,6 @@ mod tests {
         attempt.connected();
         balancer.stays(client, &attempt, Duration::ZERO);
         assert_eq!(pick(&every).0, first);
-        assert!(balancer.pick_for(&client, &[]).is_none());
+        assert!(balancer.pick_for(&client, &[], None).is_none());
     }
 }

@@ -12,17 +12,21 @@ use std::{
 };
 
 use mesh_core::{
+    balance::How,
     frame::Open,
     identity::SpiffeId,
-    model::{Choice, Endpoint, Workload},
+    model::{
+        Endpoint, Service, Workload,
+        traffic::{Algorithm, HashBy, Traffic},
+    },
     refusal::Reason,
     route::{self, Reached, Route, Transport},
-    view::Snapshot,
+    view::{Owner, Snapshot},
 };
 use tokio::{io::Interest, net::TcpStream};
 
 use crate::{
-    balance::{Attempt, Balancer, Client},
+    balance::{self, Attempt, Balancer, Client},
     drain::Drain,
     identity::{
         store::Identities,
@@ -41,6 +45,7 @@ use crate::{
         pool::{Key, Pool},
         read_some,
     },
+    underway::{self, Underway},
 };
 
 /// First bytes that go with OPEN: with both frames' headers they fit into one TLS record.
@@ -56,6 +61,7 @@ pub(crate) struct Connector {
     pub(crate) identities: Arc<Identities>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) balancer: Arc<Balancer>,
+    pub(crate) underway: Arc<Underway>,
     pub(crate) limits: Limits,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) drain: Drain,
@@ -131,7 +137,7 @@ impl Connector {
             }
             Route::Service { service, endpoints } => {
                 entry.told().destination.service = Some(service.name.clone());
-                self.any_of(ask, &service.choice, &endpoints, &mut first, entry).await
+                self.any_of(ask, &service, &endpoints, &mut first, entry).await
             }
         }
     }
@@ -139,7 +145,7 @@ impl Connector {
     async fn any_of(
         &self,
         ask: &Ask<'_>,
-        choice: &Choice,
+        service: &Service,
         endpoints: &[Endpoint],
         first: &mut First,
         entry: &mut Entry,
@@ -147,11 +153,14 @@ impl Connector {
         let mut untried: Vec<&Endpoint> = endpoints.iter().collect();
         let mut last = Refusal::from(Reason::NoEndpoint);
         let client = Client { local: ask.local.id(), address: ask.address.ip(), asked: ask.asked };
-        let stays = choice.affinity.map(|seconds| (client, Duration::from_secs(seconds.into())));
+        let traffic = service.port(ask.asked.port()).map(|it| &it.traffic);
+        let source = balance::value_of(ask.address.ip());
+        let how = self.how(service, ask.asked.port(), traffic, &source);
+        let stays = service.choice.affinity.map(|seconds| (client, Duration::from_secs(seconds.into())));
         for _ in 0..self.limits.endpoint_attempts {
             let picked = match stays {
-                Some((client, _)) => self.balancer.pick_for(&client, &untried),
-                None => self.balancer.pick(&untried),
+                Some((client, _)) => self.balancer.pick_for(&client, &untried, how.ejection),
+                None => self.balancer.pick(&untried, &how),
             };
             let Some((index, attempt)) = picked else { break };
             let endpoint = untried.swap_remove(index);
@@ -174,6 +183,39 @@ impl Connector {
             }
         }
         Err(last.into())
+    }
+
+    /// A place among the connections to the service at an address, where a policy says how many there may be.
+    pub(crate) fn room(
+        &self,
+        view: &Snapshot,
+        to: SocketAddr,
+    ) -> Result<Option<underway::Connection>, Refusal> {
+        let Some(Owner::Service(service)) = view.owner(to.ip()) else { return Ok(None) };
+        let limits = service.port(to.port()).and_then(|it| it.traffic.limits);
+        let Some(most) = limits.and_then(|it| it.connections) else { return Ok(None) };
+        self.underway.to(&service.name, to.port()).connection(most).map(Some)
+    }
+
+    /// How an endpoint is chosen for what is not read.
+    fn how<'a>(
+        &self,
+        service: &Service,
+        port: u16,
+        traffic: Option<&'a Traffic>,
+        source: &'a [u8],
+    ) -> How<'a> {
+        let balancing = traffic.and_then(|it| it.balancing.as_ref());
+        let algorithm = balancing.map(|it| &it.algorithm);
+        How {
+            balancing,
+            ejection: traffic.and_then(|it| it.ejection.as_ref()),
+            turn: match algorithm {
+                Some(Algorithm::RoundRobin) => self.underway.to(&service.name, port).turn(),
+                _ => 0,
+            },
+            value: (algorithm == Some(&Algorithm::Hash(HashBy::Source))).then_some(source),
+        }
     }
 
     /// The way to an endpoint of which nothing has been asked yet.

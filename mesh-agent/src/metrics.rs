@@ -2,6 +2,8 @@
 //!
 //! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
 
+mod sending;
+
 use std::{
     sync::{
         Arc,
@@ -17,6 +19,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use self::sending::Sending;
+pub use self::sending::{FaultLabels, ServiceLabels};
 use crate::health::{Condition, Kept};
 
 /// Which way a connection goes, seen from this node's workload.
@@ -204,6 +208,7 @@ pub struct Metrics {
     active: Family<DirectionLabels, Gauge>,
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
+    sending: Sending,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
     inbound_bytes: ByteCounters,
@@ -248,6 +253,7 @@ impl Metrics {
             active: Family::default(),
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
+            sending: Sending::default(),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
             inbound_bytes: both(Direction::Inbound),
@@ -294,6 +300,7 @@ impl Metrics {
             "From a request's head to the end of its answer",
             m.request_seconds.clone(),
         );
+        m.sending.register(&mut registry);
         registry.register(
             "policy_audit_refusals",
             "Connections that an audited policy would have refused, had it been enforced",
@@ -716,6 +723,10 @@ mod tests {
         let (workload, service, backend) = ("shop/web".into(), "shop/pay".into(), "shop/pay-v2".into());
         let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
         metrics.request_took(&labels, Duration::from_millis(3));
+        let pay = mesh_core::model::Name::new("shop", "pay");
+        metrics.ejected(&pay);
+        metrics.tried_again(&pay);
+        metrics.fault(&pay, "delay");
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

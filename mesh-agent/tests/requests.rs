@@ -4,104 +4,26 @@
 
 #[path = "data_path/app.rs"]
 mod app;
+#[path = "data_path/bed.rs"]
+mod bed;
 #[path = "data_path/world.rs"]
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use app::*;
-use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version};
-use http_body_util::{BodyExt, Empty, Full, combinators::BoxBody};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use bed::*;
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use hyper_util::rt::TokioIo;
 use mesh_core::model::http::{
-    Backend, BackendTarget, Filters, HeaderEdits, Parent, PathEdit, PathMatch, PersistBy, Persistence,
-    Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind, RouteRule, TextMatch, Timeouts,
-    ValueMatch,
+    Backend, BackendTarget, Filters, HeaderEdits, PathEdit, PathMatch, PersistBy, Persistence, Redirect,
+    RequestMatch, RequestRoute, Retry, Rewrite, RouteKind, RouteRule, TextMatch, Timeouts, ValueMatch,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
-
-fn to(account: &str, weight: u32) -> Backend {
-    let to = BackendTarget::Service { service: name(account), port: 80 };
-    Backend { to, weight, filters: Filters::default() }
-}
-
-fn rule(matches: Vec<RequestMatch>, backends: Vec<Backend>) -> RouteRule {
-    RouteRule { matches, backends, ..RouteRule::default() }
-}
-
-fn prefix(path: &str) -> RequestMatch {
-    RequestMatch { path: PathMatch::Prefix(path.into()), ..RequestMatch::default() }
-}
-
-fn route(rules: Vec<RouteRule>) -> RequestRoute {
-    let parents = vec![Parent { service: name("service"), port: None }];
-    RequestRoute { kind: RouteKind::Http, name: name("route"), created: 0, parents, rules }
-}
-
-/// A client of a service with these rules, whose backends are `web` and `api`.
-struct Bed {
-    world: World,
-    plan: Plan,
-    web: App,
-    api: App,
-    at: SocketAddr,
-}
-
-impl Bed {
-    async fn new(rules: Vec<RouteRule>) -> Self {
-        let mut plan = Plan::default();
-        plan.service(&[]);
-        let world = World::new(&plan);
-        let ((web_at, web), (api_at, api)) = (world.web().await, world.api().await);
-        plan.service(&[("web", web_at), ("api", api_at)]);
-        plan.backend("web", "web", &[web_at]);
-        plan.backend("api", "api", &[api_at]);
-        plan.routes = vec![route(rules)];
-        world.publish(&plan, "2");
-        let at = world.outbound(VIP.parse().unwrap());
-        Self { world, plan, web: app("web", web), api: app("api", api), at }
-    }
-
-    async fn client(&self) -> Client {
-        let (sender, connection) = http1::handshake(TokioIo::new(connect(self.at).await)).await.unwrap();
-        tokio::spawn(connection.with_upgrades());
-        Client(sender)
-    }
-
-    async fn log(&self, path: &str) -> Value {
-        eventually(async || {
-            let lines = self.world.source.log().await;
-            lines.into_iter().find(|line| line["kind"] == "request" && line["path"] == path)
-        })
-        .await
-    }
-}
-
-struct Client(http1::SendRequest<BoxBody<Bytes, Infallible>>);
-
-impl Client {
-    async fn send(&mut self, request: http::request::Builder, body: &'static str) -> Response<Incoming> {
-        let request = request.header("host", "service").body(Full::new(Bytes::from(body)).boxed()).unwrap();
-        in_time(self.0.ready()).await.unwrap();
-        in_time(self.0.send_request(request)).await.unwrap()
-    }
-
-    async fn get(&mut self, path: &str) -> (StatusCode, Value) {
-        self.ask(Request::get(path)).await
-    }
-
-    async fn ask(&mut self, request: http::request::Builder) -> (StatusCode, Value) {
-        said(self.send(request, "").await).await
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_goes_where_its_rule_leads_by_a_tunnel_of_its_own_identity() {
@@ -315,23 +237,12 @@ async fn calls_go_through_with_their_trailers_many_on_one_connection() {
         vec![rule(vec![call("trailers")], vec![to("web", 1)]), rule(vec![call("b")], vec![to("api", 1)])];
     bed.plan.routes = vec![RequestRoute { kind: RouteKind::Grpc, ..route(rules) }];
     bed.world.publish(&bed.plan, "3");
-    let stream = TokioIo::new(connect(bed.at).await);
-    let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await.unwrap();
-    tokio::spawn(connection);
-    let ask = async |path: &str| {
-        let request = Request::post(format!("http://service{path}"))
-            .version(Version::HTTP_2)
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(Empty::<Bytes>::new())
-            .unwrap();
-        in_time(sender.clone().send_request(request)).await.unwrap()
-    };
-    let all: Vec<_> = (0..50).map(|_| ask("/b/c")).collect();
+    let caller = bed.caller().await;
+    let all: Vec<_> = (0..50).map(|_| caller.call("/b/c")).collect();
     for response in futures_util::future::join_all(all).await {
         assert_eq!(response.headers()["x-app"], "api");
     }
-    let unknown = ask("/nobody/c").await;
+    let unknown = caller.call("/nobody/c").await;
     assert_eq!(
         (unknown.status(), &unknown.headers()["grpc-status"]),
         (StatusCode::OK, &"12".parse().unwrap())
@@ -339,7 +250,7 @@ async fn calls_go_through_with_their_trailers_many_on_one_connection() {
     drop(unknown);
     bed.plan.routes[0].rules[0].matches = vec![];
     bed.world.publish(&bed.plan, "4");
-    let response = ask("/trailers/say").await;
+    let response = caller.call("/trailers/say").await;
     let collected = in_time(response.into_body().collect()).await.unwrap();
     assert_eq!(collected.trailers().unwrap()["grpc-status"], "7");
     assert_eq!(bed.log("/trailers/say").await["grpc_status"], 7);

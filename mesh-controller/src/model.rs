@@ -3,6 +3,7 @@
 //! Sources build it, nothing else changes it. It holds no times, no file names and nothing that agents reported.
 
 mod route;
+mod traffic;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +18,10 @@ use mesh_core::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::route::{ParentRef, ReferenceGrant, Route};
+pub use self::{
+    route::{ParentRef, ReferenceGrant, Route},
+    traffic::{TrafficPolicy, TrafficTarget},
+};
 
 /// The kinds that the controller understands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -32,6 +36,8 @@ pub enum Kind {
     EndpointSlice,
     /// `nodemesh.io/v1alpha1`.
     AuthorizationPolicy,
+    /// `nodemesh.io/v1alpha1`; how requests and connections are sent.
+    TrafficPolicy,
     /// The Gateway API's; where requests to a Service lead.
     HttpRoute,
     /// The Gateway API's; where calls to a Service lead.
@@ -42,12 +48,13 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds, in the order in which a person reads them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Namespace,
         Self::Workload,
         Self::Service,
         Self::EndpointSlice,
         Self::AuthorizationPolicy,
+        Self::TrafficPolicy,
         Self::HttpRoute,
         Self::GrpcRoute,
         Self::ReferenceGrant,
@@ -61,6 +68,7 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::TrafficPolicy => "TrafficPolicy",
             Self::HttpRoute => "HTTPRoute",
             Self::GrpcRoute => "GRPCRoute",
             Self::ReferenceGrant => "ReferenceGrant",
@@ -72,7 +80,7 @@ impl Kind {
         match self {
             Self::Namespace | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
-            Self::Workload | Self::AuthorizationPolicy => "nodemesh.io/v1alpha1",
+            Self::Workload | Self::AuthorizationPolicy | Self::TrafficPolicy => "nodemesh.io/v1alpha1",
             Self::HttpRoute | Self::GrpcRoute => "gateway.networking.k8s.io/v1",
             // Every version of the Gateway API that has the routes serves this one.
             Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",
@@ -261,6 +269,8 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     /// A policy.
     AuthorizationPolicy(Policy),
+    /// How requests and connections are sent; shared with every model that has it.
+    TrafficPolicy(Arc<TrafficPolicy>),
     /// Where requests or calls lead; shared with every model that has it, as one may be long.
     Route(Arc<Route>),
     /// Which routes of other namespaces may lead here.
@@ -281,6 +291,7 @@ impl Object {
             Self::AuthorizationPolicy(policy) => {
                 ObjectKey { kind: Kind::AuthorizationPolicy, name: policy.name.clone() }
             }
+            Self::TrafficPolicy(policy) => ObjectKey { kind: Kind::TrafficPolicy, name: policy.name.clone() },
             Self::Route(route) => ObjectKey { kind: route.kind.into(), name: route.name.clone() },
             Self::ReferenceGrant(grant) => ObjectKey { kind: Kind::ReferenceGrant, name: grant.name.clone() },
         }
@@ -300,6 +311,8 @@ pub struct Model {
     pub slices: BTreeMap<Name, Arc<EndpointSlice>>,
     /// By name; shared as they are by every view that has them.
     pub policies: BTreeMap<Name, Arc<Policy>>,
+    /// By name.
+    pub traffic: BTreeMap<Name, Arc<TrafficPolicy>>,
     /// By kind and name.
     pub routes: BTreeMap<(RouteKind, Name), Arc<Route>>,
     /// By name.
@@ -318,6 +331,7 @@ impl<'a> FromIterator<&'a Object> for Model {
                 Object::AuthorizationPolicy(it) => {
                     drop(model.policies.insert(it.name.clone(), Arc::new(it.clone())));
                 }
+                Object::TrafficPolicy(it) => drop(model.traffic.insert(it.name.clone(), it.clone())),
                 Object::Route(it) => drop(model.routes.insert((it.kind, it.name.clone()), it.clone())),
                 Object::ReferenceGrant(it) => drop(model.grants.insert(it.name.clone(), it.clone())),
             }

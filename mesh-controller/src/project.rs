@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     model::{self, Model},
-    routes,
+    routes, traffic,
 };
 
 /// Everything that every node knows, and the policies to choose from.
@@ -96,9 +96,14 @@ impl Common {
             by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
         let (ready, slices) = (Ready::new(model), Slices::new(model));
-        let services = model.services.values().map(|it| Arc::new(service(it, &ready, &slices))).collect();
+        let traffic = traffic::resolve(model);
+        let services = model.services.values();
+        let services = services.map(|it| Arc::new(service(it, &ready, &slices, &traffic))).collect();
         let wanted = model.workloads.values().cloned().collect();
-        let (routes, holders) = (routes::resolve(model).routes, OnceLock::new());
+        let (mut routes, holders) = (routes::resolve(model).routes, OnceLock::new());
+        if traffic.speaks_of_routes() {
+            routes.iter_mut().for_each(|route| traffic.tell(Arc::make_mut(route)));
+        }
         Self { mesh, wanted, workloads, services, policies, routes, by_node, by_namespace, holders }
     }
 

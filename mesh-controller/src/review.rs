@@ -6,6 +6,7 @@
 mod asks;
 mod route;
 mod shadow;
+mod traffic;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -73,6 +74,7 @@ pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
         review.service(service);
     }
     review.routes();
+    review.traffic();
     review.namespaces();
     review.addresses();
     review.found.sort();

@@ -13,7 +13,7 @@ use mesh_controller::source::{
 use serde_json::{Value, json};
 
 /// A document of each kind with all of its fields that mean something.
-fn documents() -> [Value; 8] {
+fn documents() -> [Value; 9] {
     let metadata = |labels: Value| json!({"name": "x", "namespace": "shop", "labels": labels});
     [
         json!({"apiVersion": "v1", "kind": "Namespace",
@@ -41,6 +41,16 @@ fn documents() -> [Value; 8] {
         json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant", "metadata": metadata(json!({})),
             "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "bank"}],
                 "to": [{"group": "", "kind": "Service", "name": "web"}]}}),
+        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "TrafficPolicy", "metadata": metadata(json!({})),
+            "spec": {
+                "targetRefs": [{"group": "", "kind": "Service", "name": "web", "sectionName": "http"}],
+                "balancing": {"algorithm": "Hash", "hashBy": {"type": "Header", "name": "x-user"}, "slowStart": "30s"},
+                "timeouts": {"request": "10s", "backendRequest": "1s"},
+                "retries": {"attempts": 2, "codes": [503], "grpcCodes": [14], "methods": "Every", "backoff": "10ms",
+                    "budget": {"percent": 10, "perSecond": 5}},
+                "limits": {"connections": 100, "requests": 50, "pending": 10},
+                "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10},
+                "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
     ]
 }
 
@@ -122,6 +132,17 @@ const REQUIRED: &[&str] = &[
     "spec.to",
     "spec.to[0].group",
     "spec.to[0].kind",
+    "spec.targetRefs",
+    "spec.targetRefs[0].kind",
+    "spec.targetRefs[0].name",
+    "spec.balancing.algorithm",
+    "spec.balancing.hashBy",
+    "spec.balancing.hashBy.type",
+    "spec.balancing.hashBy.name",
+    "spec.limits.requests",
+    "spec.faults[0].delay",
+    "spec.faults[0].headers[0].name",
+    "spec.faults[0].headers[0].value",
     "spec.parentRefs[0].group",
     "spec.parentRefs[0].name",
     "spec.rules[0].backendRefs[0].name",

@@ -1,149 +1,138 @@
-//! Which endpoint takes the next connection: power of two choices on a peak-sensitive moving average of connect time,
-//! weighted by the connections in flight; endpoints that refuse are ejected for a while.
+//! Which endpoint of a service takes the next connection or request. Unless a policy says something else: power of two
+//! choices on a peak-sensitive moving average of the time until it answers, weighted by what is under way there; endpoints
+//! that take no connections are passed over for a while.
 //!
 //! Of the two, the cheaper one is not always taken but in proportion: with two endpoints in all, the strict choice would
 //! leave the slower one, say that of the other node, without any connection at all.
 //!
 //! Pure: the caller brings the time and the random numbers, and keeps one [`Load`] per endpoint.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`load`] | what is known of an endpoint, and whether it is passed over |
+//! | [`budget`] | how many requests may be tried again |
+
+pub mod budget;
+pub mod load;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     time::Duration,
 };
 
-/// How fast the average forgets: after this long without a sample, about a third of the old value is left.
-const DECAY: Duration = Duration::from_secs(10);
-/// What an endpoint without any sample is assumed to take, so that new ones are tried soon but not all at once.
-const UNMEASURED: Duration = Duration::from_millis(1);
-/// First time of ejection; doubled at each further failure in a row.
-pub const EJECTION_BASE: Duration = Duration::from_secs(1);
-/// Longest ejection.
-pub const EJECTION_MAX: Duration = Duration::from_secs(30);
+pub use self::{budget::Budget, load::Load};
+use crate::model::traffic::{Algorithm, Balancing, Ejection};
 
-/// What is known of one endpoint. Times are since an epoch that the caller chooses.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Load {
-    /// Connections in flight.
-    pub active: u32,
-    connect_time: Option<(f64, Duration)>,
-    failures: u32,
-    ejected_until: Option<Duration>,
-}
+/// The part of its share that an endpoint gets when it has just come, with a slow start.
+const LEAST_SHARE: f64 = 0.1;
 
-impl Load {
-    /// A connection was made within `took`, seen at `now`.
-    pub fn connected(&mut self, took: Duration, now: Duration) {
-        let sample = took.as_secs_f64();
-        let average = match self.connect_time {
-            // A peak counts at once; only recovery is slow.
-            Some((old, _)) if sample > old => sample,
-            Some((old, at)) => {
-                let weight = (-(now.saturating_sub(at).as_secs_f64().max(0.001)) / DECAY.as_secs_f64()).exp();
-                old * weight + sample * (1.0 - weight)
-            }
-            None => sample,
-        };
-        self.connect_time = Some((average, now));
-        self.failures = 0;
-        self.ejected_until = None;
-    }
-
-    /// A connection attempt failed at `now`: ejects the endpoint, longer each time.
-    pub fn failed(&mut self, now: Duration) {
-        let factor = 1u32 << self.failures.min(5);
-        self.failures = self.failures.saturating_add(1);
-        self.ejected_until = Some(now + (EJECTION_BASE * factor).min(EJECTION_MAX));
-    }
-
-    /// Whether it is passed over at `now`.
-    pub fn ejected(&self, now: Duration) -> bool {
-        self.ejected_until.is_some_and(|until| now < until)
-    }
-
-    fn cost(&self) -> f64 {
-        let time = self.connect_time.map_or(UNMEASURED.as_secs_f64(), |(average, _)| average);
-        time * f64::from(self.active + 1)
-    }
-}
-
-/// Requests that are asked for by which one may be made again, at most: a fifth of them.
-const REQUESTS_PER_RETRY: f64 = 5.0;
-/// That may be made again in a second, however few are asked for.
-const RETRIES_PER_SECOND: f64 = 10.0;
-/// That may be saved up: those of ten seconds.
-const RETRIES_SAVED: f64 = 100.0;
-
-/// How many requests may be made again: some in a second, and a share of all. So a service that fails altogether is asked
-/// little more than before. Times are since an epoch that the caller chooses.
+/// An endpoint that may be chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Budget {
-    saved: f64,
-    filled: Duration,
+pub struct Candidate {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// What is known of it.
+    pub load: Load,
 }
 
-impl Default for Budget {
-    fn default() -> Self {
-        Self { saved: RETRIES_SAVED, filled: Duration::ZERO }
-    }
+/// How one is chosen.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct How<'a> {
+    /// As a policy says it; none: the least latency.
+    pub balancing: Option<&'a Balancing>,
+    /// Which of them are passed over, besides those that take no connections.
+    pub ejection: Option<&'a Ejection>,
+    /// How many were chosen before.
+    pub turn: u64,
+    /// The value whose endpoint is the same each time, if there is one.
+    pub value: Option<&'a [u8]>,
 }
 
-impl Budget {
-    /// A request is asked for.
-    pub fn asked(&mut self, now: Duration) {
-        self.fill(now);
-        self.saved = (self.saved + 1.0 / REQUESTS_PER_RETRY).min(RETRIES_SAVED);
-    }
-
-    /// Whether one may be made again, which is taken out.
-    pub fn take(&mut self, now: Duration) -> bool {
-        self.fill(now);
-        let may = self.saved >= 1.0;
-        if may {
-            self.saved -= 1.0;
-        }
-        may
-    }
-
-    fn fill(&mut self, now: Duration) {
-        let since = now.saturating_sub(self.filled).as_secs_f64();
-        self.saved = (self.saved + since * RETRIES_PER_SECOND).min(RETRIES_SAVED);
-        self.filled = self.filled.max(now);
-    }
-}
-
-/// Picks an index of `loads`, or `None` if it is empty. `random` gives three independent numbers.
+/// Picks an index of the candidates, or `None` if there are none. `random`: independent numbers, evenly spread.
 ///
-/// Ejected endpoints are chosen only if all are ejected: refusing everything would be worse than trying.
-pub fn pick(loads: &[Load], now: Duration, random: (u32, u32, u32)) -> Option<usize> {
-    let candidates = serving(loads, now);
-    let count = candidates.len();
-    if count <= 1 {
-        return candidates.first().copied();
+/// Those that are passed over are chosen only if all are: refusing everything would be worse than trying.
+pub fn pick(candidates: &[Candidate], how: &How<'_>, now: Duration, random: [u32; 3]) -> Option<usize> {
+    let serving = serving(candidates, how.ejection, now);
+    if serving.len() <= 1 {
+        return serving.first().copied();
     }
-    let first = random.0 as usize % count;
-    let second = (first + 1 + random.1 as usize % (count - 1)) % count;
-    let (a, b) = (candidates[first], candidates[second]);
-    let (cost_a, cost_b) = (loads[a].cost(), loads[b].cost());
-    let share_of_a = cost_b / (cost_a + cost_b);
-    Some(if f64::from(random.2) / f64::from(u32::MAX) <= share_of_a { a } else { b })
+    let slow_start = how.balancing.and_then(|it| it.slow_start);
+    let share = |at: usize| candidates[at].load.age(now).map_or(1.0, |age| share_at(age, slow_start));
+    let cost_of = |cost: fn(&Load) -> f64| move |at: usize| cost(&candidates[at].load) / share(at);
+    let algorithm = how.balancing.map_or(&Algorithm::LeastLatency, |it| &it.algorithm);
+    Some(match (algorithm, how.value) {
+        (Algorithm::Hash(_), Some(value)) => {
+            let addresses: Vec<_> = serving.iter().map(|at| candidates[*at].address).collect();
+            serving[settled(value, &addresses)?]
+        }
+        (Algorithm::LeastLatency | Algorithm::Hash(_), _) => of_two(&serving, random, cost_of(Load::cost)),
+        (Algorithm::LeastRequests, _) => {
+            of_two(&serving, random, cost_of(|load| f64::from(load.active) + 1.0))
+        }
+        (Algorithm::Random, _) => of_two(&serving, random, cost_of(|_| 1.0)),
+        (Algorithm::RoundRobin, _) => {
+            let count = serving.len();
+            let first = (how.turn % count as u64) as usize;
+            let passes = part(random[2]) > share(serving[first]);
+            serving[if passes { (first + 1) % count } else { first }]
+        }
+    })
 }
 
-/// The indices of those that are not ejected; all of them if all are.
-pub fn serving(loads: &[Load], now: Duration) -> Vec<usize> {
-    let serving: Vec<usize> = (0..loads.len()).filter(|&i| !loads[i].ejected(now)).collect();
-    if serving.is_empty() { (0..loads.len()).collect() } else { serving }
+/// Of two that are drawn the one or the other, in inverse proportion to what they cost.
+fn of_two(serving: &[usize], random: [u32; 3], cost: impl Fn(usize) -> f64) -> usize {
+    let count = serving.len();
+    let first = random[0] as usize % count;
+    let second = (first + 1 + random[1] as usize % (count - 1)) % count;
+    let (a, b) = (serving[first], serving[second]);
+    let (cost_a, cost_b) = (cost(a), cost(b));
+    if part(random[2]) <= cost_b / (cost_a + cost_b) { a } else { b }
 }
 
-/// The index of the endpoint that a client has whenever the endpoints are these, whoever asks: the one with the highest
-/// number that client and endpoint give together (rendezvous hashing). `None` if there are none.
+/// Of a whole, from 0 to 1.
+fn part(random: u32) -> f64 {
+    f64::from(random) / f64::from(u32::MAX)
+}
+
+/// How much of its share an endpoint of this age gets.
+fn share_at(age: Duration, slow_start: Option<Duration>) -> f64 {
+    match slow_start {
+        Some(whole) if age < whole => LEAST_SHARE + (1.0 - LEAST_SHARE) * age.div_duration_f64(whole),
+        _ => 1.0,
+    }
+}
+
+/// The indices of those that are not passed over; all of them if all would be.
+///
+/// Who takes no connections is passed over in any case, who fails otherwise only as far as the policy lets so many be.
+pub fn serving(candidates: &[Candidate], ejection: Option<&Ejection>, now: Duration) -> Vec<usize> {
+    let all = || (0..candidates.len()).collect::<Vec<_>>();
+    let mut failing: Vec<usize> = match ejection {
+        Some(_) => all().into_iter().filter(|at| candidates[*at].load.is_failing(now)).collect(),
+        None => vec![],
+    };
+    if let Some(ejection) = ejection {
+        // One may always be, and of several those that have failed most.
+        let most = (candidates.len() * ejection.most_percent as usize / 100).max(1);
+        failing.sort_by_key(|at| std::cmp::Reverse(candidates[*at].load.failing_until()));
+        failing.truncate(most);
+    }
+    let serves = |at: &usize| !candidates[*at].load.is_refusing(now) && !failing.contains(at);
+    let serving: Vec<usize> = all().into_iter().filter(serves).collect();
+    let panic = ejection.map_or(0, |it| it.panic_percent as usize);
+    if serving.is_empty() || serving.len() * 100 < candidates.len() * panic { all() } else { serving }
+}
+
+/// The index of the endpoint that a value has whenever the endpoints are these, whoever asks: the one with the highest
+/// number that value and endpoint give together (rendezvous hashing). `None` if there are none.
 ///
 /// So a client whose endpoint is not remembered, by another agent or after a restart, still comes to the same one.
-pub fn settled(client: IpAddr, endpoints: &[SocketAddr]) -> Option<usize> {
+pub fn settled(value: impl Hash, endpoints: &[SocketAddr]) -> Option<usize> {
     let weight = |endpoint: &SocketAddr| {
         // Not for security: without keys it is the same everywhere.
         let mut hasher = DefaultHasher::new();
-        (client, endpoint).hash(&mut hasher);
+        (&value, endpoint).hash(&mut hasher);
         hasher.finish()
     };
     (0..endpoints.len()).max_by_key(|index| weight(&endpoints[*index]))
@@ -151,37 +140,46 @@ pub fn settled(client: IpAddr, endpoints: &[SocketAddr]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::traffic::HashBy;
 
     const MS: Duration = Duration::from_millis(1);
+    const EJECTION: Ejection = Ejection {
+        failures: 2,
+        base: MS,
+        most: Duration::from_millis(8),
+        most_percent: 50,
+        panic_percent: 0,
+    };
 
-    /// How many of 1,000 picks, evenly spread over the random numbers, fall on the first endpoint.
-    fn share_of_first(loads: &[Load]) -> usize {
-        (0..1000u32).filter(|n| pick(loads, MS, (*n, *n, n * (u32::MAX / 1000))) == Some(0)).count()
+    fn candidates(loads: &[Load]) -> Vec<Candidate> {
+        let address = |at: usize| SocketAddr::from(([10, 0, 0, u8::try_from(at).unwrap()], 80));
+        loads.iter().enumerate().map(|(at, load)| Candidate { address: address(at), load: *load }).collect()
     }
 
-    #[test]
-    fn a_service_that_fails_altogether_is_asked_little_more_than_before() {
-        let mut budget = Budget::default();
-        let (mut asked, mut again) = (0u32, 0u32);
-        // A thousand requests a second, all of which fail, for ten seconds.
-        for ms in 0..10_000 {
-            let now = MS * ms;
-            budget.asked(now);
-            asked += 1;
-            again += u32::from(budget.take(now));
+    /// How many of 1,000 picks, evenly spread over the random numbers, fall on each endpoint.
+    fn picks(loads: &[Load], balancing: &Balancing, now: Duration) -> Vec<usize> {
+        let candidates = candidates(loads);
+        let mut counts = vec![0; loads.len()];
+        for n in 0..1000u32 {
+            let how = How { balancing: Some(balancing), turn: n.into(), ..How::default() };
+            let random = [n, n / 7, n.wrapping_mul(2_654_435_761)];
+            counts[pick(&candidates, &how, now, random).unwrap()] += 1;
         }
-        assert_eq!(asked, 10_000);
-        // A fifth of them, ten in a second, and what was saved.
-        assert!((2190..=2310).contains(&again), "{again}");
-        // One request in a minute may always be.
-        assert!(budget.take(MS * 70_000));
+        counts
+    }
+
+    fn by(algorithm: Algorithm) -> Balancing {
+        Balancing { algorithm, slow_start: None }
     }
 
     #[test]
     fn the_slower_of_two_takes_less_in_proportion_and_never_nothing() {
+        let share_of_first = |loads: &[Load]| picks(loads, &by(Algorithm::LeastLatency), MS)[0];
         let mut loads = [Load::default(), Load::default()];
         assert!((450..550).contains(&share_of_first(&loads)));
         loads[0].connected(MS, MS);
@@ -192,22 +190,78 @@ mod tests {
     }
 
     #[test]
-    fn a_refusing_endpoint_is_ejected_and_comes_back() {
-        let mut loads = [Load::default(), Load::default()];
-        loads[0].failed(Duration::ZERO);
-        assert!((0..10).all(|r| pick(&loads, MS, (r, r, r)) == Some(1)));
-        assert!(!loads[0].ejected(EJECTION_BASE));
-        loads[1].failed(Duration::ZERO);
-        assert!(pick(&loads, MS, (0, 0, 0)).is_some(), "all ejected: still one is tried");
+    fn each_algorithm_goes_by_its_own() {
+        let mut loads = [Load::default(); 4];
+        loads[0].connected(MS * 1000, MS);
+        loads[1].active = 9;
+        let even = |count: &usize| (220..280).contains(count);
+        for algorithm in [Algorithm::RoundRobin, Algorithm::Random] {
+            let counts = picks(&loads, &by(algorithm.clone()), MS);
+            assert!(counts.iter().all(even), "{algorithm:?}: {counts:?}");
+        }
+        let busy = picks(&loads, &by(Algorithm::LeastRequests), MS);
+        assert!(busy[1] < 80 && (280..340).contains(&busy[0]), "{busy:?}");
     }
 
     #[test]
-    fn ejection_grows_and_is_bounded() {
-        let mut load = Load::default();
-        for _ in 0..100 {
-            load.failed(Duration::ZERO);
+    fn one_that_has_just_come_gets_a_tenth_of_its_share_at_first() {
+        let mut loads = [Load::default(), Load::default()];
+        loads[1].seen(MS * 1000);
+        for algorithm in [Algorithm::LeastLatency, Algorithm::RoundRobin, Algorithm::Random] {
+            let balancing = Balancing { algorithm, slow_start: Some(MS * 100) };
+            let of_new = |now| picks(&loads, &balancing, now)[1];
+            assert!((20..140).contains(&of_new(MS * 1000)), "{balancing:?}: {}", of_new(MS * 1000));
+            assert!((250..450).contains(&of_new(MS * 1050)), "{balancing:?}: {}", of_new(MS * 1050));
+            assert!((450..550).contains(&of_new(MS * 1100)), "{balancing:?}: {}", of_new(MS * 1100));
         }
-        assert!(load.ejected(EJECTION_MAX - MS) && !load.ejected(EJECTION_MAX));
+    }
+
+    #[test]
+    fn a_value_has_its_endpoint_while_that_serves() {
+        let hash = by(Algorithm::Hash(HashBy::Header("x-user".into())));
+        let mut loads = [Load::default(); 4];
+        let pick = |loads: &[Load], value| {
+            let how = How { balancing: Some(&hash), value, ..How::default() };
+            pick(&candidates(loads), &how, MS, rand_of(value)).unwrap()
+        };
+        let own = pick(&loads, Some(b"ann"));
+        assert_eq!(pick(&loads, Some(b"ann")), own);
+        loads[own].failed(Duration::ZERO);
+        assert_ne!(pick(&loads, Some(b"ann")), own);
+    }
+
+    fn rand_of(value: Option<&[u8]>) -> [u32; 3] {
+        [value.map_or(0, |it| it.len() as u32); 3]
+    }
+
+    #[test]
+    fn a_refusing_endpoint_is_passed_over_and_comes_back() {
+        let how = How::default();
+        let mut loads = [Load::default(), Load::default()];
+        loads[0].failed(Duration::ZERO);
+        assert!((0..10).all(|r| pick(&candidates(&loads), &how, MS, [r; 3]) == Some(1)));
+        assert!(!loads[0].is_refusing(load::REFUSING_BASE));
+        loads[1].failed(Duration::ZERO);
+        assert!(pick(&candidates(&loads), &how, MS, [0; 3]).is_some(), "all are: still one is tried");
+    }
+
+    #[test]
+    fn no_more_are_ejected_than_may_be_and_in_panic_none() {
+        let mut loads = [Load::default(); 4];
+        for (at, load) in loads.iter_mut().enumerate().take(3) {
+            let failures = 2 * (at + 1);
+            (0..failures).for_each(|_| drop(load.answered(true, &EJECTION, MS)));
+        }
+        // Half of four, and those that are out for longest.
+        let candidates = candidates(&loads);
+        assert_eq!(serving(&candidates, Some(&EJECTION), MS), [0, 3]);
+        assert_eq!(serving(&candidates, None, MS), [0, 1, 2, 3], "nobody wants any ejected");
+        let panic = Ejection { most_percent: 100, panic_percent: 50, ..EJECTION };
+        assert_eq!(serving(&candidates, Some(&panic), MS), [0, 1, 2, 3]);
+        let none_left = Ejection { most_percent: 100, ..EJECTION };
+        assert_eq!(serving(&candidates, Some(&none_left), MS), [3]);
+        let least = Ejection { most_percent: 1, ..EJECTION };
+        assert_eq!(serving(&candidates, Some(&least), MS), [0, 1, 3], "one may always be");
     }
 
     #[test]
@@ -222,14 +276,36 @@ mod tests {
             assert!(index == 3 || settled(client, fewer) == Some(index));
         }
         assert!(had.iter().all(|clients| (32..96).contains(clients)), "{had:?}");
-        assert_eq!(settled([10, 1, 0, 1].into(), &[]), None);
+        assert_eq!(settled(IpAddr::from([10, 1, 0, 1]), &[]), None);
+    }
+
+    fn algorithm() -> impl Strategy<Value = Algorithm> {
+        prop::sample::select(vec![
+            Algorithm::LeastLatency,
+            Algorithm::LeastRequests,
+            Algorithm::RoundRobin,
+            Algorithm::Random,
+            Algorithm::Hash(HashBy::Source),
+        ])
     }
 
     proptest! {
         #[test]
-        fn a_pick_is_always_one_of_them(n in 0usize..10, a: u32, b: u32, c: u32) {
-            let loads = vec![Load::default(); n];
-            prop_assert_eq!(pick(&loads, MS, (a, b, c)).is_some_and(|i| i < n), n > 0);
+        fn a_pick_is_always_one_of_them(
+            failures in prop::collection::vec(0u32..6, 0..10), random: [u32; 3], turn: u64, algorithm in algorithm(),
+            has_value: bool, most_percent in 0u32..=100, panic_percent in 0u32..=100,
+        ) {
+            let mut loads = vec![Load::default(); failures.len()];
+            for (load, failures) in loads.iter_mut().zip(&failures) {
+                load.seen(MS);
+                (0..*failures).for_each(|_| drop(load.answered(true, &EJECTION, MS)));
+            }
+            let balancing = Balancing { algorithm, slow_start: Some(MS) };
+            let ejection = Ejection { most_percent, panic_percent, ..EJECTION };
+            let value = has_value.then_some(b"a".as_slice());
+            let how = How { balancing: Some(&balancing), ejection: Some(&ejection), turn, value };
+            let picked = pick(&candidates(&loads), &how, MS, random);
+            prop_assert_eq!(picked.is_some_and(|at| at < loads.len()), !loads.is_empty());
         }
     }
 }

@@ -151,6 +151,12 @@ reasons! {
         cure "look at the backend, or raise the rule's timeouts";
     BackendReset = "backend_reset" at Relay, "The backend's connection broke before it had answered",
         cure "look at the backend's log and at its agent's access log";
+    LimitServiceConnections = "limit_service_connections" at Connect, "The node has as many connections to the service as a TrafficPolicy lets it have",
+        cure "raise limits.connections of the policy: meshctl get traffic";
+    LimitRequests = "limit_requests" at Connect, "As many requests are at the service, and wait to be sent there, as a TrafficPolicy lets be",
+        cure "look why the service is slow, or raise limits.requests or limits.pending of the policy: meshctl get traffic";
+    FaultInjected = "fault_injected" at Route, "A TrafficPolicy wants this request to fail",
+        cure "take the fault out of the policy: meshctl get traffic";
     DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
         cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",

@@ -97,7 +97,7 @@ pub fn endpoints(
     is_ipv4: bool,
     source: &Workload,
 ) -> Result<Vec<Endpoint>, Reason> {
-    let port = service.ports.iter().find(|it| it.port == port).ok_or(Reason::NoSuchServicePort)?;
+    let port = service.port(port).ok_or(Reason::NoSuchServicePort)?;
     let of_family = port.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv4() == is_ipv4);
     let endpoints = near(of_family.cloned().collect(), &service.choice, source);
     if endpoints.is_empty() { Err(Reason::NoEndpoint) } else { Ok(endpoints) }
@@ -147,7 +147,7 @@ pub fn transport(workload: &Workload) -> Result<Transport, Reason> {
 mod tests {
     use super::*;
     use crate::{
-        model::{ServicePort, ZONE},
+        model::{ServicePort, ZONE, traffic::Traffic},
         view::{NodeView, Resource, tests as fixture},
     };
 
@@ -161,8 +161,13 @@ mod tests {
             name: Name::new("shop", "web"),
             addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
             ports: vec![
-                ServicePort { name: "http".into(), port: 80, endpoints: vec![endpoint("10.0.0.1")] },
-                ServicePort { name: "none".into(), port: 81, endpoints: vec![] },
+                ServicePort {
+                    name: "http".into(),
+                    port: 80,
+                    endpoints: vec![endpoint("10.0.0.1")],
+                    traffic: Traffic::default(),
+                },
+                ServicePort { name: "none".into(), port: 81, endpoints: vec![], traffic: Traffic::default() },
             ],
             choice: Choice::default(),
         };

@@ -4,6 +4,7 @@
 
 mod asks;
 mod routes;
+mod traffic;
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -182,6 +183,7 @@ fn service_to_proto(service: &model::Service) -> proto::Service {
                 port: endpoint.port.into(),
             })
             .collect(),
+        traffic: traffic::to_proto(&port.traffic),
     };
     proto::Service {
         namespace: service.name.namespace.clone(),
@@ -227,6 +229,7 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
             name: port.name.clone(),
             port: port_from_proto(key, "ports.port", port.port)?,
             endpoints: port.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
+            traffic: traffic::from_proto(key, port.traffic.as_ref())?,
         })
     };
     Ok(model::Service {

@@ -40,7 +40,7 @@ use crate::{
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
 use outbound::Reading;
-use requests::{Budgets, Upstreams};
+use requests::Upstreams;
 use turn::Turns;
 
 /// A captured connection: what the kernel programs steered to the agent.
@@ -77,8 +77,6 @@ struct Inner {
     stalled: Arc<Stalled>,
     /// Connections on which requests are sent.
     upstreams: Arc<Upstreams>,
-    /// How many requests may be made again.
-    budgets: Budgets,
     wants: Arc<Wants>,
     /// A descriptor that is kept for [`Node::refuse_one`].
     spare: Mutex<Option<File>>,
@@ -122,24 +120,13 @@ impl Node {
         });
         let connections = Arc::default();
         let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, connections };
-        let connector = Connector { identities, pool, balancer: Balancer::new(), limits, metrics, drain };
+        let (balancer, underway) = (Balancer::new(), Arc::default());
+        let connector = Connector { identities, pool, balancer, underway, limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
         let stalled = Arc::new(Stalled::new(limits.stalled_memory / SIZE));
         let spare = Mutex::new(descriptor());
-        let budgets = Budgets::default();
-        let inner = Inner {
-            view,
-            recorder,
-            connector,
-            places,
-            turns,
-            idle,
-            stalled,
-            upstreams,
-            budgets,
-            wants,
-            spare,
-        };
+        let inner =
+            Inner { view, recorder, connector, places, turns, idle, stalled, upstreams, wants, spare };
         Self { inner: Arc::new(inner) }
     }
 

@@ -57,12 +57,15 @@ pub(super) async fn serve(
         entry.view = Some(view.shared_version());
         let (source, identity) = identify::source(accepted, &view, &mut entry.told().source)?;
 
+        // Has the service room for one more?
+        let room = connector.room(&view, original)?;
+
         // Where a route speaks of it, each request goes its own way.
         if reading == Reading::Requests
             && let Some(service) = Routed::service(&view, original, local)
         {
             entry.told().destination.service = Some(service.clone());
-            return Ok(Next::Requests(Box::new(Routed::new(service, original.port(), place, held))));
+            return Ok(Next::Requests(Box::new(Routed::new(service, original.port(), (place, room), held))));
         }
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
@@ -75,7 +78,7 @@ pub(super) async fn serve(
         // Behind a service is a workload of its own, of which every change is to be heard.
         let reached = entry.told().destination.address.filter(|reached| reached.ip() != original.ip());
         let reached = reached.and_then(|reached| node.hold(local, &view, reached.ip()));
-        (opened, Box::new([held, reached]))
+        (opened, Box::new(([held, reached], room)))
     };
     entry.opened();
 

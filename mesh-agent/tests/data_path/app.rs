@@ -73,10 +73,15 @@ async fn respond(
         "/never" => std::future::pending().await,
         "/late" if count == 0 => std::future::pending().await,
         "/unready" if count < 2 => *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE,
+        // Of one of several, which has failed.
+        broken if broken == "/broken/all" || broken.strip_prefix("/broken/") == Some(says) => {
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        }
         "/die" if count == 0 => panic!("as asked"),
-        "/trailers/say" => {
+        "/trailers/say" | "/trailers/fail" => {
+            let status = if path == "/trailers/say" { "7" } else { "13" };
             let mut trailers = HeaderMap::new();
-            trailers.insert("grpc-status", "7".parse().unwrap());
+            trailers.insert("grpc-status", status.parse().unwrap());
             let frames = [Ok(Frame::data(Bytes::from("body"))), Ok(Frame::trailers(trailers))];
             *response.body_mut() = BodyExt::boxed(StreamBody::new(futures_util::stream::iter(frames)));
         }

@@ -27,7 +27,9 @@ use mesh_agent::{
 };
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Choice, Endpoint, Mode, Name, Service, ServicePort, Workload, http::RequestRoute},
+    model::{
+        Choice, Endpoint, Mode, Name, Service, ServicePort, Workload, http::RequestRoute, traffic::Traffic,
+    },
     view::{Demand, Mesh, NodeView, Resource, Snapshot},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
@@ -157,7 +159,12 @@ impl Plan {
         self.services = vec![Service {
             name: name("service"),
             addresses: vec![vip.ip()],
-            ports: vec![ServicePort { name: String::new(), port: vip.port(), endpoints }],
+            ports: vec![ServicePort {
+                name: String::new(),
+                port: vip.port(),
+                endpoints,
+                traffic: Traffic::default(),
+            }],
             choice: Choice::default(),
         }];
     }
@@ -174,6 +181,7 @@ impl Plan {
                 name: String::new(),
                 port: 80,
                 endpoints: endpoints.iter().map(endpoint).collect(),
+                traffic: Traffic::default(),
             }],
             choice: Choice::default(),
         });

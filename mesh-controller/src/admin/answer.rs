@@ -342,6 +342,30 @@ pub struct RouteRow {
     pub rules: Vec<String>,
 }
 
+/// A line of `GET /api/v1/traffic`: a policy on how requests and connections are sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficRow {
+    /// `namespace/name`
+    pub name: String,
+    /// What it is for.
+    pub targets: Vec<TrafficTargetRow>,
+    /// What it says, a line for each part.
+    pub says: Vec<String>,
+}
+
+/// What a policy is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficTargetRow {
+    /// Its kind and name, and the port or rule that is meant.
+    pub target: String,
+    /// The policy is wholly in force there.
+    pub accepted: bool,
+    /// The reason of the policy's condition `Accepted`, if it was for this alone.
+    pub reason: String,
+    /// Why not; empty if it is.
+    pub says: String,
+}
+
 /// A parent of a route.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteParentRow {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`answer`] | what the JSON is, for both ends |
 //! | [`route`] | routes of requests, in words |
+//! | [`traffic`] | policies on how they are sent, in words |
 //! | [`whole`] | one answer out of those of all controllers |
 //! | [`why`] | one connection, decided and explained |
 //! | [`request`] | one request over it |
@@ -11,6 +12,7 @@
 pub mod answer;
 pub mod request;
 mod route;
+mod traffic;
 mod whole;
 pub mod why;
 
@@ -39,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 use self::{
     answer::{
         AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow,
-        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, Why, WorkloadRow,
+        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow, Why, WorkloadRow,
     },
     request::Request,
 };
@@ -92,6 +94,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/api/v1/services", get(services))
         .route("/api/v1/policies", get(policies))
         .route("/api/v1/routes", get(routes))
+        .route("/api/v1/traffic", get(traffic))
         .route("/api/v1/views", get(views))
         .route("/api/v1/why", get(why))
         .route("/api/v1/config", get(config))
@@ -357,6 +360,10 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
 
 async fn routes(State(admin): Shared) -> Json<Vec<RouteRow>> {
     Json(route::rows(&admin.hub.world().model))
+}
+
+async fn traffic(State(admin): Shared) -> Json<Vec<TrafficRow>> {
+    Json(traffic::rows(&admin.hub.world().model))
 }
 
 /// What each node's view has beside what all have.

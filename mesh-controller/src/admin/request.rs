@@ -8,6 +8,7 @@ use mesh_core::{
     model::{
         Service,
         http::{Backend, BackendTarget},
+        traffic::Traffic,
     },
     policy::request::Reading,
     refusal::{Reason, Step},
@@ -82,6 +83,9 @@ impl Story<'_> {
             return vec![refused(to, "", Reason::NoRule)];
         };
         self.step(Step::Route, chosen_rule(&chosen));
+        let of_service = service.port(self.asked.port()).map(|it| it.traffic.clone()).unwrap_or_default();
+        let Traffic { timeouts, retries, faults, .. } = chosen.rule.traffic.or(&of_service);
+        self.sent(&Traffic { timeouts, retries, faults, ..Traffic::default() });
         if let Some(redirect) = &chosen.rule.filters.redirect {
             return vec![answered(to, "answered", &format!("redirected with {}", redirect.status))];
         }
@@ -101,6 +105,9 @@ impl Story<'_> {
             Ok(endpoints) => {
                 let says = format!("{name}:{port} has {} ready endpoint(s)", endpoints.len());
                 self.step(Step::Balance, says);
+                let traffic = service.port(*port).map(|it| it.traffic.clone()).unwrap_or_default();
+                let Traffic { balancing, limits, ejection, .. } = traffic;
+                self.sent(&Traffic { balancing, limits, ejection, ..Traffic::default() });
                 self.endpoints(&endpoints)
             }
             Err(reason) => vec![refused(name.to_string(), "", reason)],

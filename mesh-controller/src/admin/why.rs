@@ -6,7 +6,7 @@ use std::{
 };
 
 use mesh_core::{
-    model::{Endpoint, Name, Workload},
+    model::{Endpoint, Name, Workload, traffic::Traffic},
     policy::{self, Content, Decision, Reads, Request, Verdict, decide},
     refusal::{Reason, Step},
     route::{self, Reached, Route, Transport},
@@ -16,6 +16,7 @@ use mesh_core::{
 use super::{
     answer::{End, Why, WhyStep},
     request::Request as AskedFor,
+    traffic,
 };
 use crate::project::Common;
 
@@ -125,8 +126,17 @@ impl Story<'_> {
                     Step::Route,
                     format!("{} is service {} with {count} ready endpoint(s)", self.asked, service.name),
                 );
+                let port = service.port(self.asked.port());
+                port.iter().for_each(|port| self.sent(&port.traffic));
                 self.endpoints(&endpoints)
             }
+        }
+    }
+
+    /// What policies say of how it is sent.
+    pub(super) fn sent(&mut self, traffic: &Traffic) {
+        for says in traffic::words(traffic) {
+            self.step(Step::Connect, format!("as a TrafficPolicy says: {says}"));
         }
     }
 

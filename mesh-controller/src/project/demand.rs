@@ -258,6 +258,7 @@ mod tests {
         model::{
             Choice, Distribution, Endpoint, Mode, Name, Place, Policy, Service, ServicePort, Workload, ZONE,
             http::{Backend, Filters, Mirror, Parent, RouteKind, RouteRule},
+            traffic::Traffic,
         },
         route,
         view::{Mesh, Owner, Snapshot},
@@ -316,7 +317,12 @@ mod tests {
         });
         (a_name(), vec(an_address(), 0..2), vec(endpoint, 0..4), a_choice()).prop_map(
             |(name, addresses, endpoints, choice)| {
-                let ports = vec![ServicePort { name: String::new(), port: 80, endpoints }];
+                let ports = vec![ServicePort {
+                    name: String::new(),
+                    port: 80,
+                    endpoints,
+                    traffic: Traffic::default(),
+                }];
                 Service { name, addresses, ports, choice }
             },
         )
@@ -525,7 +531,12 @@ mod tests {
         };
         common.workloads = (0..200).map(|number| Arc::new(workload(number))).collect();
         let endpoint = |number| Endpoint { workload: Some(name(number)), address: address(number), port: 80 };
-        let port = ServicePort { name: String::new(), port: 80, endpoints: (0..5).map(endpoint).collect() };
+        let port = ServicePort {
+            name: String::new(),
+            port: 80,
+            endpoints: (0..5).map(endpoint).collect(),
+            traffic: Traffic::default(),
+        };
         let virtual_address = IpAddr::from([10, 96, 0, 1]);
         let addresses = vec![virtual_address];
         common.services = vec![Arc::new(Service {

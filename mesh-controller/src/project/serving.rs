@@ -8,7 +8,10 @@ use std::{
 
 use mesh_core::model::{Choice, Distribution, Endpoint, Name, Place, Service, ServicePort};
 
-use crate::model::{self, Model};
+use crate::{
+    model::{self, Model},
+    traffic,
+};
 
 /// The workloads that are ready, by namespace and label, so that a service looks only at those that may be its own.
 pub(super) struct Ready<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<&'a model::Workload>>);
@@ -99,7 +102,12 @@ impl<'a> Slices<'a> {
 
 /// A service with its ready endpoints: what its EndpointSlices say, where it has some, and one per matching workload and
 /// address. Of pods the slices alone decide, as whoever writes them knows more than labels say.
-pub(super) fn service(wanted: &model::Service, ready: &Ready<'_>, slices: &Slices<'_>) -> Service {
+pub(super) fn service(
+    wanted: &model::Service,
+    ready: &Ready<'_>,
+    slices: &Slices<'_>,
+    traffic: &traffic::Resolved,
+) -> Service {
     let slices_of = slices.of(&wanted.name);
     let mut serving = ready.of(wanted);
     serving.retain(|workload| slices_of.is_none() || workload.uid.is_empty());
@@ -113,7 +121,8 @@ pub(super) fn service(wanted: &model::Service, ready: &Ready<'_>, slices: &Slice
         endpoints.extend(slices_of.iter().flat_map(|of| slices.endpoints(of, &port.name)));
         endpoints.sort();
         endpoints.dedup();
-        ServicePort { name: port.name.clone(), port: port.port, endpoints }
+        let traffic = traffic.of_port(&wanted.name, port.port);
+        ServicePort { name: port.name.clone(), port: port.port, endpoints, traffic }
     };
     let ports: Vec<ServicePort> = wanted.ports.iter().map(port).collect();
     let places = match wanted.distribution {

@@ -24,10 +24,14 @@ const MAX_POLICIES: usize = 512;
 /// Most routes of a kind of a namespace, and so of a service: each is in every agent that knows the service.
 const MAX_ROUTES: usize = 256;
 
+/// Most TrafficPolicies of a namespace.
+const MAX_TRAFFIC: usize = 512;
+
 /// Most objects of a kind that a namespace may have, and what they are called.
 const fn most_of(kind: Kind) -> Option<(usize, &'static str)> {
     match kind {
         Kind::AuthorizationPolicy => Some((MAX_POLICIES, "AuthorizationPolicies")),
+        Kind::TrafficPolicy => Some((MAX_TRAFFIC, "TrafficPolicies")),
         Kind::HttpRoute => Some((MAX_ROUTES, "HTTPRoutes")),
         Kind::GrpcRoute => Some((MAX_ROUTES, "GRPCRoutes")),
         Kind::Namespace | Kind::Workload | Kind::Service | Kind::EndpointSlice | Kind::ReferenceGrant => None,

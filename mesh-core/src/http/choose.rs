@@ -1,9 +1,22 @@
 //! Which backend gets a request, whether a copy of it goes somewhere else too, and when it is tried again. The caller
 //! brings the chance.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
-use crate::model::http::{Backend, Mirror, Retry};
+use crate::model::{
+    http::{Backend, Mirror, RouteRule, Timeouts},
+    traffic::{Fault, Retries, RetryBudget, Traffic},
+};
+
+/// When a request is tried again where nobody says it: if it is a safe one, and its connection broke.
+const USUAL: Retries = Retries {
+    attempts: 2,
+    codes: vec![],
+    grpc_codes: vec![],
+    every_method: false,
+    backoff: Duration::from_millis(25),
+    budget: RetryBudget { percent: 20, per_second: 10 },
+};
 
 /// The longest pause between two attempts, without what chance adds.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
@@ -24,17 +37,53 @@ pub fn is_mirrored(mirror: &Mirror, chance: u64) -> bool {
     chance % u64::from(mirror.of.max(1)) < u64::from(mirror.copies)
 }
 
+/// How a request is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Terms<'a> {
+    /// How long it may take.
+    pub timeouts: Timeouts,
+    /// When it is tried again.
+    pub retries: Cow<'a, Retries>,
+    /// What goes wrong with it on purpose.
+    pub faults: &'a [Fault],
+}
+
+/// What is said of a request under a rule: by the rule itself, by what policies say of the rule, and by what they say of
+/// the service that was asked for, in this order.
+pub fn terms<'a>(rule: &'a RouteRule, asked: &'a Traffic) -> Terms<'a> {
+    let said = [&rule.traffic, asked];
+    let timeouts = said.iter().find_map(|it| it.timeouts).unwrap_or_default();
+    let retries = match &rule.retry {
+        Some(retry) => Cow::Owned(Retries {
+            attempts: retry.attempts,
+            codes: retry.codes.clone(),
+            every_method: true,
+            backoff: retry.backoff,
+            ..USUAL
+        }),
+        None => said.iter().find_map(|it| it.retries.as_ref()).map_or(Cow::Owned(USUAL), Cow::Borrowed),
+    };
+    Terms {
+        timeouts: Timeouts {
+            request: rule.timeouts.request.or(timeouts.request),
+            backend: rule.timeouts.backend.or(timeouts.backend),
+        },
+        retries,
+        faults: said.iter().find_map(|it| it.faults.as_deref()).unwrap_or_default(),
+    }
+}
+
 /// The pause before the attempt with this number, from 1: what is said for certain, and up to a half more by chance, so
 /// that those who failed together do not come back together.
-pub fn pause(retry: &Retry, attempt: u32, chance: u32) -> Duration {
-    let whole = retry.backoff.saturating_mul(1u32 << attempt.saturating_sub(1).min(16)).min(MAX_PAUSE);
+pub fn pause(backoff: Duration, attempt: u32, chance: u32) -> Duration {
+    let whole = backoff.saturating_mul(1u32 << attempt.saturating_sub(1).min(16)).min(MAX_PAUSE);
     whole + (whole / 2).mul_f64(f64::from(chance) / f64::from(u32::MAX))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::http::{BackendTarget, Filters};
+    use crate::model::http::{BackendTarget, Filters, Retry};
 
     #[test]
     fn shares_are_as_the_weights() {
@@ -52,10 +101,30 @@ mod tests {
 
     #[test]
     fn pauses_grow_and_are_bounded() {
-        let retry = Retry { codes: vec![], attempts: 9, backoff: Duration::from_millis(100) };
-        assert_eq!(pause(&retry, 1, 0), Duration::from_millis(100));
-        assert_eq!(pause(&retry, 1, u32::MAX), Duration::from_millis(150));
-        assert_eq!(pause(&retry, 3, u32::MAX), Duration::from_millis(600));
-        assert_eq!(pause(&retry, 40, 0), MAX_PAUSE);
+        let backoff = Duration::from_millis(100);
+        assert_eq!(pause(backoff, 1, 0), Duration::from_millis(100));
+        assert_eq!(pause(backoff, 1, u32::MAX), Duration::from_millis(150));
+        assert_eq!(pause(backoff, 3, u32::MAX), Duration::from_millis(600));
+        assert_eq!(pause(backoff, 40, 0), MAX_PAUSE);
+    }
+
+    #[test]
+    fn what_a_rule_says_comes_before_what_is_said_of_it_and_that_before_the_service() {
+        let ms = Duration::from_millis;
+        let times = |request| Some(Timeouts { request: Some(ms(request)), backend: None });
+        let retries = |attempts| Some(Retries { attempts, ..USUAL });
+        let service = Traffic { timeouts: times(3), retries: retries(3), ..Traffic::default() };
+        let said = Traffic { timeouts: times(2), ..Traffic::default() };
+        let retry = Some(Retry { codes: vec![503], attempts: 1, backoff: ms(1) });
+        let mut rule = RouteRule { traffic: said, ..RouteRule::default() };
+        let of = |rule: &RouteRule| {
+            let terms = terms(rule, &service);
+            (terms.timeouts.request, terms.retries.attempts, terms.retries.every_method)
+        };
+        assert_eq!(of(&RouteRule::default()), (Some(ms(3)), 3, false));
+        assert_eq!(of(&rule), (Some(ms(2)), 3, false));
+        (rule.timeouts, rule.retry) = (times(1).unwrap(), retry);
+        assert_eq!(of(&rule), (Some(ms(1)), 1, true));
+        assert_eq!(terms(&RouteRule::default(), &Traffic::default()).retries.into_owned(), USUAL);
     }
 }

@@ -7,9 +7,11 @@
 //! | [`matches`] | whether a request is as a match says |
 //! | [`edit`] | headers, paths, redirects, what is told to browsers |
 //! | [`choose`] | which backend gets it, and when it is tried again |
+//! | [`fault`] | what goes wrong with it on purpose |
 
 pub mod choose;
 pub mod edit;
+pub mod fault;
 pub mod matches;
 pub mod table;
 

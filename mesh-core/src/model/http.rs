@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::Name;
+use super::{Name, traffic::Traffic};
 
 /// Most bytes that a compiled pattern may take: a route cannot fill an agent.
 const MAX_PATTERN: usize = 256 * 1024;
@@ -78,6 +78,9 @@ pub struct RouteRule {
     pub retry: Option<Retry>,
     /// Whether later requests of a session go where the first one went.
     pub persistence: Option<Persistence>,
+    /// What policies say of its requests. What the rule itself says comes before it.
+    #[serde(default)]
+    pub traffic: Traffic,
 }
 
 /// What a request has to be: all of it.

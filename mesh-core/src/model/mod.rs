@@ -6,6 +6,7 @@
 pub mod http;
 mod policy;
 mod request;
+pub mod traffic;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -16,6 +17,7 @@ pub use self::policy::{
     PortRangeError, Rule, Selector, Source, Target, Traits,
 };
 pub use self::request::{Asks, HeaderPattern, TextPattern, TextPatternError};
+use self::traffic::Traffic;
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// The label that says in which zone something runs (Kubernetes, "Well-Known Labels").
@@ -167,6 +169,13 @@ pub struct Service {
     pub choice: Choice,
 }
 
+impl Service {
+    /// One of its ports, by what clients ask for.
+    pub fn port(&self, port: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|it| it.port == port)
+    }
+}
+
 /// Which of a service's endpoints a client gets, where it is not all the same.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Choice {
@@ -222,6 +231,9 @@ pub struct ServicePort {
     pub port: u16,
     /// Ready endpoints only.
     pub endpoints: Vec<Endpoint>,
+    /// How requests and connections to it are sent.
+    #[serde(default)]
+    pub traffic: Traffic,
 }
 
 /// One address and port that serves a service: a workload's, or one outside of the mesh.

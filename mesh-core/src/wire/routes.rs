@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, uri::PathAndQuery};
 
-use super::{UNKNOWN, WireError, error, name_from_proto, port_from_proto, proto};
+use super::{UNKNOWN, WireError, error, name_from_proto, port_from_proto, proto, traffic};
 use crate::model::{
     Name,
     http::{
@@ -60,10 +60,11 @@ fn rule_to_proto(rule: &RouteRule) -> proto::RouteRule {
             .into(),
             lifetime: it.lifetime.unwrap_or(0),
         }),
+        traffic: traffic::to_proto(&rule.traffic),
     }
 }
 
-fn millis(duration: Option<Duration>) -> u64 {
+pub(super) fn millis(duration: Option<Duration>) -> u64 {
     duration.map_or(0, |it| u64::try_from(it.as_millis()).unwrap_or(u64::MAX))
 }
 
@@ -94,7 +95,7 @@ fn match_to_proto(it: &RequestMatch) -> proto::RequestMatch {
     }
 }
 
-fn text_to_proto(text: &TextMatch) -> proto::TextMatch {
+pub(super) fn text_to_proto(text: &TextMatch) -> proto::TextMatch {
     use proto::text_match::As;
     proto::TextMatch {
         r#as: Some(match text {
@@ -210,6 +211,7 @@ fn rule_from_proto(key: &str, rule: &proto::RouteRule) -> Result<RouteRule, Wire
         timeouts: Timeouts { request: time(rule.request_timeout_ms), backend: time(rule.backend_timeout_ms) },
         retry: rule.retry.as_ref().map(retry).transpose()?,
         persistence: rule.persistence.as_ref().map(persistence).transpose()?,
+        traffic: traffic::from_proto(key, rule.traffic.as_ref())?,
     })
 }
 
@@ -269,7 +271,11 @@ fn match_from_proto(key: &str, it: &proto::RequestMatch) -> Result<RequestMatch,
     })
 }
 
-fn text_from_proto(key: &str, field: &'static str, text: &proto::TextMatch) -> Result<TextMatch, WireError> {
+pub(super) fn text_from_proto(
+    key: &str,
+    field: &'static str,
+    text: &proto::TextMatch,
+) -> Result<TextMatch, WireError> {
     use proto::text_match::As;
     match text.r#as.as_ref().ok_or_else(|| error(key, field, UNKNOWN))? {
         As::Exact(text) => Ok(TextMatch::Exact(text.clone())),
@@ -336,7 +342,7 @@ fn edits_from_proto(key: &str, edits: Option<&proto::HeaderEdits>) -> Result<Hea
     })
 }
 
-fn header_name(key: &str, field: &'static str, name: &str) -> Result<String, WireError> {
+pub(super) fn header_name(key: &str, field: &'static str, name: &str) -> Result<String, WireError> {
     HeaderName::try_from(name).map_err(|e| error(key, field, e))?;
     Ok(name.to_owned())
 }
@@ -354,7 +360,7 @@ fn path_from_proto(key: &str, field: &'static str, edit: &proto::PathEdit) -> Re
     }
 }
 
-fn status_from_proto(key: &str, field: &'static str, status: u32) -> Result<u16, WireError> {
+pub(super) fn status_from_proto(key: &str, field: &'static str, status: u32) -> Result<u16, WireError> {
     let status = u16::try_from(status).ok().and_then(|it| StatusCode::from_u16(it).ok());
     status.map(|it| it.as_u16()).ok_or_else(|| error(key, field, "no status of HTTP"))
 }

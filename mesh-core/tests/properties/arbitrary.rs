@@ -2,6 +2,8 @@
 //!
 //! Names and addresses come from small sets, so that what is made by chance often matches, collides and selects.
 
+mod traffic;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -178,8 +180,14 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 pub(crate) fn service() -> impl Strategy<Value = Service> {
-    let port = (option::of(word()), port(), vec(endpoint(), 0..4))
-        .prop_map(|(name, port, endpoints)| ServicePort { name: name.unwrap_or_default(), port, endpoints });
+    let port = (option::of(word()), port(), vec(endpoint(), 0..4), traffic::traffic()).prop_map(
+        |(name, port, endpoints, traffic)| ServicePort {
+            name: name.unwrap_or_default(),
+            port,
+            endpoints,
+            traffic,
+        },
+    );
     (name(), vec(address(), 0..3), vec(port, 0..3), choice())
         .prop_map(|(name, addresses, ports, choice)| Service { name, addresses, ports, choice })
 }
@@ -290,9 +298,9 @@ fn route_rule(kind: RouteKind) -> impl Strategy<Value = RouteRule> {
     let by = select(vec![PersistBy::Cookie, PersistBy::Header]);
     let persistence =
         (word(), by, option::of(1u32..9)).prop_map(|(name, by, lifetime)| Persistence { name, by, lifetime });
-    let how = (millis(), millis(), option::of(retry), option::of(persistence));
+    let how = (millis(), millis(), option::of(retry), option::of(persistence), traffic::traffic());
     (word(), vec(request_match(kind), 0..3), filters(), vec(backend, 0..3), how).prop_map(
-        |(name, matches, filters, backends, (request, backend, retry, persistence))| RouteRule {
+        |(name, matches, filters, backends, (request, backend, retry, persistence, traffic))| RouteRule {
             name,
             matches,
             filters,
@@ -300,6 +308,7 @@ fn route_rule(kind: RouteKind) -> impl Strategy<Value = RouteRule> {
             timeouts: Timeouts { request, backend },
             retry,
             persistence,
+            traffic,
         },
     )
 }

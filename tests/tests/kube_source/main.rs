@@ -4,6 +4,7 @@
 
 mod controller;
 mod routes;
+mod traffic;
 
 use std::{fs, path::Path, time::Duration};
 
@@ -216,7 +217,18 @@ fn the_api_server_refuses_what_is_wrong(cluster: &Cluster) {
             "apiVersion: nodemesh.io/v1alpha1\nkind: Workload\nmetadata: {{name: w, namespace: shop}}\nspec: {{{spec}}}\n"
         )
     };
+    let traffic = |spec: &str| {
+        format!(
+            "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: t, namespace: shop}}\nspec: \
+             {{targetRefs: [{{kind: Service, name: web}}], {spec}}}\n"
+        )
+    };
     for (manifest, part) in [
+        (traffic("balancing: {algorithm: Hash}"), "hashBy is for algorithm: Hash"),
+        (traffic("limits: {connections: 1, pending: 1}"), "say how many with requests"),
+        (traffic("faults: [{percent: 1}]"), "one of delay and abort"),
+        (traffic("faults: [{abort: {}}]"), "one of status and grpcStatus"),
+        (traffic("retries: {attempts: 33}"), "spec.retries.attempts"),
         (policy("rules: []"), "spec.action"),
         (policy("action: Audit"), "supported values"),
         (policy("action: Allow, actoin: Deny"), "actoin"),
@@ -314,6 +326,7 @@ fn a_cluster_is_followed_and_stays_in_force_while_its_api_server_is_away() {
     kinds_of_ours_are_followed_once_they_come(&cluster, &controller);
     the_api_server_refuses_what_is_wrong(&cluster);
     routes::are_followed_once_their_kinds_come_and_say_what_became_of_them(&cluster, &controller);
+    traffic::policies_are_looked_up_and_say_what_became_of_them(&cluster, &controller);
     every_example_is_let_in(&cluster);
     a_bad_object_is_refused_alone_and_says_why(&cluster, &controller);
     what_is_in_force_stays_while_the_api_server_is_away(&cluster, &controller);

@@ -1,116 +1,44 @@
 //! To which endpoint a request is sent, and when it is tried again.
 //!
 //! A request that a backend certainly did not take is sent to another endpoint, whatever it is. One that a backend may
-//! have taken is sent again only if the rule says so, or if it is a safe one (RFC 9110, section 9.2.1), and
-//! only as long as such attempts are few beside all requests to the service ([`Budget`]): when everything fails, trying
-//! again makes it worse.
+//! have taken is sent again only if somebody says so, or if it is a safe one (RFC 9110, section 9.2.1), and
+//! only as long as such attempts are few beside all requests to the service ([`mesh_core::balance::Budget`]): when
+//! everything fails, trying again makes it worse.
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{Method, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use mesh_core::{
-    balance::Budget,
-    http::choose,
+    http::choose::{self, Terms},
     identity::SpiffeId,
     model::{
-        Endpoint, Name,
-        http::{BackendTarget, Mirror, RouteRule},
+        Endpoint,
+        http::{BackendTarget, Mirror},
     },
     refusal::Reason,
-    route,
     view::Snapshot,
 };
 
 use super::{
     Asker, Declined,
-    body::{Asking, Body},
+    backends::Backends,
+    body::{Asking, Body, grpc_status},
     exchange::Exchange,
-    upstream::{Unanswered, Used},
+    heads,
+    upstream::{Counted, Unanswered, Used},
 };
 use crate::{balance::Attempt, refusal::Refusal};
-
-/// How often a request that may be made twice is tried again where its rule does not say it.
-const DEFAULT_RETRIES: u32 = 2;
-/// The pause before the first of those; each next one is twice as long.
-const DEFAULT_PAUSE: Duration = Duration::from_millis(25);
-/// Services whose budget is remembered.
-const MAX_BUDGETS: usize = 4096;
-
-/// How many attempts may be made again, by service.
-#[derive(Debug)]
-pub(in super::super) struct Budgets {
-    epoch: Instant,
-    of: Mutex<HashMap<Name, Budget>>,
-}
-
-impl Default for Budgets {
-    fn default() -> Self {
-        Self { epoch: Instant::now(), of: Mutex::default() }
-    }
-}
-
-impl Budgets {
-    fn with<T>(&self, service: &Name, look: impl FnOnce(&mut Budget, Duration) -> T) -> T {
-        let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
-        if of.len() >= MAX_BUDGETS && !of.contains_key(service) {
-            of.clear();
-        }
-        look(of.entry(service.clone()).or_default(), self.epoch.elapsed())
-    }
-}
-
-/// The endpoints that a request may be sent to.
-#[derive(Debug)]
-pub(super) struct Backends {
-    service: Name,
-    untried: Vec<Endpoint>,
-    /// The one of the request's session.
-    session: Option<SocketAddr>,
-}
-
-impl Backends {
-    /// Those of a port of a service, as near to the client as the service wants.
-    pub(super) fn new(
-        view: &Snapshot,
-        asker: &Asker,
-        service: &Name,
-        port: u16,
-        session: Option<SocketAddr>,
-    ) -> Result<Self, Declined> {
-        let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
-        let source = view.workload(&asker.local.name).ok_or_else(|| unready(Reason::ViewMissing))?;
-        let known = view.service(service).ok_or_else(|| unready(Reason::NoEndpoint))?;
-        let untried = route::endpoints(known, port, asker.original.is_ipv4(), source).map_err(unready)?;
-        Ok(Self { service: service.clone(), untried, session })
-    }
-
-    /// One for an attempt; none is asked twice before all were.
-    fn pick(&mut self, asker: &Asker) -> Option<(Endpoint, Attempt)> {
-        let balancer = &asker.node.inner.connector.balancer;
-        let of_session = |it: &Endpoint| Some(SocketAddr::new(it.address, it.port)) == self.session;
-        if let Some(at) = self.untried.iter().position(of_session) {
-            let endpoint = self.untried.swap_remove(at);
-            let (_, attempt) = balancer.pick(&[&endpoint])?;
-            return Some((endpoint, attempt));
-        }
-        let (at, attempt) = balancer.pick(&self.untried.iter().collect::<Vec<_>>())?;
-        Some((self.untried.swap_remove(at), attempt))
-    }
-}
 
 /// A request that is being sent.
 pub(super) struct Attempts<'a> {
     pub(super) asker: &'a Arc<Asker>,
     pub(super) view: &'a Snapshot,
     pub(super) own: &'a Arc<SpiffeId>,
-    pub(super) rule: &'a RouteRule,
-    pub(super) backends: Backends,
+    pub(super) terms: &'a Terms<'a>,
+    /// How long it was held up on purpose, which counts as a part of its time.
+    pub(super) delayed: Duration,
+    pub(super) backends: Backends<'a>,
     pub(super) head: Request<()>,
     pub(super) body: Asking,
 }
@@ -124,14 +52,16 @@ enum Tried {
 }
 
 impl Attempts<'_> {
-    /// Sends it until there is an answer to keep, within the rule's times.
+    /// Sends it until there is an answer to keep, within its times.
     pub(super) async fn run(
         &mut self,
         exchange: &mut Exchange,
     ) -> Result<(Response<Incoming>, Used, SocketAddr), Declined> {
         let late = || Declined::new(StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout);
-        match self.rule.timeouts.request {
+        let limit = self.terms.timeouts.request.map(|limit| limit.saturating_sub(self.delayed));
+        match limit {
             None => Box::pin(self.attempts(exchange)).await,
+            Some(Duration::ZERO) => Err(late()),
             Some(limit) => match tokio::time::timeout(limit, Box::pin(self.attempts(exchange))).await {
                 Ok(result) => result,
                 Err(_) => Err(late()),
@@ -143,17 +73,16 @@ impl Attempts<'_> {
         &mut self,
         exchange: &mut Exchange,
     ) -> Result<(Response<Incoming>, Used, SocketAddr), Declined> {
-        let limits = *self.asker.node.limits();
-        let budgets = &self.asker.node.inner.budgets;
-        let service = self.backends.service.clone();
-        budgets.with(&service, Budget::asked);
-        let all = self.backends.untried.clone();
+        let connector = &self.asker.node.inner.connector;
+        let to = self.backends.to().clone();
+        connector.underway.asked(&to, &self.terms.retries.budget);
+        let place = self.backends.place().await.map_err(|refusal| {
+            connector.metrics.limit_hit("requests");
+            Declined::new(StatusCode::SERVICE_UNAVAILABLE, refusal)
+        })?;
         let (mut unsent, mut again) = (0, 0);
         loop {
-            if self.backends.untried.is_empty() {
-                self.backends.untried.clone_from(&all);
-            }
-            let Some((endpoint, attempt)) = self.backends.pick(self.asker) else {
+            let Some((endpoint, attempt)) = self.backends.pick(&connector.balancer) else {
                 return Err(Declined::new(StatusCode::SERVICE_UNAVAILABLE, Reason::NoEndpoint));
             };
             exchange.tried(&endpoint);
@@ -161,8 +90,10 @@ impl Attempts<'_> {
                 Tried::Answered(answered) => {
                     let (response, used) = *answered;
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
-                    if !self.wants_other(response.status()) || !self.may_again(&mut again, &service) {
-                        return Ok((response, used.counting(attempt), to));
+                    if !self.wants_other(&response) || !self.may_again(&mut again) {
+                        let (service, metrics) = (self.backends.service().clone(), connector.metrics.clone());
+                        let counted = Counted { attempt, _place: place, service, metrics };
+                        return Ok((response, used.counting(counted), to));
                     }
                     self.pause(again).await;
                     continue;
@@ -170,18 +101,22 @@ impl Attempts<'_> {
                 Tried::NotSent(refusal) => {
                     attempt.failed();
                     unsent += 1;
-                    if unsent < limits.endpoint_attempts && (unsent < all.len()) {
+                    if unsent < connector.limits.endpoint_attempts && unsent < self.backends.count() {
                         continue;
                     }
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
                 }
                 Tried::Broke(refusal) => {
                     attempt.failed();
+                    self.ended(&attempt, true);
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
                 }
-                Tried::Late => (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into()),
+                Tried::Late => {
+                    self.ended(&attempt, true);
+                    (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into())
+                }
             };
-            if !self.may_again(&mut again, &service) {
+            if !self.may_again(&mut again) {
                 return Err(Declined::new(status, refusal));
             }
             self.pause(again).await;
@@ -196,7 +131,7 @@ impl Attempts<'_> {
         let request = again(&self.head, body);
         let asking = self.asker.asking(self.own, self.view);
         let sent = self.asker.node.inner.upstreams.send(asking, endpoint, request);
-        let sent = match self.rule.timeouts.backend {
+        let sent = match self.terms.timeouts.backend {
             None => Box::pin(sent).await,
             Some(limit) => match tokio::time::timeout(limit, Box::pin(sent)).await {
                 Ok(sent) => sent,
@@ -206,6 +141,11 @@ impl Attempts<'_> {
         match sent {
             Ok((response, used)) => {
                 attempt.connected();
+                // Of a call the end is said at its end, unless that is here.
+                let status = grpc_status(response.headers());
+                if status.is_some() || !heads::is_grpc(response.headers()) {
+                    self.ended(attempt, has_failed(response.status(), status));
+                }
                 Tried::Answered(Box::new((response, used)))
             }
             Err(Unanswered::NotSent(request, refusal)) => {
@@ -216,38 +156,41 @@ impl Attempts<'_> {
         }
     }
 
-    /// Whether the rule wants another answer than one with this status.
-    fn wants_other(&self, status: StatusCode) -> bool {
-        self.rule.retry.as_ref().is_some_and(|retry| retry.codes.contains(&status.as_u16()))
+    /// What an endpoint took has ended.
+    fn ended(&self, attempt: &Attempt, failed: bool) {
+        if attempt.answered(failed) {
+            self.asker.node.inner.connector.metrics.ejected(self.backends.service());
+        }
+    }
+
+    /// Whether another answer than this one is wanted.
+    fn wants_other(&self, response: &Response<Incoming>) -> bool {
+        let retries = &self.terms.retries;
+        let said = grpc_status(response.headers());
+        retries.codes.contains(&response.status().as_u16())
+            || said.is_some_and(|status| retries.grpc_codes.contains(&status))
     }
 
     /// Whether the request may be sent once more, which is counted.
-    fn may_again(&self, again: &mut u32, service: &Name) -> bool {
-        let most = match &self.rule.retry {
-            Some(retry) => retry.attempts,
-            None if may_be_made_twice(self.head.method()) => DEFAULT_RETRIES,
-            None => 0,
-        };
-        if !self.body.is_kept() || *again >= most {
+    fn may_again(&self, again: &mut u32) -> bool {
+        let retries = &self.terms.retries;
+        // PUT and DELETE are idempotent by the book, and not in every server.
+        let may = retries.every_method || self.head.method().is_safe();
+        if !may || !self.body.is_kept() || *again >= retries.attempts {
             return false;
         }
-        let node = &self.asker.node.inner;
-        if !node.budgets.with(service, Budget::take) {
-            node.connector.metrics.limit_hit("retries");
+        let connector = &self.asker.node.inner.connector;
+        if !connector.underway.may_again(self.backends.to(), &retries.budget) {
+            connector.metrics.limit_hit("retries");
             return false;
         }
+        connector.metrics.tried_again(self.backends.service());
         *again += 1;
         true
     }
 
     async fn pause(&self, attempt: u32) {
-        let usual = mesh_core::model::http::Retry {
-            codes: vec![],
-            attempts: DEFAULT_RETRIES,
-            backoff: DEFAULT_PAUSE,
-        };
-        let retry = self.rule.retry.as_ref().unwrap_or(&usual);
-        tokio::time::sleep(choose::pause(retry, attempt, rand::random())).await;
+        tokio::time::sleep(choose::pause(self.terms.retries.backoff, attempt, rand::random())).await;
     }
 
     /// Sends copies where the rule wants them, and throws their answers away. Only what is kept can be copied.
@@ -258,15 +201,15 @@ impl Attempts<'_> {
                 self.asker.node.inner.connector.metrics.limit_hit("mirrored_body");
                 continue;
             }
-            let Ok(mut backends) = Backends::new(self.view, self.asker, service, *port, None) else {
-                continue;
-            };
+            let to = Backends::new(self.view, self.asker, (service, *port), None, self.head.headers());
+            let balancer = &self.asker.node.inner.connector.balancer;
+            let Some((endpoint, attempt)) = to.ok().and_then(|mut to| to.pick(balancer)) else { continue };
             let Some(body) = self.body.next() else { continue };
             let request = again(&self.head, body);
             let (asker, own) = (self.asker.clone(), self.own.clone());
             self.asker.node.drain().spawn(async move {
                 let Ok(view) = asker.node.view() else { return };
-                let Some((endpoint, _attempt)) = backends.pick(&asker) else { return };
+                let _attempt = attempt;
                 let asking = asker.asking(&own, &view);
                 let sent = Box::pin(asker.node.inner.upstreams.send(asking, &endpoint, request));
                 let read = async {
@@ -300,7 +243,8 @@ fn again(head: &Request<()>, body: Body) -> Request<Body> {
     request
 }
 
-/// Safe methods alone (RFC 9110, section 9.2.1): PUT and DELETE are idempotent by the book, and not in every server.
-fn may_be_made_twice(method: &Method) -> bool {
-    method.is_safe()
+/// Whether an answer means that its endpoint fails: what of the statuses of gRPC is as the 500s of HTTP (UNKNOWN, INTERNAL,
+/// UNAVAILABLE, DATA_LOSS).
+pub(super) fn has_failed(status: StatusCode, grpc_status: Option<u16>) -> bool {
+    status.is_server_error() || matches!(grpc_status, Some(2 | 13 | 14 | 15))
 }

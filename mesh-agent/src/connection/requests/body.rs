@@ -7,11 +7,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 
-use super::{exchange::Exchange, upstream::Used};
+use super::{attempts::has_failed, exchange::Exchange, upstream::Used};
 
 /// Most bytes of a request that are kept to be sent again: 64 KiB.
 const MOST_KEPT: usize = 64 * 1024;
@@ -63,6 +63,9 @@ impl Answer {
             self.exchange.received(data.len());
         }
         if let Some(trailers) = frame.trailers_ref() {
+            if let (Some(status), Some(used)) = (grpc_status(trailers), &self.used) {
+                used.ended(has_failed(StatusCode::OK, Some(status)));
+            }
             self.exchange.trailers(trailers);
         }
     }
@@ -83,7 +86,8 @@ impl HttpBody for Body {
                 let frame = ready!(Pin::new(&mut answer.body).poll_frame(cx));
                 match &frame {
                     Some(Ok(frame)) => answer.take_in(frame),
-                    Some(Err(_)) => {}
+                    // The endpoint broke it off: an error of the client's is none of this body's.
+                    Some(Err(_)) => answer.used.iter().for_each(|used| used.ended(true)),
                     None => answer.ended(),
                 }
                 if answer.body.is_end_stream() && matches!(frame, Some(Ok(_))) {

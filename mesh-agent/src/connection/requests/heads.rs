@@ -4,7 +4,8 @@
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Version,
     header::{
-        CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, PROXY_AUTHENTICATE, TE, TRANSFER_ENCODING, UPGRADE,
+        CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, PROXY_AUTHENTICATE, TE, TRANSFER_ENCODING,
+        UPGRADE,
     },
     uri::Authority,
 };
@@ -103,7 +104,14 @@ pub(super) fn rewrite<B>(
     }
 }
 
-/// Whether a request is a call of gRPC, which is answered in gRPC's way (gRPC over HTTP/2, "Requests").
+/// The first cookie of this name (RFC 6265, section 4.2).
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let texts = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let mut pairs = texts.flat_map(|text| text.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(of, _)| *of == name).map(|(_, value)| value)
+}
+
+/// Whether it is a call of gRPC, which is answered in gRPC's way, or the answer to one (gRPC over HTTP/2, "Requests").
 pub(in crate::connection) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }

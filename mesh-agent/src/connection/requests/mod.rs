@@ -5,7 +5,9 @@
 //! |---|---|
 //! | `heads` | what of a head is of one hop, and what is no request that can be read in one way only |
 //! | `body` | bodies, as they pass |
-//! | `attempts` | to which endpoint a request is sent, and when it is tried again |
+//! | `faults` | what goes wrong with a request on purpose |
+//! | `backends` | the endpoints that a request may be sent to, and by what one is chosen |
+//! | `attempts` | to which of them it is sent, and when it is tried again |
 //! | `session` | requests of a session go where its first one went |
 //! | `upstream` | connections to backends |
 //! | `stream` | a lease, or a socket, as a stream of bytes |
@@ -17,8 +19,10 @@
 //! service that was asked for.
 
 mod attempts;
+mod backends;
 pub(super) mod body;
 pub(super) mod exchange;
+mod faults;
 pub(super) mod heads;
 mod session;
 pub(super) mod stream;
@@ -49,11 +53,13 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub(super) use self::{attempts::Budgets, upstream::Upstreams};
+pub(super) use self::upstream::Upstreams;
 use self::{
-    attempts::{Attempts, Backends},
+    attempts::Attempts,
+    backends::Backends,
     body::{Asking, Body},
     exchange::{Ends, Exchange},
+    faults::Befallen,
     stream::Socket,
 };
 use super::{Accepted, Node, wants};
@@ -64,6 +70,7 @@ use crate::{
     metrics::Direction,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
+    underway,
 };
 
 /// How long a client may take for a head, and be silent between two requests: longer than servers usually allow, so that
@@ -83,19 +90,28 @@ const WINDOW: u32 = 1 << 20;
 pub(super) struct Routed {
     service: Name,
     port: u16,
-    _admission: Admission,
+    /// Among the workload's connections, and among those to the service where a policy says how many there may be.
+    _admission: (Admission, Option<underway::Connection>),
     _held: Option<wants::Held>,
 }
 
 impl Routed {
-    /// The service that is asked for, if requests to it are routed; it need not have endpoints of its own.
+    /// The service that is asked for, if requests to it are read: for routes, or for what a policy says of them. It need not
+    /// have endpoints of its own.
     pub(super) fn service(view: &Snapshot, destination: SocketAddr, local: &Local) -> Option<Name> {
         let Some(Owner::Service(service)) = view.owner(destination.ip()) else { return None };
-        let routed = view.table(&service.name, destination.port(), &local.name.namespace).is_some();
-        routed.then(|| service.name.clone())
+        let port = destination.port();
+        let routed = view.table(&service.name, port, &local.name.namespace).is_some();
+        let is_read = routed || service.port(port).is_some_and(|it| it.traffic.reads_requests);
+        is_read.then(|| service.name.clone())
     }
 
-    pub(super) fn new(service: Name, port: u16, admission: Admission, held: Option<wants::Held>) -> Self {
+    pub(super) fn new(
+        service: Name,
+        port: u16,
+        admission: (Admission, Option<underway::Connection>),
+        held: Option<wants::Held>,
+    ) -> Self {
         Self { service, port, _admission: admission, _held: held }
     }
 }
@@ -319,11 +335,20 @@ async fn tell(
             exchange.falls_under(chosen);
             (chosen.rule, chosen.path)
         }
-        // The routes have gone while the connection lived.
+        // There are none, or they have gone while the connection lived.
         None => (&own_rule, &any_path),
     };
 
+    // How is it sent, and what goes wrong with it on purpose?
+    let asked_for = view.service(&asker.service).and_then(|it| it.port(asker.port));
+    let terms = choose::terms(rule, asked_for.map_or(backends::NOTHING, |it| &it.traffic));
+    let delayed = match faults::befall(asker, &terms, request.headers(), exchange).await {
+        Befallen::Goes(delayed) => delayed,
+        Befallen::Ends(response) => return Ok(Answered::Here(response)),
+    };
+
     // Is it answered here?
+    let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
     let cors = rule.filters.cors.as_ref();
     if let Some(cors) = cors
         && edit::browser(&asked) == edit::Browser::Preflight
@@ -373,8 +398,9 @@ async fn tell(
     })?;
 
     // The way there and the answer's head, as often as the rule says.
-    let backends = Backends::new(&view, asker, service, *port, session)?;
-    let mut attempts = Attempts { asker, view: &view, own, rule, backends, head, body };
+    let backends = Backends::new(&view, asker, (service, *port), session, head.headers())?;
+    let (terms, view) = (&terms, &*view);
+    let mut attempts = Attempts { asker, view, own, terms, delayed, backends, head, body };
     attempts.mirror([&rule.filters, &backend.filters].into_iter().flat_map(|it| &it.mirrors));
     let (response, used, endpoint) = attempts.run(exchange).await?;
 
@@ -481,16 +507,13 @@ fn said(status: StatusCode, grpc: bool) -> Response<Body> {
     if grpc {
         // gRPC, "HTTP to gRPC Status Code Mapping", and DEADLINE_EXCEEDED for a time that is over.
         let code = match status {
-            StatusCode::BAD_REQUEST => "13",
-            StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => "12",
-            StatusCode::GATEWAY_TIMEOUT => "4",
-            StatusCode::FORBIDDEN => "7",
-            _ => "14",
+            StatusCode::BAD_REQUEST => 13,
+            StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
+            StatusCode::GATEWAY_TIMEOUT => 4,
+            StatusCode::FORBIDDEN => 7,
+            _ => 14,
         };
-        let mut response = empty(StatusCode::OK);
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        response.headers_mut().insert("grpc-status", HeaderValue::from_static(code));
-        return response;
+        return faults::call_ended(code);
     }
     let text = status.canonical_reason().unwrap_or_default();
     let mut response = Response::new(Body::Whole(Some(Bytes::from_static(text.as_bytes()))));

@@ -6,22 +6,16 @@
 use std::net::SocketAddr;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use http::{
-    HeaderMap, HeaderName, HeaderValue,
-    header::{COOKIE, SET_COOKIE},
-};
+use http::{HeaderMap, HeaderName, HeaderValue, header::SET_COOKIE};
 use mesh_core::model::http::{PersistBy, Persistence};
+
+use super::heads;
 
 /// The endpoint of the session that a request is of.
 pub(super) fn of(persistence: &Persistence, headers: &HeaderMap) -> Option<SocketAddr> {
     let value = match persistence.by {
         PersistBy::Header => headers.get(persistence.name.as_str())?.to_str().ok()?,
-        PersistBy::Cookie => {
-            let texts = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
-            let mut pairs =
-                texts.flat_map(|text| text.split(';')).filter_map(|pair| pair.trim().split_once('='));
-            pairs.find(|(name, _)| *name == persistence.name)?.1
-        }
+        PersistBy::Cookie => heads::cookie(headers, &persistence.name)?,
     };
     let bytes = BASE64_URL_SAFE_NO_PAD.decode(value).ok()?;
     std::str::from_utf8(&bytes).ok()?.parse().ok()
@@ -44,6 +38,8 @@ pub(super) fn begin(persistence: &Persistence, endpoint: SocketAddr, headers: &m
 
 #[cfg(test)]
 mod tests {
+    use http::header::COOKIE;
+
     use super::*;
 
     #[test]

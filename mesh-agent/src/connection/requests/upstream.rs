@@ -21,7 +21,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{
     identity::SpiffeId,
-    model::Endpoint,
+    model::{Endpoint, Name},
     refusal::Reason,
     route::{self, Reached},
     view::Snapshot,
@@ -36,10 +36,11 @@ use crate::{
     balance::Attempt,
     connect::{Ask, Miss},
     local::Local,
-    metrics::Direction,
+    metrics::{Direction, Metrics},
     record::Entry,
     refusal::Refusal,
     trust::Led,
+    underway::Place,
 };
 
 /// Idle connections for one workload to one endpoint.
@@ -116,8 +117,18 @@ pub(in crate::connection) struct Used {
     sender: Option<Sender>,
     key: Key,
     upstreams: Arc<Upstreams>,
-    /// Counts as a load of its endpoint until the answer has ended.
-    _attempt: Option<Attempt>,
+    counted: Option<Counted>,
+}
+
+/// What an answer counts as until it has ended.
+#[derive(Debug)]
+pub(super) struct Counted {
+    /// A load of its endpoint.
+    pub(super) attempt: Attempt,
+    /// One of the requests to the service, where a policy says how many there may be.
+    pub(super) _place: Option<Place>,
+    pub(super) service: Name,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 /// Who asks.
@@ -173,7 +184,7 @@ impl Upstreams {
                 Ok((response, sender)) => {
                     return Ok((
                         response,
-                        Used { sender: Some(sender), key, upstreams: self.clone(), _attempt: None },
+                        Used { sender: Some(sender), key, upstreams: self.clone(), counted: None },
                     ));
                 }
                 // One that was closed while it was idle: the next one may be open, and a new one is.
@@ -291,9 +302,18 @@ impl Sender {
 }
 
 impl Used {
-    /// The same, which counts as a load of its endpoint.
-    pub(super) fn counting(self, attempt: Attempt) -> Self {
-        Self { _attempt: Some(attempt), ..self }
+    /// The same, which counts until its end.
+    pub(super) fn counting(self, counted: Counted) -> Self {
+        Self { counted: Some(counted), ..self }
+    }
+
+    /// The answer has ended, as its endpoint's success or failure.
+    pub(super) fn ended(&self, failed: bool) {
+        if let Some(Counted { attempt, service, metrics, .. }) = &self.counted
+            && attempt.answered(failed)
+        {
+            metrics.ejected(service);
+        }
     }
 
     /// The answer has ended well: another request can be sent.

@@ -20,6 +20,7 @@ const QUESTIONS: [(&str, &[&str]); 2] = [
             "/api/v1/services",
             "/api/v1/policies",
             "/api/v1/routes",
+            "/api/v1/traffic",
             "/api/v1/certificates",
             "/api/v1/views",
             "/api/v1/config",

@@ -14,8 +14,8 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use mesh_controller::admin::answer::{
-    AgentState, Certificates, Connections, LogLevel, PolicyRow, RouteRow, ServiceRow, Status, Why,
-    WorkloadRow,
+    AgentState, Certificates, Connections, LogLevel, PolicyRow, RouteRow, ServiceRow, Status, TrafficRow,
+    Why, WorkloadRow,
 };
 use mesh_core::model::Name;
 use serde::Serialize;
@@ -171,6 +171,8 @@ enum What {
     Policies,
     /// Routes of requests, the services that they are in force for, and where they lead.
     Routes,
+    /// Policies on how requests and connections are sent, and what they are in force for.
+    Traffic,
     /// The certificates that agents hold, and the roots that they lead to.
     Certificates,
     /// The roots that are trusted, and how many certificates lead to each.
@@ -254,6 +256,11 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Get { what: What::Routes, .. } => {
             print(cli.output, &ask()?.get::<Vec<RouteRow>>("/api/v1/routes", &[])?, |it| show::routes(it))?;
+        }
+        Command::Get { what: What::Traffic, .. } => {
+            print(cli.output, &ask()?.get::<Vec<TrafficRow>>("/api/v1/traffic", &[])?, |it| {
+                show::traffic(it)
+            })?;
         }
         Command::Why { source, destination, request, headers } => {
             let headers = headers.join("\n");

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
     AgentRow, AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow,
-    Root, RouteRow, ServiceRow, Status, Why, WorkloadRow,
+    Root, RouteRow, ServiceRow, Status, TrafficRow, Why, WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -224,6 +224,21 @@ pub(crate) fn routes(rows: &[RouteRow]) -> String {
         [row.name.clone(), row.kind.clone(), parents.join("\n"), rules, row.broken.join("\n")]
     });
     table(["ROUTE", "KIND", "SERVICES", "RULES", "LEADS NOWHERE"], rows)
+}
+
+pub(crate) fn traffic(rows: &[TrafficRow]) -> String {
+    let rows = rows.iter().map(|row| {
+        let targets: Vec<String> = row
+            .targets
+            .iter()
+            .map(|it| match it.accepted {
+                true => it.target.clone(),
+                false => format!("{}: {}, {}", it.target, it.reason, it.says),
+            })
+            .collect();
+        [row.name.clone(), targets.join("\n"), row.says.join("\n")]
+    });
+    table(["POLICY", "FOR", "SAYS"], rows)
 }
 
 pub(crate) fn why(why: &Why) -> String {

@@ -250,6 +250,7 @@ fn everything(client: &Client) -> Events {
         follow::<EndpointSlice>(client, Followed::Slices),
         follow_defined(client, Followed::Workloads, Kind::Workload),
         follow_defined(client, Followed::Policies, Kind::AuthorizationPolicy),
+        follow_defined(client, Followed::Traffic, Kind::TrafficPolicy),
         follow_defined(client, Followed::HttpRoutes, Kind::HttpRoute),
         follow_defined(client, Followed::GrpcRoutes, Kind::GrpcRoute),
         follow_defined(client, Followed::Grants, Kind::ReferenceGrant),

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use super::{
     documents,
-    status::{Standing, Subject},
+    status::{Became, Standing, Subject},
 };
 use crate::{
     conditions::{self, Conditions, PodCondition},
@@ -28,6 +28,7 @@ use crate::{
         ledger::{FileContent, Ledger},
         manifest::SERVICE_NAME,
     },
+    traffic,
 };
 
 /// Namespace, empty for a Namespace itself, and name.
@@ -43,13 +44,14 @@ pub(super) enum Followed {
     Slices,
     Workloads,
     Policies,
+    Traffic,
     HttpRoutes,
     GrpcRoutes,
     Grants,
 }
 
 impl Followed {
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Nodes,
         Self::Namespaces,
         Self::Pods,
@@ -57,6 +59,7 @@ impl Followed {
         Self::Slices,
         Self::Workloads,
         Self::Policies,
+        Self::Traffic,
         Self::HttpRoutes,
         Self::GrpcRoutes,
         Self::Grants,
@@ -72,6 +75,7 @@ impl Followed {
             Self::Slices => "endpointslices",
             Self::Workloads => "workloads",
             Self::Policies => "authorizationpolicies",
+            Self::Traffic => "trafficpolicies",
             Self::HttpRoutes => "httproutes",
             Self::GrpcRoutes => "grpcroutes",
             Self::Grants => "referencegrants",
@@ -83,6 +87,7 @@ impl Followed {
         match self {
             Self::Workloads => Some(Kind::Workload),
             Self::Policies => Some(Kind::AuthorizationPolicy),
+            Self::Traffic => Some(Kind::TrafficPolicy),
             Self::HttpRoutes => Some(Kind::HttpRoute),
             Self::GrpcRoutes => Some(Kind::GrpcRoute),
             Self::Grants => Some(Kind::ReferenceGrant),
@@ -403,23 +408,39 @@ impl Objects {
         for one in ledger.refused() {
             refused.entry(one.file.as_path()).or_default().push(one);
         }
-        let outcomes = self.outcomes(ledger);
+        let (routes, traffic) = (self.routes(ledger), self.traffic(ledger));
         let all = self.listed.iter().flat_map(|(of, listed)| listed.things.iter().map(|it| (*of, it)));
         let standing = |(of, (key, thing)): (Followed, (&Key, &Thing))| {
             let Thing::Subject(_, subject) = thing else { return None };
             let problems = refused.get(of.file(key).as_path()).map_or(&[][..], Vec::as_slice);
-            let outcome = of.route().and_then(|kind| outcomes.get(&(kind, Name::new(&key.0, &key.1))));
-            Some(Standing::new(Subject::clone(subject), problems, outcome))
+            let name = Name::new(&key.0, &key.1);
+            let became = match (of, of.route()) {
+                (Followed::Traffic, _) => traffic.get(&name).map(Became::Traffic),
+                (_, Some(kind)) => routes.get(&(kind, name)).map(Became::Route),
+                _ => None,
+            };
+            Some(Standing::new(Subject::clone(subject), problems, became))
         };
         all.filter_map(standing).collect()
     }
 
+    fn has(&self, of: Followed) -> bool {
+        self.listed.get(&of).is_some_and(|it| !it.things.is_empty())
+    }
+
+    /// What became of the policies on traffic.
+    fn traffic(&self, ledger: &Ledger) -> BTreeMap<Name, traffic::Outcome> {
+        if !self.has(Followed::Traffic) {
+            return BTreeMap::new();
+        }
+        let matters =
+            |it: &&Object| matches!(it, Object::Service(_) | Object::Route(_) | Object::TrafficPolicy(_));
+        traffic::resolve(&ledger.objects().filter(matters).collect()).outcomes
+    }
+
     /// What became of the routes.
-    fn outcomes(&self, ledger: &Ledger) -> BTreeMap<(RouteKind, Name), Outcome> {
-        let has = |of: &Followed| {
-            of.route().is_some() && self.listed.get(of).is_some_and(|it| !it.things.is_empty())
-        };
-        if !Followed::ALL.iter().any(has) {
+    fn routes(&self, ledger: &Ledger) -> BTreeMap<(RouteKind, Name), Outcome> {
+        if !Followed::ALL.into_iter().any(|of| of.route().is_some() && self.has(of)) {
             return BTreeMap::new();
         }
         let matters =

@@ -32,6 +32,7 @@ use crate::{
     model::Kind,
     routes::Outcome,
     source::{Presence, Refused},
+    traffic,
 };
 
 /// Who writes, to the API server.
@@ -98,15 +99,30 @@ enum Told {
     Route(Vec<(usize, Vec<Verdict>)>),
 }
 
+/// What became of an object that refers to others.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Became<'a> {
+    /// Of a route.
+    Route(&'a Outcome),
+    /// Of a policy on traffic.
+    Traffic(&'a traffic::Outcome),
+}
+
 impl Standing {
-    /// `problems`: all that was said of its document. `outcome`: what became of it as a route.
-    pub(super) fn new(subject: Subject, problems: &[&Refused], outcome: Option<&Outcome>) -> Self {
-        let told = match &subject.said {
-            Said::Route(attached) => Told::Route(attached.verdicts(problems, outcome)),
-            Said::Conditions(_) if problems.is_empty() => {
+    /// `problems`: all that was said of its document.
+    pub(super) fn new(subject: Subject, problems: &[&Refused], became: Option<Became<'_>>) -> Self {
+        let told = match (&subject.said, became) {
+            (Said::Route(attached), Some(Became::Route(outcome))) => {
+                Told::Route(attached.verdicts(problems, Some(outcome)))
+            }
+            (Said::Route(attached), _) => Told::Route(attached.verdicts(problems, None)),
+            (Said::Conditions(_), _) if !problems.is_empty() => {
+                Told::Own(Verdict::refused("Invalid", problems))
+            }
+            (Said::Conditions(_), Some(Became::Traffic(outcome))) => Told::Own(of_traffic(outcome)),
+            (Said::Conditions(_), _) => {
                 Told::Own(Verdict::new(ACCEPTED, true, "Accepted", "It is in force."))
             }
-            Said::Conditions(_) => Told::Own(Verdict::refused("Invalid", problems)),
         };
         Self { subject, told }
     }
@@ -141,6 +157,17 @@ impl Standing {
     fn kind(&self) -> Kind {
         self.subject.of.defined().expect("only kinds that somebody defined have standings")
     }
+}
+
+/// Whether a policy is in force for all that it is for, and if not, for what and why.
+fn of_traffic(outcome: &traffic::Outcome) -> Verdict {
+    let not = outcome.targets.iter().filter_map(|(target, why)| Some((target, why.as_ref()?)));
+    let says: Vec<String> = not.clone().map(|(target, why)| format!("{target}: {why}.")).collect();
+    let Some((_, first)) = not.into_iter().next() else {
+        return Verdict::new(ACCEPTED, true, "Accepted", "It is in force.");
+    };
+    let rest = "Whatever else it says is in force.";
+    Verdict::new(ACCEPTED, false, first.reason(), &format!("{} {rest}", says.join(" ")))
 }
 
 impl fmt::Display for Standing {

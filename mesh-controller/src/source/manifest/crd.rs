@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Value, json};
 
-use super::{policy::RawPolicy, workload::RawWorkload};
+use super::{policy::RawPolicy, traffic::RawTrafficPolicy, workload::RawWorkload};
 use crate::model::Kind;
 
 /// A column that `kubectl get` prints: name, type, where it is; only with `-o wide` if it is of the second rank.
@@ -20,7 +20,7 @@ const MESSAGE: Column = ("Message", "string", ".status.conditions[?(@.type==\"Ac
 const AGE: Column = ("Age", "date", ".metadata.creationTimestamp", 0);
 
 /// The definition of each kind of ours, with the name of its file.
-fn definitions() -> [(&'static str, Value); 2] {
+fn definitions() -> [(&'static str, Value); 3] {
     [
         definition::<RawPolicy>(
             Kind::AuthorizationPolicy,
@@ -32,6 +32,11 @@ fn definitions() -> [(&'static str, Value); 2] {
                 AGE,
                 MESSAGE,
             ],
+        ),
+        definition::<RawTrafficPolicy>(
+            Kind::TrafficPolicy,
+            ("trafficpolicies", "trafficpolicy", "meshtraffic"),
+            &[("Target", "string", ".spec.targetRefs[0].name", 0), ACCEPTED, AGE, MESSAGE],
         ),
         definition::<RawWorkload>(
             Kind::Workload,

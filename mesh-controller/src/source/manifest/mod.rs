@@ -10,6 +10,7 @@
 //! | [`policy`] | authorization policies |
 //! | [`asks`] | what they say of requests |
 //! | [`route`] | routes of requests, and who may send some to whom |
+//! | [`traffic`] | how requests and connections are sent |
 //! | [`check`] | what is checked the same way in all of them |
 //!
 //! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
@@ -22,6 +23,7 @@ mod policy;
 mod route;
 mod service;
 mod slice;
+mod traffic;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -78,6 +80,7 @@ pub fn parse(document: &Document<'_>) -> Outcome {
         Kind::Service => document.typed(&tree).map(|raw| check.service(raw)),
         Kind::EndpointSlice => document.typed(&tree).map(|raw| check.slice(raw)),
         Kind::AuthorizationPolicy => document.typed(&tree).map(|raw| check.policy(raw)),
+        Kind::TrafficPolicy => document.typed(&tree).map(|raw| check.traffic_policy(raw)),
         Kind::HttpRoute => document.typed(&tree).map(|raw| check.http_route(raw)),
         Kind::GrpcRoute => document.typed(&tree).map(|raw| check.grpc_route(raw)),
         Kind::ReferenceGrant => document.typed(&tree).map(|raw| check.grant(raw)),

@@ -240,7 +240,7 @@ impl Check<'_> {
     }
 
     /// The name of a header or a parameter: a token (RFC 9110, section 5.6.2).
-    pub(super) fn field_name(&mut self, field: &str, name: &str) {
+    pub(in crate::source::manifest) fn field_name(&mut self, field: &str, name: &str) {
         if !is_token(name) || name.len() > MAX_FIELD_NAME {
             let shown: String = name.chars().take(100).collect();
             let cure = format!("use up to {MAX_FIELD_NAME} letters, digits and any of !#$%&'*+-.^_`|~");
@@ -248,7 +248,7 @@ impl Check<'_> {
         }
     }
 
-    pub(super) fn no_longer(&mut self, field: &str, text: &str, longest: usize) {
+    pub(in crate::source::manifest) fn no_longer(&mut self, field: &str, text: &str, longest: usize) {
         let length = text.chars().count();
         if length > longest {
             let cure = format!("shorten it: at most {longest} are taken");

@@ -21,14 +21,16 @@ use k8s_openapi::jiff::Timestamp;
 use mesh_core::model::{
     Name,
     http::{PathEdit, PathMatch, Pattern, RouteKind, RouteRule, TextMatch, ValueMatch},
+    traffic::Traffic,
 };
 use serde::Deserialize;
 
+pub(super) use self::times::RawTimeouts;
 use self::{
     backends::RawBackend,
     filters::RawFilter,
     matches::{RawCall, RawMatch},
-    times::{RawRetry, RawSession, RawTimeouts},
+    times::{RawRetry, RawSession},
 };
 use super::{Raw, RawMetadata, check::Check};
 use crate::{
@@ -137,7 +139,7 @@ impl Check<'_> {
     }
 
     /// `metadata.creationTimestamp`, seconds since 1970.
-    fn created(&mut self, metadata: &RawMetadata) -> i64 {
+    pub(super) fn created(&mut self, metadata: &RawMetadata) -> i64 {
         self.our_labels(&metadata.labels, &[]);
         let Some(text) = &metadata.creation_timestamp else { return 0 };
         match text.parse::<Timestamp>() {
@@ -224,6 +226,8 @@ impl Check<'_> {
             timeouts: self.timeouts(&format!("{at}.timeouts"), raw.timeouts),
             retry: raw.retry.map(|raw| self.retry(&format!("{at}.retry"), raw)),
             persistence: self.session(&format!("{at}.sessionPersistence"), route, raw.session_persistence),
+            // Policies are looked up when all documents are there.
+            traffic: Traffic::default(),
         };
         if rule.filters.redirect.is_some() && !rule.backends.is_empty() {
             self.problem(

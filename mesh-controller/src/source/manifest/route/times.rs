@@ -23,10 +23,16 @@ const DEFAULT_BACKOFF: Duration = Duration::from_millis(25);
 /// Longest name of a session (Gateway API).
 const MAX_SESSION: usize = 128;
 
+/// How long a request may take.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct RawTimeouts {
+pub(in crate::source::manifest) struct RawTimeouts {
+    /// From its arrival to the head of its answer, over all attempts, such as 10s; 0s is as long as it likes.
+    #[cfg_attr(test, schemars(length(max = 32)))]
     request: Option<String>,
+    /// Each attempt.
+    #[cfg_attr(test, schemars(length(max = 32)))]
     backend_request: Option<String>,
 }
 
@@ -56,7 +62,7 @@ struct RawCookie {
 }
 
 impl Check<'_> {
-    pub(super) fn timeouts(&mut self, at: &str, raw: Option<RawTimeouts>) -> Timeouts {
+    pub(in crate::source::manifest) fn timeouts(&mut self, at: &str, raw: Option<RawTimeouts>) -> Timeouts {
         let Some(raw) = raw else { return Timeouts::default() };
         let mut time = |name: &str, text: Option<String>| {
             let time = text.and_then(|text| self.duration(&format!("{at}.{name}"), &text));
@@ -151,7 +157,7 @@ impl Check<'_> {
         seconds
     }
 
-    fn duration(&mut self, field: &str, text: &str) -> Option<Duration> {
+    pub(in crate::source::manifest) fn duration(&mut self, field: &str, text: &str) -> Option<Duration> {
         let parsed = parse_duration(text);
         if parsed.is_none() {
             let shown: String = text.chars().take(100).collect();

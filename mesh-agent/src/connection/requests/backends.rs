@@ -1,0 +1,120 @@
+//! The endpoints that one request may be sent to, and by what one of them is chosen.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::{HeaderMap, StatusCode};
+use mesh_core::{
+    balance::How,
+    model::{
+        Endpoint, Name,
+        traffic::{Algorithm, Balancing, HashBy, Traffic},
+    },
+    refusal::Reason,
+    route,
+    view::Snapshot,
+};
+
+use super::{Asker, Declined, heads};
+use crate::{
+    balance::{self, Attempt, Balancer},
+    refusal::Refusal,
+    underway::{Place, ToPort},
+};
+
+/// What is said where nobody says anything.
+pub(super) const NOTHING: &Traffic = &Traffic {
+    balancing: None,
+    timeouts: None,
+    retries: None,
+    limits: None,
+    ejection: None,
+    faults: None,
+    reads_requests: false,
+};
+
+/// The endpoints of a port of a service, as near to the client as the service wants.
+#[derive(Debug)]
+pub(super) struct Backends<'a> {
+    service: &'a Name,
+    to: Arc<ToPort>,
+    traffic: &'a Traffic,
+    all: Vec<Endpoint>,
+    untried: Vec<Endpoint>,
+    /// The one of the request's session.
+    session: Option<SocketAddr>,
+    turn: u64,
+    /// The value whose endpoint is the same each time.
+    value: Option<Vec<u8>>,
+}
+
+impl<'a> Backends<'a> {
+    /// Those for a request with these headers.
+    pub(super) fn new(
+        view: &'a Snapshot,
+        asker: &Asker,
+        (service, port): (&'a Name, u16),
+        session: Option<SocketAddr>,
+        headers: &HeaderMap,
+    ) -> Result<Self, Declined> {
+        let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
+        let source = view.workload(&asker.local.name).ok_or_else(|| unready(Reason::ViewMissing))?;
+        let known = view.service(service).ok_or_else(|| unready(Reason::NoEndpoint))?;
+        let all = route::endpoints(known, port, asker.original.is_ipv4(), source).map_err(unready)?;
+        let traffic = known.port(port).map_or(NOTHING, |it| &it.traffic);
+        let to = asker.node.inner.connector.underway.to(service, port);
+        let (untried, turn) = (all.clone(), to.turn());
+        let value = traffic.balancing.as_ref().and_then(|it| value(it, asker, headers));
+        Ok(Self { service, to, traffic, all, untried, session, turn, value })
+    }
+
+    pub(super) fn service(&self) -> &Name {
+        self.service
+    }
+
+    pub(super) fn to(&self) -> &Arc<ToPort> {
+        &self.to
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.all.len()
+    }
+
+    /// A place among the requests to the service, where a policy says how many there may be.
+    pub(super) async fn place(&self) -> Result<Option<Place>, Refusal> {
+        match &self.traffic.limits {
+            Some(limits) if limits.requests.is_some() => self.to.request(limits).await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// One for an attempt; none is asked twice before all were.
+    pub(super) fn pick(&mut self, balancer: &Arc<Balancer>) -> Option<(Endpoint, Attempt)> {
+        if self.untried.is_empty() {
+            self.untried.clone_from(&self.all);
+        }
+        let how = How {
+            balancing: self.traffic.balancing.as_ref(),
+            ejection: self.traffic.ejection.as_ref(),
+            turn: self.turn,
+            value: self.value.as_deref(),
+        };
+        let of_session = |it: &Endpoint| Some(SocketAddr::new(it.address, it.port)) == self.session;
+        let session = self.untried.iter().position(of_session);
+        let (at, attempt) = match session {
+            Some(at) => (at, balancer.pick(&[&self.untried[at]], &how)?.1),
+            None => balancer.pick(&self.untried.iter().collect::<Vec<_>>(), &how)?,
+        };
+        // In their order, so that turns go round.
+        Some((self.untried.remove(at), attempt))
+    }
+}
+
+/// The value whose endpoint is the same each time, if the request has one.
+fn value(balancing: &Balancing, asker: &Asker, headers: &HeaderMap) -> Option<Vec<u8>> {
+    let Algorithm::Hash(by) = &balancing.algorithm else { return None };
+    match by {
+        HashBy::Header(name) => headers.get(name).map(|value| value.as_bytes().to_vec()),
+        HashBy::Cookie(name) => heads::cookie(headers, name).map(|value| value.as_bytes().to_vec()),
+        HashBy::Source => Some(balance::value_of(asker.peer.ip()).to_vec()),
+    }
+}

@@ -1,0 +1,63 @@
+//! What goes wrong with a request on purpose, so that people see what their applications make of it.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use mesh_core::{
+    http::{choose::Terms, fault},
+    model::traffic::FaultEffect,
+    refusal::Reason,
+};
+
+use super::{Asker, body::Body, empty, exchange::Exchange, said};
+use crate::refusal::Refusal;
+
+/// What has become of a request.
+pub(super) enum Befallen {
+    /// It goes on, after so long.
+    Goes(Duration),
+    /// It goes nowhere, and this is its answer.
+    Ends(Response<Body>),
+}
+
+/// Lets happen what the terms say. A delay is no longer than the request may take, and ends with its client.
+pub(super) async fn befall(
+    asker: &Arc<Asker>,
+    terms: &Terms<'_>,
+    headers: &HeaderMap,
+    exchange: &mut Exchange,
+) -> Befallen {
+    let metrics = &asker.node.inner.connector.metrics;
+    let mut delayed = Duration::ZERO;
+    for effect in fault::of(terms.faults, headers, rand::random).collect::<Vec<_>>() {
+        match effect {
+            FaultEffect::Delay(time) => {
+                metrics.fault(&asker.service, "delay");
+                let time = terms.timeouts.request.map_or(time, |limit| time.min(limit - delayed));
+                delayed += time;
+                tokio::time::sleep(time).await;
+            }
+            FaultEffect::Abort(status) => {
+                metrics.fault(&asker.service, "abort");
+                let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+                exchange.refused(Refusal::new(Reason::FaultInjected, status.to_string()));
+                return Befallen::Ends(said(status, false));
+            }
+            FaultEffect::AbortCall(status) => {
+                metrics.fault(&asker.service, "abort");
+                exchange.refused(Refusal::new(Reason::FaultInjected, format!("grpc-status {status}")));
+                return Befallen::Ends(call_ended(status));
+            }
+        }
+    }
+    Befallen::Goes(delayed)
+}
+
+/// The answer to a call that has ended with a status (gRPC over HTTP/2, "Trailers-Only").
+pub(super) fn call_ended(status: u16) -> Response<Body> {
+    let mut response = empty(StatusCode::OK);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", status.into());
+    response
+}

@@ -1,0 +1,84 @@
+//! What policies make of requests on their way: endpoints left alone, attempts made again, faults.
+
+use mesh_core::model::Name;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+    registry::Registry,
+};
+
+/// Labels of `nodemesh_ejections_total` and `nodemesh_retries_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ServiceLabels {
+    /// The service, `namespace/name`.
+    pub service: String,
+}
+
+/// Labels of `nodemesh_faults_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FaultLabels {
+    /// The service that was asked, `namespace/name`.
+    pub service: String,
+    /// `delay` or `abort`.
+    pub fault: &'static str,
+}
+
+/// Its counters.
+#[derive(Debug, Default)]
+pub(super) struct Sending {
+    ejections: Family<ServiceLabels, Counter>,
+    retries: Family<ServiceLabels, Counter>,
+    faults: Family<FaultLabels, Counter>,
+}
+
+impl Sending {
+    pub(super) fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "ejections",
+            "Times that an endpoint of a service was left alone for a while, as too much failed there",
+            self.ejections.clone(),
+        );
+        registry.register("retries", "Requests to a service that were tried again", self.retries.clone());
+        registry.register(
+            "faults",
+            "Requests to a service that were delayed or answered with an error because a policy wants that",
+            self.faults.clone(),
+        );
+    }
+}
+
+fn of(service: &Name) -> ServiceLabels {
+    ServiceLabels { service: service.to_string() }
+}
+
+impl super::Metrics {
+    /// An endpoint of a service is left alone for a while.
+    pub fn ejected(&self, service: &Name) {
+        self.sending.ejections.get_or_create(&of(service)).inc();
+    }
+
+    /// How often that was.
+    pub fn ejections(&self, service: &Name) -> u64 {
+        self.sending.ejections.get_or_create(&of(service)).get()
+    }
+
+    /// A request to a service is tried again.
+    pub fn tried_again(&self, service: &Name) {
+        self.sending.retries.get_or_create(&of(service)).inc();
+    }
+
+    /// How often that was.
+    pub fn retries(&self, service: &Name) -> u64 {
+        self.sending.retries.get_or_create(&of(service)).get()
+    }
+
+    /// Something goes wrong with a request to a service on purpose.
+    pub fn fault(&self, service: &Name, fault: &'static str) {
+        self.sending.faults.get_or_create(&FaultLabels { service: service.to_string(), fault }).inc();
+    }
+
+    /// How often that was.
+    pub fn faults(&self, service: &Name, fault: &'static str) -> u64 {
+        self.sending.faults.get_or_create(&FaultLabels { service: service.to_string(), fault }).get()
+    }
+}

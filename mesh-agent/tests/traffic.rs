@@ -1,0 +1,278 @@
+//! What policies say of how requests and connections to a service are sent, through two agents: which endpoint is chosen, what
+//! is tried again, how much may be under way, who is left alone, and what goes wrong on purpose. Needs root, as the data path
+//! does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+#[path = "data_path/app.rs"]
+#[allow(dead_code, reason = "the tests of requests use the rest of it")]
+mod app;
+#[path = "data_path/bed.rs"]
+#[allow(dead_code, reason = "the tests of requests use the rest of it")]
+mod bed;
+#[path = "data_path/world.rs"]
+#[allow(dead_code, reason = "the tests of bytes use the rest of it")]
+mod world;
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use bed::*;
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use mesh_core::model::{
+    http::{RouteRule, TextMatch, Timeouts},
+    traffic::{
+        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+    },
+};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use world::*;
+
+/// A service of whose requests this is said, and of which no route speaks.
+async fn service(traffic: Traffic) -> Bed {
+    let mut bed = Bed::new(vec![]).await;
+    bed.plan.routes = vec![];
+    says(&mut bed, Traffic { reads_requests: true, ..traffic });
+    bed
+}
+
+/// From now on this is said of the service.
+fn says(bed: &mut Bed, traffic: Traffic) {
+    bed.plan.services[0].ports[0].traffic = traffic;
+    bed.world.publish(&bed.plan, "next");
+}
+
+fn balancing(algorithm: Algorithm) -> Traffic {
+    Traffic { balancing: Some(Balancing { algorithm, slow_start: None }), ..Traffic::default() }
+}
+
+fn retries() -> Retries {
+    Retries {
+        attempts: 4,
+        codes: vec![503],
+        grpc_codes: vec![],
+        every_method: false,
+        backoff: Duration::from_millis(1),
+        budget: RetryBudget::default(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_go_round_and_those_of_one_value_to_one_endpoint() {
+    let mut bed = service(balancing(Algorithm::RoundRobin)).await;
+    let mut client = bed.client().await;
+    for _ in 0..10 {
+        assert_eq!(client.get("/").await.0, StatusCode::OK);
+    }
+    assert_eq!((bed.web.served(), bed.api.served()), (5, 5));
+
+    says(
+        &mut bed,
+        Traffic { reads_requests: true, ..balancing(Algorithm::Hash(HashBy::Header("x-user".into()))) },
+    );
+    let mut all = BTreeSet::new();
+    for user in 0..16 {
+        let mut own = BTreeSet::new();
+        for _ in 0..3 {
+            let (_, said) = client.ask(Request::get("/").header("x-user", user)).await;
+            own.insert(said["app"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(own.len(), 1, "user {user}: {own:?}");
+        all.extend(own);
+    }
+    assert_eq!(all.len(), 2, "not all have the same");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_not_read_go_round_too() {
+    let bed = Bed::new(vec![]).await;
+    let mut plan = bed.plan.clone();
+    plan.routes = vec![];
+    plan.services[0].ports[0].traffic = balancing(Algorithm::RoundRobin);
+    bed.world.publish(&plan, "bytes");
+    for _ in 0..6 {
+        assert_eq!(bed.client().await.get("/").await.0, StatusCode::OK);
+    }
+    assert_eq!((bed.web.served(), bed.api.served()), (3, 3));
+    assert!(bed.world.source.log().await.iter().all(|line| line["kind"] != "request"), "nothing is read");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_tried_again_is_what_the_policy_says_and_no_more_than_its_budget() {
+    let mut bed = service(Traffic { retries: Some(retries()), ..Traffic::default() }).await;
+    let mut client = bed.client().await;
+    // Each of the two says no twice.
+    assert_eq!(client.get("/unready").await.0, StatusCode::OK);
+    let again = bed.world.source.metrics.retries(&name("service"));
+    assert!((2..=4).contains(&again), "{again}");
+    assert_eq!(bed.log("/unready").await["attempts"], again + 1);
+
+    // What is no safe method is not, unless it says so.
+    let before = bed.web.served() + bed.api.served();
+    let broken = Retries { codes: vec![500], ..retries() };
+    says(&mut bed, Traffic { retries: Some(broken.clone()), reads_requests: true, ..Traffic::default() });
+    let ask = async |client: &mut Client, path: &str| client.ask(Request::post(path)).await.0;
+    assert_eq!(ask(&mut client, "/broken/all").await, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(bed.web.served() + bed.api.served(), before + 1);
+    let every = Retries { every_method: true, ..broken.clone() };
+    says(&mut bed, Traffic { retries: Some(every), reads_requests: true, ..Traffic::default() });
+    assert_eq!(ask(&mut client, "/broken/all").await, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(bed.web.served() + bed.api.served(), before + 6);
+
+    // Nothing is saved up, and none may be.
+    let none = RetryBudget { percent: 0, per_second: 0 };
+    let none = Retries { every_method: true, budget: none, ..broken };
+    says(&mut bed, Traffic { retries: Some(none), reads_requests: true, ..Traffic::default() });
+    for _ in 0..2 {
+        assert_eq!(ask(&mut client, "/broken/all").await, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    let asked = bed.web.served() + bed.api.served();
+    assert!((before + 8..=before + 9).contains(&asked), "one at most, of what there was: {asked}");
+    assert!(bed.world.source.metrics.limit_hits("retries") >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_requests_are_sent_so_many_wait_and_others_are_refused_at_once() {
+    let limits = Limits { connections: None, requests: Some(1), pending: 1 };
+    let bed = service(Traffic { limits: Some(limits), ..Traffic::default() }).await;
+    let (mut first, mut second, mut third) = (bed.client().await, bed.client().await, bed.client().await);
+    let first = tokio::spawn(async move { first.get("/never").await });
+    eventually(async || (bed.web.served() + bed.api.served() == 1).then_some(())).await;
+    let second = tokio::spawn(async move { second.get("/waits").await });
+    // Whichever of the two comes first waits; the other one is refused, and the one that waits has its turn in the end.
+    let third = tokio::spawn(async move { third.get("/waits").await });
+    eventually(async || (second.is_finished() || third.is_finished()).then_some(())).await;
+    assert_eq!(bed.web.served() + bed.api.served(), 1);
+    first.abort();
+    let _ = first.await;
+    let (second, third) = (in_time(second).await.unwrap().0, in_time(third).await.unwrap().0);
+    let both = BTreeSet::from([second.as_u16(), third.as_u16()]);
+    assert_eq!(both, BTreeSet::from([200, 503]));
+    let lines = bed.world.source.log().await;
+    let refused: Vec<_> = lines.iter().filter(|line| line["reason"] == "limit_requests").collect();
+    assert_eq!(refused.len(), 1);
+    assert_eq!(bed.world.source.metrics.limit_hits("requests"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_connections_than_the_policy_lets_be() {
+    let limits = Limits { connections: Some(1), requests: None, pending: 0 };
+    let mut bed = Bed::new(vec![]).await;
+    bed.plan.routes = vec![];
+    says(&mut bed, Traffic { limits: Some(limits), ..Traffic::default() });
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/").await.0, StatusCode::OK);
+    // It is reset, perhaps before the client has heard that it is open.
+    if let Ok(mut more) = connect_from(CLIENT, bed.at).await {
+        assert!(in_time(more.read_u8()).await.is_err());
+    }
+    let refused = eventually(async || {
+        let lines = bed.world.source.log().await;
+        lines.into_iter().find(|line| line["reason"] == "limit_service_connections")
+    });
+    assert_eq!(refused.await["step"], "connect");
+    drop(client);
+    eventually(async || {
+        bed.world.source.node.connections().list(None, 1).connections.is_empty().then_some(())
+    })
+    .await;
+    assert_eq!(bed.client().await.get("/").await.0, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_fails_is_left_alone_until_its_time_is_over() {
+    let ejection = Ejection {
+        failures: 3,
+        base: Duration::from_secs(30),
+        most: Duration::from_secs(60),
+        most_percent: 50,
+        panic_percent: 0,
+    };
+    let traffic = Traffic { ejection: Some(ejection), ..balancing(Algorithm::RoundRobin) };
+    let bed = service(traffic).await;
+    let mut client = bed.client().await;
+    let mut failed = 0;
+    for _ in 0..20 {
+        failed += u32::from(client.get("/broken/web").await.0 == StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    assert_eq!((failed, bed.web.served()), (3, 3));
+    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 1);
+    // Half of two is one: when the other one fails too, it is the one that has failed for longer that serves again.
+    for expected in [500, 500, 500, 200, 200] {
+        assert_eq!(client.get("/broken/api").await.0.as_u16(), expected);
+    }
+    assert_eq!((bed.web.served(), bed.world.source.metrics.ejections(&name("service"))), (5, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_fails_in_its_trailers_is_a_failure_too() {
+    let ejection = Ejection {
+        failures: 1,
+        base: Duration::from_secs(30),
+        most: Duration::from_secs(60),
+        most_percent: 50,
+        panic_percent: 0,
+    };
+    let bed = service(Traffic { ejection: Some(ejection), ..Traffic::default() }).await;
+    let caller = bed.caller().await;
+    let call = async |path: &str| {
+        let answer = in_time(caller.call(path).await.into_body().collect()).await.unwrap();
+        answer.trailers().unwrap()["grpc-status"].clone()
+    };
+    // PERMISSION_DENIED is the caller's fault, INTERNAL is not.
+    assert_eq!(call("/trailers/say").await, "7");
+    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 0);
+    assert_eq!(call("/trailers/fail").await, "13");
+    eventually(async || (bed.world.source.metrics.ejections(&name("service")) == 1).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_happen_to_those_that_they_are_for_and_are_told_as_such() {
+    let tester = vec![("x-tester".to_owned(), TextMatch::Exact("me".into()))];
+    let delay = Duration::from_millis(50);
+    let faults = vec![
+        Fault { of_ten_thousand: 10_000, headers: vec![], effect: FaultEffect::Delay(delay) },
+        Fault { of_ten_thousand: 10_000, headers: tester, effect: FaultEffect::Abort(418) },
+    ];
+    let mut bed = service(Traffic { faults: Some(faults), ..Traffic::default() }).await;
+    let mut client = bed.client().await;
+    let began = Instant::now();
+    assert_eq!(client.get("/").await.0, StatusCode::OK);
+    assert!(began.elapsed() >= delay);
+    let (status, _) = client.ask(Request::get("/mine").header("x-tester", "me")).await;
+    assert_eq!(status, StatusCode::IM_A_TEAPOT);
+    let line = bed.log("/mine").await;
+    assert_eq!((&line["reason"], &line["status"]), (&json!("fault_injected"), &json!(418)));
+    let faults = |fault| bed.world.source.metrics.faults(&name("service"), fault);
+    assert_eq!((faults("delay"), faults("abort")), (2, 1));
+    assert_eq!(bed.web.served() + bed.api.served(), 1);
+
+    // A delay is a part of the request's time.
+    let timeouts = Some(Timeouts { request: Some(Duration::from_millis(20)), backend: None });
+    let hour = FaultEffect::Delay(Duration::from_secs(3600));
+    let faults = Some(vec![Fault { of_ten_thousand: 10_000, headers: vec![], effect: hour }]);
+    says(&mut bed, Traffic { faults, timeouts, reads_requests: true, ..Traffic::default() });
+    assert_eq!(client.get("/").await.0, StatusCode::GATEWAY_TIMEOUT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_of_a_rule_comes_before_what_is_said_of_the_service() {
+    let abort = |status| {
+        let effect = FaultEffect::Abort(status);
+        Some(vec![Fault { of_ten_thousand: 10_000, headers: vec![], effect }])
+    };
+    let of_rule = Traffic { faults: abort(418), ..Traffic::default() };
+    let rules = vec![
+        RouteRule { traffic: of_rule, ..rule(vec![prefix("/a")], vec![to("web", 1)]) },
+        rule(vec![prefix("/b")], vec![to("web", 1)]),
+    ];
+    let mut bed = Bed::new(rules).await;
+    says(&mut bed, Traffic { faults: abort(502), ..Traffic::default() });
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/a").await.0, StatusCode::IM_A_TEAPOT);
+    assert_eq!(client.get("/b").await.0, StatusCode::BAD_GATEWAY);
+    assert_eq!(bed.web.served(), 0);
+}

@@ -1,0 +1,54 @@
+//! TrafficPolicies as manifests want them: what they are for is not looked up yet.
+
+use std::fmt;
+
+use mesh_core::model::{Name, http::RouteKind, traffic::Traffic};
+use serde::{Deserialize, Serialize};
+
+/// How requests and connections are sent to what it is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficPolicy {
+    /// Its name.
+    pub name: Name,
+    /// `metadata.creationTimestamp`, seconds since 1970; 0 where nobody says it.
+    pub created: i64,
+    /// What it is for, all of its own namespace; in the order of `spec.targetRefs`.
+    pub targets: Vec<TrafficTarget>,
+    /// What it says.
+    pub traffic: Traffic,
+}
+
+/// What a policy is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrafficTarget {
+    /// All Services of its namespace, where nothing nearer says the same.
+    Namespace,
+    /// A Service, or one of its ports.
+    Service {
+        /// Its name.
+        name: String,
+        /// The name of the port.
+        port: Option<String>,
+    },
+    /// A route, or one of its rules.
+    Route {
+        /// Its kind.
+        kind: RouteKind,
+        /// Its name.
+        name: String,
+        /// The name of the rule.
+        rule: Option<String>,
+    },
+}
+
+impl fmt::Display for TrafficTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, name, section) = match self {
+            Self::Namespace => return f.write_str("its namespace"),
+            Self::Service { name, port } => ("Service", name, port),
+            Self::Route { kind, name, rule } => (kind.as_str(), name, rule),
+        };
+        write!(f, "{kind} {name}")?;
+        section.iter().try_for_each(|section| write!(f, ", '{section}'"))
+    }
+}

@@ -1,0 +1,202 @@
+//! Every field of a TrafficPolicy, what is read from it, and what is refused because it means nothing.
+
+// A test's unwrap is its failure.
+#![allow(clippy::unwrap_used)]
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use mesh_controller::{
+    model::{TrafficPolicy, TrafficTarget},
+    source::{
+        Refused,
+        ledger::{FileContent, Ledger},
+    },
+};
+use mesh_core::model::{
+    http::{RouteKind, TextMatch, Timeouts},
+    traffic::{
+        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+    },
+};
+
+const WEB: &str = "{kind: Service, name: web}";
+
+fn ledger(target: &str, says: &str) -> Ledger {
+    let text = format!(
+        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: p, namespace: shop}}\n\
+         spec: {{targetRefs: [{target}], {says}}}\n"
+    );
+    Ledger::default().next(&[(PathBuf::from("a.yaml"), Arc::new(FileContent::parse(&text)))].into())
+}
+
+fn policy(target: &str, says: &str) -> TrafficPolicy {
+    let ledger = ledger(target, says);
+    assert_eq!(ledger.refused(), [], "{says}");
+    ledger.model().traffic.into_values().next().unwrap().as_ref().clone()
+}
+
+fn read(says: &str) -> Traffic {
+    policy(WEB, says).traffic
+}
+
+fn refused(target: &str, says: &str) -> Vec<Refused> {
+    ledger(target, says).refused().to_vec()
+}
+
+const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[test]
+fn what_it_is_for_is_of_its_namespace() {
+    let route = |kind, rule: Option<&str>| TrafficTarget::Route {
+        kind,
+        name: "r".into(),
+        rule: rule.map(str::to_owned),
+    };
+    let service =
+        |port: Option<&str>| TrafficTarget::Service { name: "web".into(), port: port.map(str::to_owned) };
+    for (text, expected) in [
+        (WEB, service(None)),
+        ("{group: '', kind: Service, name: web, sectionName: http}", service(Some("http"))),
+        ("{kind: HTTPRoute, name: r}", route(RouteKind::Http, None)),
+        (
+            "{group: gateway.networking.k8s.io, kind: GRPCRoute, name: r, sectionName: a}",
+            route(RouteKind::Grpc, Some("a")),
+        ),
+        ("{kind: Namespace, name: shop}", TrafficTarget::Namespace),
+    ] {
+        assert_eq!(policy(text, "timeouts: {}").targets, [expected], "{text}");
+    }
+    for (text, field, reason) in [
+        ("", "spec.targetRefs", "for nothing"),
+        ("{kind: Namespace, name: bank}", "spec.targetRefs[0].name", "of namespace shop"),
+        ("{kind: Namespace, name: shop, sectionName: a}", "spec.targetRefs[0].sectionName", "no sections"),
+        ("{kind: Pod, name: web}", "spec.targetRefs[0].kind", "nothing that is sent to"),
+        ("{group: apps, kind: Service, name: web}", "spec.targetRefs[0].group", "not of this group"),
+        ("{kind: Service, name: Web}", "spec.targetRefs[0].name", "not a name"),
+    ] {
+        let said = refused(text, "timeouts: {}");
+        assert_eq!(said.len(), 1, "{text}: {said:?}");
+        assert!(said[0].field == field && said[0].reason.contains(reason), "{text}: {}", said[0]);
+    }
+}
+
+#[test]
+fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
+    let by = |algorithm, slow_start| Some(Balancing { algorithm, slow_start });
+    assert_eq!(read("balancing: {}").balancing, by(Algorithm::LeastLatency, None));
+    for (text, algorithm) in [
+        ("LeastLatency", Algorithm::LeastLatency),
+        ("LeastRequests", Algorithm::LeastRequests),
+        ("RoundRobin", Algorithm::RoundRobin),
+        ("Random", Algorithm::Random),
+        ("Hash, hashBy: {type: Source}", Algorithm::Hash(HashBy::Source)),
+        ("Hash, hashBy: {type: Header, name: X-User}", Algorithm::Hash(HashBy::Header("x-user".into()))),
+        ("Hash, hashBy: {type: Cookie, name: User}", Algorithm::Hash(HashBy::Cookie("User".into()))),
+    ] {
+        let read = read(&format!("balancing: {{algorithm: {text}, slowStart: 30s}}"));
+        assert_eq!(read.balancing, by(algorithm, Some(secs(30))), "{text}");
+    }
+    assert_eq!(
+        read("timeouts: {request: 10s, backendRequest: 0s}").timeouts,
+        Some(Timeouts { request: Some(secs(10)), backend: None })
+    );
+    let usual = Retries {
+        attempts: 2,
+        codes: vec![],
+        grpc_codes: vec![],
+        every_method: false,
+        backoff: Duration::from_millis(25),
+        budget: RetryBudget { percent: 20, per_second: 10 },
+    };
+    assert_eq!(read("retries: {}").retries, Some(usual));
+    assert_eq!(
+        read("retries: {attempts: 0, codes: [503], grpcCodes: [14], methods: Every, backoff: 1s, budget: {percent: 0, perSecond: 1}}")
+            .retries,
+        Some(Retries {
+            attempts: 0,
+            codes: vec![503],
+            grpc_codes: vec![14],
+            every_method: true,
+            backoff: secs(1),
+            budget: RetryBudget { percent: 0, per_second: 1 },
+        })
+    );
+    assert_eq!(
+        read("limits: {connections: 1, requests: 2, pending: 3}").limits,
+        Some(Limits { connections: Some(1), requests: Some(2), pending: 3 })
+    );
+    let usual = Ejection { failures: 5, base: secs(10), most: secs(300), most_percent: 50, panic_percent: 0 };
+    assert_eq!(read("ejection: {}").ejection, Some(usual));
+    assert_eq!(
+        read("ejection: {failures: 1, time: 10m, maxPercent: 100, panicPercent: 5}").ejection,
+        Some(Ejection { failures: 1, base: secs(600), most: secs(600), most_percent: 100, panic_percent: 5 })
+    );
+    let fault = |of_ten_thousand, effect| Fault { of_ten_thousand, headers: vec![], effect };
+    let with_header = Fault {
+        headers: vec![("x-tester".into(), TextMatch::Exact("me".into()))],
+        ..fault(1, FaultEffect::AbortCall(14))
+    };
+    assert_eq!(
+        read(
+            "faults: [{delay: 1s}, {percent: 12.5, abort: {status: 503}}, \
+              {percent: 0.01, headers: [{name: X-Tester, value: me}], abort: {grpcStatus: 14}}]"
+        )
+        .faults,
+        Some(vec![
+            fault(10_000, FaultEffect::Delay(secs(1))),
+            fault(1_250, FaultEffect::Abort(503)),
+            with_header
+        ])
+    );
+    assert_eq!(read("faults: []").faults, Some(vec![]), "no faults, whoever else says so");
+}
+
+#[test]
+fn what_means_nothing_is_refused_by_its_field() {
+    for (says, field, reason) in [
+        ("", "spec", "says nothing"),
+        ("balancing: {algorithm: Best}", "spec.balancing.algorithm", "no algorithm"),
+        ("balancing: {slowStart: 2h}", "spec.balancing.slowStart", "too long"),
+        (
+            "balancing: {algorithm: Hash, hashBy: {type: Source, name: x}}",
+            "spec.balancing.hashBy.name",
+            "no name",
+        ),
+        (
+            "balancing: {algorithm: Hash, hashBy: {type: Path, name: x}}",
+            "spec.balancing.hashBy.type",
+            "no value",
+        ),
+        (
+            "balancing: {algorithm: Hash, hashBy: {type: Header, name: 'a b'}}",
+            "spec.balancing.hashBy.name",
+            "not a name",
+        ),
+        ("timeouts: {request: 1s, backendRequest: 2s}", "spec.timeouts.backendRequest", "cannot take longer"),
+        ("retries: {attempts: 33}", "spec.retries.attempts", "too much"),
+        ("retries: {codes: [200]}", "spec.retries.codes[0]", "no failure"),
+        ("retries: {grpcCodes: [0]}", "spec.retries.grpcCodes[0]", "no failure"),
+        ("retries: {methods: Some}", "spec.retries.methods", "neither"),
+        ("retries: {budget: {percent: 101}}", "spec.retries.budget.percent", "too much"),
+        ("limits: {}", "spec.limits", "limits nothing"),
+        ("limits: {connections: 0}", "spec.limits.connections", "nothing could be sent"),
+        ("limits: {requests: 0}", "spec.limits.requests", "nothing could be sent"),
+        ("ejection: {failures: 0}", "spec.ejection.failures", "has not failed"),
+        ("ejection: {time: 2m, maxTime: 1m}", "spec.ejection.maxTime", "less than the first"),
+        ("ejection: {maxPercent: 101}", "spec.ejection.maxPercent", "too much"),
+        ("faults: [{percent: 101, delay: 1s}]", "spec.faults[0].percent", "no share"),
+        ("faults: [{delay: 1s, abort: {status: 503}}]", "spec.faults[0].delay", "one of"),
+        ("faults: [{abort: {}}]", "spec.faults[0].abort", "one answer"),
+        ("faults: [{abort: {status: 100}}]", "spec.faults[0].abort.status", "ends no request"),
+        ("faults: [{abort: {grpcStatus: 17}}]", "spec.faults[0].abort.grpcStatus", "no status of gRPC"),
+    ] {
+        let said = refused(WEB, says);
+        assert_eq!(said.len(), 1, "{says}: {said:?}");
+        assert!(said[0].field == field && said[0].reason.contains(reason), "{says}: {}", said[0]);
+    }
+    let of_route = refused("{kind: HTTPRoute, name: r}", "balancing: {}, ejection: {}, retries: {}");
+    let fields: Vec<&str> = of_route.iter().map(|it| it.field.as_str()).collect();
+    assert_eq!(fields, ["spec.balancing", "spec.ejection"], "a route has no endpoints");
+}

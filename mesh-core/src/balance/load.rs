@@ -1,0 +1,139 @@
+//! What is known of one endpoint: how long it took to answer, what is under way there, and whether it is passed over.
+
+use std::time::Duration;
+
+use crate::model::traffic::Ejection;
+
+/// How fast the average forgets: after this long without a sample, about a third of the old value is left.
+const DECAY: Duration = Duration::from_secs(10);
+/// What an endpoint without any sample is assumed to take, so that new ones are tried soon but not all at once.
+const UNMEASURED: Duration = Duration::from_millis(1);
+/// For how long one that takes no connections is passed over the first time; doubled at each further failure in a row.
+pub const REFUSING_BASE: Duration = Duration::from_secs(1);
+/// And at most.
+pub const REFUSING_MAX: Duration = Duration::from_secs(30);
+
+/// What is known of one endpoint. Times are since an epoch that the caller chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Load {
+    /// Connections or requests under way.
+    pub active: u32,
+    took: Option<(f64, Duration)>,
+    refused: u32,
+    refusing_until: Option<Duration>,
+    /// Failures in a row since the last time that it was ejected for them.
+    failures: u32,
+    /// How often in a row it was.
+    ejected: u32,
+    failing_until: Option<Duration>,
+    since: Option<Duration>,
+}
+
+impl Load {
+    /// It has come, seen at `now`.
+    pub fn seen(&mut self, now: Duration) {
+        self.since.get_or_insert(now);
+    }
+
+    /// For how long it has been there, where that is known.
+    pub fn age(&self, now: Duration) -> Option<Duration> {
+        self.since.map(|since| now.saturating_sub(since))
+    }
+
+    /// It took a connection, or answered a request, within `took`, seen at `now`.
+    pub fn connected(&mut self, took: Duration, now: Duration) {
+        let sample = took.as_secs_f64();
+        let average = match self.took {
+            // A peak counts at once; only recovery is slow.
+            Some((old, _)) if sample > old => sample,
+            Some((old, at)) => {
+                let weight = (-(now.saturating_sub(at).as_secs_f64().max(0.001)) / DECAY.as_secs_f64()).exp();
+                old * weight + sample * (1.0 - weight)
+            }
+            None => sample,
+        };
+        self.took = Some((average, now));
+        self.refused = 0;
+        self.refusing_until = None;
+    }
+
+    /// It did not take a connection at `now`: it is passed over, longer each time.
+    pub fn failed(&mut self, now: Duration) {
+        let factor = 1u32 << self.refused.min(5);
+        self.refused = self.refused.saturating_add(1);
+        self.refusing_until = Some(now + (REFUSING_BASE * factor).min(REFUSING_MAX));
+    }
+
+    /// What it took has ended well or not, where a policy ejects those that fail. Whether it is ejected now.
+    pub fn answered(&mut self, failed: bool, ejection: &Ejection, now: Duration) -> bool {
+        if !failed {
+            (self.failures, self.ejected, self.failing_until) = (0, 0, None);
+            return false;
+        }
+        self.failures = self.failures.saturating_add(1);
+        if self.failures < ejection.failures {
+            return false;
+        }
+        let factor = 1u32 << self.ejected.min(16);
+        self.failures = 0;
+        self.ejected = self.ejected.saturating_add(1);
+        self.failing_until = Some(now + ejection.base.saturating_mul(factor).min(ejection.most));
+        true
+    }
+
+    /// Whether it takes no connections, as far as is known at `now`.
+    pub fn is_refusing(&self, now: Duration) -> bool {
+        self.refusing_until.is_some_and(|until| now < until)
+    }
+
+    /// Whether it is ejected at `now` for its answers.
+    pub fn is_failing(&self, now: Duration) -> bool {
+        self.failing_until.is_some_and(|until| now < until)
+    }
+
+    pub(super) fn failing_until(&self) -> Option<Duration> {
+        self.failing_until
+    }
+
+    pub(super) fn cost(&self) -> f64 {
+        let time = self.took.map_or(UNMEASURED.as_secs_f64(), |(average, _)| average);
+        time * f64::from(self.active + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_time_that_one_is_passed_over_grows_and_is_bounded() {
+        let mut load = Load::default();
+        for _ in 0..100 {
+            load.failed(Duration::ZERO);
+        }
+        assert!(load.is_refusing(REFUSING_MAX - MS) && !load.is_refusing(REFUSING_MAX));
+    }
+
+    #[test]
+    fn who_fails_often_enough_in_a_row_is_ejected_for_longer_each_time_until_a_success() {
+        let ejection =
+            Ejection { failures: 3, base: MS * 10, most: MS * 35, most_percent: 100, panic_percent: 0 };
+        let mut load = Load::default();
+        let fail = |load: &mut Load, now| (0..3).map(|_| load.answered(true, &ejection, now)).last();
+        load.answered(true, &ejection, MS);
+        load.answered(true, &ejection, MS);
+        load.answered(false, &ejection, MS);
+        load.answered(true, &ejection, MS);
+        assert!(!load.is_failing(MS), "never three in a row");
+        load.answered(false, &ejection, MS);
+        for (now, long) in [(0, 10), (100, 20), (200, 35), (300, 35)] {
+            assert_eq!(fail(&mut load, MS * now), Some(true));
+            assert!(load.is_failing(MS * (now + long - 1)) && !load.is_failing(MS * (now + long)));
+        }
+        load.answered(false, &ejection, MS * 400);
+        fail(&mut load, MS * 500);
+        assert!(!load.is_failing(MS * 510), "it is as at first");
+    }
+}

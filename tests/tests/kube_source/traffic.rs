@@ -1,0 +1,70 @@
+//! TrafficPolicies in a cluster: looked up for Services and routes, and told of in their status.
+
+use mesh_tests::{cluster::Cluster, process, until, wait};
+
+use crate::{LEASE, controller::Controller};
+
+/// One policy that is in force for a Service and a route, one that says some of the same, and one for nobody.
+const POLICIES: &str = r#"
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {name: front, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: front, sectionName: http}, {kind: HTTPRoute, name: split}]
+  retries: {attempts: 3, codes: [503]}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {name: nobody, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: nobody}]
+  timeouts: {request: 1s}
+"#;
+/// Made after the first one.
+const NEWER: &str = r#"
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {name: a-newer, namespace: shop}
+spec:
+  targetRefs: [{kind: HTTPRoute, name: split}]
+  retries: {attempts: 1}
+"#;
+
+pub(crate) fn policies_are_looked_up_and_say_what_became_of_them(cluster: &Cluster, controller: &Controller) {
+    let until_said = |name: &str, expected: &str| {
+        let what = format!("the policy {name} says {expected}");
+        until(&what, LEASE, || {
+            let path = r#"jsonpath={range .status.conditions[*]}{.status} {.reason}: {.message}{end}"#;
+            let asked = ["--namespace", "shop", "get", "meshtraffic", name, "-o", path];
+            let said = cluster.kubectl(&asked).map_err(|error| format!("{error:#}"))?;
+            wait::holds(said.starts_with(expected), || {
+                format!("{said:?}\n{}", process::tail(&controller.log))
+            })
+        });
+    };
+    cluster.apply(POLICIES).unwrap();
+    until_said("front", "True Accepted");
+    until_said("nobody", "False TargetNotFound: Service nobody: there is none");
+    // `metadata.creationTimestamp` has seconds: within one the first name counts, which is this one's.
+    let created = |name: &str| {
+        let asked = [
+            "--namespace",
+            "shop",
+            "get",
+            "meshtraffic",
+            name,
+            "-o",
+            "jsonpath={.metadata.creationTimestamp}",
+        ];
+        cluster.kubectl(&asked).unwrap()
+    };
+    cluster.apply(NEWER).unwrap();
+    let (older, newer) =
+        if created("front") == created("a-newer") { ("a-newer", "front") } else { ("front", "a-newer") };
+    until_said(older, "True Accepted");
+    until_said(newer, &format!("False Conflicted: HTTPRoute split: retries is said by shop/{older}"));
+    let row = controller.row("traffic", "shop/front").unwrap();
+    assert_eq!(row["targets"][0]["target"], "Service front, 'http'", "{row}");
+    cluster.kubectl(&["--namespace", "shop", "delete", "meshtraffic", older]).unwrap();
+    until_said(newer, "True Accepted");
+}

@@ -1,0 +1,145 @@
+//! TrafficPolicies, from the manifest to what a client sees, on real kernels and through real agents.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::{
+    io::{Read, Write},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    time::Duration,
+};
+
+use mesh_tests::{
+    WorkloadSpec, World, apps,
+    manifests::{Enrolment, Mode},
+    until,
+    wait::holds,
+    workload::TIMEOUT,
+};
+use serde_json::Value;
+
+/// `shop/pay` has an endpoint on each node; `shop/web`, on the first of them, asks.
+fn shop() -> World {
+    World::shop()
+        .namespace("shop", Enrolment::Enrolled, Mode::Strict)
+        .with(WorkloadSpec::new("shop/pay-1", "a").app("pay"))
+        .with(WorkloadSpec::new("shop/pay-2", "b").app("pay"))
+        .service("shop/pay", "pay", 80, 8080)
+        .build()
+        .unwrap()
+}
+
+fn policy(name: &str, says: &str) -> String {
+    format!(
+        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {{namespace: shop, name: {name}}}\n\
+         spec: {{targetRefs: [{{kind: Service, name: pay}}], {says}}}\n"
+    )
+}
+
+/// What `shop/web` is answered by the service.
+fn get(world: &World, path: &str, header: &str) -> Result<String, String> {
+    let to = (world.service("shop/pay").v4, 80).into();
+    let mut stream = world.workload("web").connect(to).map_err(|e| e.to_string())?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: pay\r\nConnection: close\r\n{header}\r\n");
+    stream.write_all(request.as_bytes()).map_err(|e| e.to_string())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).map_err(|e| e.to_string())?;
+    Ok(answer)
+}
+
+/// Whether the client's agent has read a request.
+fn has_read(world: &World) -> bool {
+    world.agent("a").access_log().unwrap().iter().any(|line| line["kind"] == "request")
+}
+
+#[test]
+fn what_a_policy_says_is_what_a_client_sees_until_the_policy_goes() {
+    let world = shop();
+    let _apps = ["pay-1", "pay-2"].map(|name| world.workload(name).serve(8080, apps::http(name)).unwrap());
+    until("the service answers", TIMEOUT, || {
+        let answer = get(&world, "/", "")?;
+        holds(answer.contains(" saw "), || answer.clone())
+    });
+    assert!(!has_read(&world), "without a policy nothing is read");
+
+    let fault = "faults: [{headers: [{name: x-tester, value: me}], abort: {status: 418}}]";
+    let text = policy("pay", &format!("balancing: {{algorithm: RoundRobin}}, {fault}"));
+    world.yaml.write("policy.yaml", &text).unwrap();
+    until("the policy is in force", TIMEOUT, || {
+        let answer = get(&world, "/mine", "X-Tester: me\r\n")?;
+        holds(answer.starts_with("HTTP/1.1 418 "), || answer.clone())
+    });
+    let answers: Vec<String> = (0..10).map(|_| get(&world, "/", "").unwrap()).collect();
+    let by_first = answers.iter().filter(|answer| answer.contains("pay-1 saw ")).count();
+    assert_eq!(by_first, 5, "one after the other: {answers:?}");
+    let line = world.agent("a").wait_log("the fault", |line: &Value| line["path"] == "/mine");
+    assert_eq!((&line["reason"], &line["status"]), (&"fault_injected".into(), &418.into()), "{line}");
+    let metrics = world.agent("a").metrics().unwrap();
+    assert!(metrics.sum("nodemesh_faults_total", &[("service", "shop/pay"), ("fault", "abort")]) >= 1.0);
+
+    // What counts is told, and so is what does not.
+    world.yaml.write("other.yaml", &policy("pay-newer", "faults: [], timeouts: {request: 5s}")).unwrap();
+    until("the second policy is read", TIMEOUT, || {
+        let told = world.meshctl(&["get", "traffic"]).map_err(|e| format!("{e:#}"))?.stdout;
+        holds(told.contains("Conflicted, faults is said by shop/pay already"), || told.clone())
+    });
+    let why = world.meshctl(&["why", "shop/web", "shop/pay:80"]).unwrap().stdout;
+    for says in ["one after the other", "5s for a request", "100 percent of requests with x-tester=me"] {
+        assert!(why.contains(says), "{says}\n{why}");
+    }
+
+    for file in ["policy.yaml", "other.yaml"] {
+        world.yaml.remove(file).unwrap();
+    }
+    until("the policies are gone", TIMEOUT, || {
+        let answer = get(&world, "/mine", "X-Tester: me\r\n")?;
+        holds(answer.contains(" saw "), || answer.clone())
+    });
+}
+
+#[test]
+fn who_reads_does_not_notice_that_backends_die_and_come_back() {
+    let world = shop();
+    let text = policy("pay", "retries: {}");
+    world.yaml.write("policy.yaml", &text).unwrap();
+    let serve = |name: &str| world.workload(name).serve(8080, apps::http(name)).unwrap();
+    let mut apps = ["pay-1", "pay-2"].map(serve).map(Some);
+    until("requests are read", TIMEOUT, || {
+        let answer = get(&world, "/", "")?;
+        holds(answer.contains(" saw ") && has_read(&world), || answer.clone())
+    });
+    let asked = AtomicU32::new(0);
+    let (stop, stopped) = mpsc::channel::<()>();
+    let (world, asked) = (&world, &asked);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(move || {
+            let mut failed = vec![];
+            // Fifty a second.
+            while stopped.recv_timeout(Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
+                match get(world, "/", "") {
+                    Ok(answer) if answer.starts_with("HTTP/1.1 200 ") => {}
+                    other => failed.push(other),
+                }
+                asked.fetch_add(1, Ordering::Relaxed);
+            }
+            failed
+        });
+        // Each in turn goes, with all that it has open, and comes back.
+        for round in 0..4 {
+            let at = round % 2;
+            let before = asked.load(Ordering::Relaxed);
+            drop(apps[at].take());
+            until("some have been asked without it", TIMEOUT, || {
+                holds(asked.load(Ordering::Relaxed) >= before + 20, || "not yet".to_owned())
+            });
+            apps[at] = Some(serve(["pay-1", "pay-2"][at]));
+            let before = asked.load(Ordering::Relaxed);
+            until("some have been asked with it", TIMEOUT, || {
+                holds(asked.load(Ordering::Relaxed) >= before + 60, || "not yet".to_owned())
+            });
+        }
+        drop(stop);
+        assert_eq!(client.join().unwrap(), [], "of {} requests", asked.load(Ordering::Relaxed));
+    });
+}
