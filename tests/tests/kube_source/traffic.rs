@@ -6,11 +6,18 @@ use crate::{LEASE, controller::Controller};
 
 /// One policy that is in force for a Service and a route, one that says some of the same, and one for nobody.
 const POLICIES: &str = r#"
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: paid, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: front}]
+  rules: [{backendRefs: [{name: front, port: 80}]}]
+---
 apiVersion: nodemesh.io/v1alpha1
 kind: TrafficPolicy
 metadata: {name: front, namespace: shop}
 spec:
-  targetRefs: [{kind: Service, name: front, sectionName: http}, {kind: HTTPRoute, name: split}]
+  targetRefs: [{kind: Service, name: front, sectionName: http}, {kind: HTTPRoute, name: paid}]
   retries: {attempts: 3, codes: [503]}
 ---
 apiVersion: nodemesh.io/v1alpha1
@@ -26,7 +33,7 @@ apiVersion: nodemesh.io/v1alpha1
 kind: TrafficPolicy
 metadata: {name: a-newer, namespace: shop}
 spec:
-  targetRefs: [{kind: HTTPRoute, name: split}]
+  targetRefs: [{kind: HTTPRoute, name: paid}]
   retries: {attempts: 1}
 "#;
 
@@ -62,7 +69,7 @@ pub(crate) fn policies_are_looked_up_and_say_what_became_of_them(cluster: &Clust
     let (older, newer) =
         if created("front") == created("a-newer") { ("a-newer", "front") } else { ("front", "a-newer") };
     until_said(older, "True Accepted");
-    until_said(newer, &format!("False Conflicted: HTTPRoute split: retries is said by shop/{older}"));
+    until_said(newer, &format!("False Conflicted: HTTPRoute paid: retries is said by shop/{older}"));
     let row = controller.row("traffic", "shop/front").unwrap();
     assert_eq!(row["targets"][0]["target"], "Service front, 'http'", "{row}");
     cluster.kubectl(&["--namespace", "shop", "delete", "meshtraffic", older]).unwrap();
