@@ -107,7 +107,7 @@ fn prefaces() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-const DOCUMENTS: [(&str, &str); 8] = [
+const DOCUMENTS: [(&str, &str); 11] = [
     (
         "namespace",
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels: {nodemesh.io/enroll: 'true'}\n",
@@ -123,6 +123,18 @@ const DOCUMENTS: [(&str, &str); 8] = [
     (
         "policy",
         "apiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  selector: {matchLabels: {app: web}}\n  action: Allow\n  rules:\n  - from:\n    - identities: ['spiffe://td/ns/shop/sa/web']\n      namespaces: [shop]\n      addressBlocks: [10.0.0.0/8]\n    ports: [80]\n",
+    ),
+    (
+        "policy_on_requests",
+        "apiVersion: nodemesh.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: asks, namespace: shop}\nspec:\n  selector: {matchLabels: {app: web}}\n  action: Deny\n  rules:\n  - to:\n    - {ports: [8080], methods: [POST], paths: [/admin*], hosts: ['*.example'], notHeaders: [{name: x-a, values: [b*]}]}\n",
+    ),
+    (
+        "route",
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n  rules:\n  - name: a\n    matches: [{path: {type: RegularExpression, value: '/a+'}, headers: [{name: x-a, value: '1'}], method: GET}]\n    filters: [{type: URLRewrite, urlRewrite: {hostname: b.example, path: {type: ReplaceFullPath, replaceFullPath: /b}}}]\n    backendRefs: [{name: web, port: 80, weight: 3}]\n    timeouts: {request: 1s}\n    retry: {codes: [503]}\n    sessionPersistence: {type: Header, sessionName: s}\n",
+    ),
+    (
+        "traffic",
+        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n  balancing: {algorithm: Hash, hashBy: {type: Header, name: x-a}, slowStart: 30s}\n  timeouts: {request: 1s}\n  retries: {codes: [503], grpcCodes: [14], methods: Every}\n  limits: {connections: 9, requests: 5, pending: 1}\n  ejection: {failures: 3}\n  faults: [{percent: 1.5, headers: [{name: x-a, value: b}], delay: 1s}, {abort: {grpcStatus: 14}}]\n",
     ),
     (
         "two_with_markers",
@@ -162,12 +174,13 @@ fn views() -> Vec<(&'static str, Vec<u8>)> {
         let len = u16::try_from(first.len()).expect("small").to_le_bytes();
         [&len[..], first, second].concat()
     };
-    let all = DOCUMENTS[..4].iter().map(|(_, text)| *text).collect::<Vec<_>>();
+    let all = DOCUMENTS[..7].iter().map(|(_, text)| *text).collect::<Vec<_>>();
     let other = all[1].replace("web", "other");
     let (whole, less) = (view(&all), view(&all[..2]));
     let twice = view(&[all[0], all[1], &other]);
     let first = update("1", None, &whole);
     vec![
+        ("of_every_kind", both(&first, &update("2", Some(&twice), &whole))),
         ("complete", both(&first, &[])),
         ("and_a_difference", both(&first, &update("2", Some(&whole), &less))),
         ("two_of_one_address", both(&first, &update("2", Some(&less), &twice))),
