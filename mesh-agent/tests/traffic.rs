@@ -60,6 +60,12 @@ fn retries() -> Retries {
     }
 }
 
+/// Half of the endpoints, for longer than a test takes.
+fn ejection(failures: u32) -> Option<Ejection> {
+    let (base, most) = (Duration::from_secs(30), Duration::from_secs(60));
+    Some(Ejection { failures, base, most, most_percent: 50, panic_percent: 0 })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_go_round_and_those_of_one_value_to_one_endpoint() {
     let mut bed = service(balancing(Algorithm::RoundRobin)).await;
@@ -184,14 +190,7 @@ async fn no_more_connections_than_the_policy_lets_be() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_fails_is_left_alone_until_its_time_is_over() {
-    let ejection = Ejection {
-        failures: 3,
-        base: Duration::from_secs(30),
-        most: Duration::from_secs(60),
-        most_percent: 50,
-        panic_percent: 0,
-    };
-    let traffic = Traffic { ejection: Some(ejection), ..balancing(Algorithm::RoundRobin) };
+    let traffic = Traffic { ejection: ejection(3), ..balancing(Algorithm::RoundRobin) };
     let bed = service(traffic).await;
     let mut client = bed.client().await;
     let mut failed = 0;
@@ -208,15 +207,17 @@ async fn an_endpoint_that_fails_is_left_alone_until_its_time_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_takes_all_of_a_requests_time_has_failed() {
+    let timeouts = Some(Timeouts { request: Some(Duration::from_millis(50)), backend: None });
+    let bed = service(Traffic { ejection: ejection(1), timeouts, ..Traffic::default() }).await;
+    let mut client = bed.client().await;
+    assert_eq!(client.get("/never").await.0, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_fails_in_its_trailers_is_a_failure_too() {
-    let ejection = Ejection {
-        failures: 1,
-        base: Duration::from_secs(30),
-        most: Duration::from_secs(60),
-        most_percent: 50,
-        panic_percent: 0,
-    };
-    let bed = service(Traffic { ejection: Some(ejection), ..Traffic::default() }).await;
+    let bed = service(Traffic { ejection: ejection(1), ..Traffic::default() }).await;
     let caller = bed.caller().await;
     let call = async |path: &str| {
         let answer = in_time(caller.call(path).await.into_body().collect()).await.unwrap();

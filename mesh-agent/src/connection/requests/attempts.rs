@@ -19,6 +19,7 @@ use mesh_core::{
     refusal::Reason,
     view::Snapshot,
 };
+use tokio::time::Instant;
 
 use super::{
     Asker, Declined,
@@ -57,36 +58,25 @@ impl Attempts<'_> {
         &mut self,
         exchange: &mut Exchange,
     ) -> Result<(Response<Incoming>, Used, SocketAddr), Declined> {
-        let late = || Declined::new(StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout);
         let limit = self.terms.timeouts.request.map(|limit| limit.saturating_sub(self.delayed));
-        match limit {
-            None => Box::pin(self.attempts(exchange)).await,
-            Some(Duration::ZERO) => Err(late()),
-            Some(limit) => match tokio::time::timeout(limit, Box::pin(self.attempts(exchange))).await {
-                Ok(result) => result,
-                Err(_) => Err(late()),
-            },
-        }
-    }
-
-    async fn attempts(
-        &mut self,
-        exchange: &mut Exchange,
-    ) -> Result<(Response<Incoming>, Used, SocketAddr), Declined> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
         let connector = &self.asker.node.inner.connector;
         let to = self.backends.to().clone();
         connector.underway.asked(&to, &self.terms.retries.budget);
-        let place = self.backends.place().await.map_err(|refusal| {
+        let place = within(deadline, self.backends.place()).await?.map_err(|refusal| {
             connector.metrics.limit_hit("requests");
             Declined::new(StatusCode::SERVICE_UNAVAILABLE, refusal)
         })?;
         let (mut unsent, mut again) = (0, 0);
         loop {
+            if is_over(deadline) {
+                return Err(late());
+            }
             let Some((endpoint, attempt)) = self.backends.pick(&connector.balancer) else {
                 return Err(Declined::new(StatusCode::SERVICE_UNAVAILABLE, Reason::NoEndpoint));
             };
             exchange.tried(&endpoint);
-            let (status, refusal) = match self.once(&endpoint, &attempt).await {
+            let (status, refusal) = match self.once(&endpoint, &attempt, deadline).await {
                 Tried::Answered(answered) => {
                     let (response, used) = *answered;
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
@@ -95,7 +85,7 @@ impl Attempts<'_> {
                         let counted = Counted { attempt, _place: place, service, metrics };
                         return Ok((response, used.counting(counted), to));
                     }
-                    self.pause(again).await;
+                    within(deadline, self.pause(again)).await?;
                     continue;
                 }
                 Tried::NotSent(refusal) => {
@@ -113,30 +103,30 @@ impl Attempts<'_> {
                 }
                 Tried::Late => {
                     self.ended(&attempt, true);
+                    if is_over(deadline) {
+                        return Err(late());
+                    }
                     (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into())
                 }
             };
             if !self.may_again(&mut again) {
                 return Err(Declined::new(status, refusal));
             }
-            self.pause(again).await;
+            within(deadline, self.pause(again)).await?;
         }
     }
 
     /// One attempt.
-    async fn once(&mut self, endpoint: &Endpoint, attempt: &Attempt) -> Tried {
+    async fn once(&mut self, endpoint: &Endpoint, attempt: &Attempt, deadline: Option<Instant>) -> Tried {
         let Some(body) = self.body.next() else {
             return Tried::Broke(Refusal::new(Reason::BackendReset, "its body was sent already"));
         };
         let request = again(&self.head, body);
         let asking = self.asker.asking(self.own, self.view);
         let sent = self.asker.node.inner.upstreams.send(asking, endpoint, request);
-        let sent = match self.terms.timeouts.backend {
-            None => Box::pin(sent).await,
-            Some(limit) => match tokio::time::timeout(limit, Box::pin(sent)).await {
-                Ok(sent) => sent,
-                Err(_) => return Tried::Late,
-            },
+        let own = self.terms.timeouts.backend.map(|limit| Instant::now() + limit);
+        let Ok(sent) = within(own.into_iter().chain(deadline).min(), Box::pin(sent)).await else {
+            return Tried::Late;
         };
         match sent {
             Ok((response, used)) => {
@@ -232,6 +222,22 @@ impl Attempts<'_> {
 const MOST_MIRRORED: usize = 1 << 20;
 /// How long a copy may take.
 const MIRROR_TIME: Duration = Duration::from_secs(30);
+
+fn late() -> Declined {
+    Declined::new(StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout)
+}
+
+fn is_over(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| deadline <= Instant::now())
+}
+
+/// What comes of it until then, if there is an end to it.
+async fn within<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, Declined> {
+    match deadline {
+        None => Ok(work.await),
+        Some(deadline) => tokio::time::timeout_at(deadline, work).await.map_err(|_| late()),
+    }
+}
 
 fn again(head: &Request<()>, body: Body) -> Request<Body> {
     let mut request = Request::new(body);
