@@ -12,7 +12,7 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{ConnectInfo, Query, State},
+    extract::{ConnectInfo, FromRef, Query, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
@@ -163,6 +163,12 @@ struct Shared {
     agent: Arc<dyn Observed>,
 }
 
+impl FromRef<Shared> for Arc<Registry> {
+    fn from_ref(shared: &Shared) -> Self {
+        shared.registry.clone()
+    }
+}
+
 /// Serves until it is told to stop. Requests under way are cut then: nobody's work depends on them.
 pub async fn serve(
     listener: TcpListener,
@@ -183,11 +189,17 @@ pub async fn serve(
     mesh_settings::admin::serve(listener, app, Limits::default(), shutdown).await;
 }
 
-/// Opens the listener; an error names the address and the setting.
-pub async fn listen(address: std::net::SocketAddr) -> io::Result<TcpListener> {
+/// Serves metrics and nothing else, for whoever asks from elsewhere, until it is told to stop.
+pub async fn serve_metrics(listener: TcpListener, registry: Arc<Registry>, shutdown: CancellationToken) {
+    let app = Router::new().route("/metrics", get(metrics)).with_state(registry);
+    mesh_settings::admin::serve(listener, app, Limits::default(), shutdown).await;
+}
+
+/// Opens the listener of a setting; an error names both, and the address.
+pub async fn listen(setting: &str, address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address)
         .await
-        .map_err(|error| io::Error::new(error.kind(), format!("--admin-listen {address}: {error}")))
+        .map_err(|error| io::Error::new(error.kind(), format!("{setting} {address}: {error}")))
 }
 
 async fn ready(State(shared): State<Shared>) -> Response {
@@ -197,9 +209,9 @@ async fn ready(State(shared): State<Shared>) -> Response {
     }
 }
 
-async fn metrics(State(shared): State<Shared>) -> Response {
+async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
     let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &shared.registry) {
+    match prometheus_client::encoding::text::encode(&mut text, &registry) {
         Ok(()) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
@@ -378,10 +390,14 @@ mod tests {
         repairs.inc();
         let unready = Mutex::new(Err("no view yet".into()));
         let agent = Arc::new(Agent(unready, LogFilter::detached("info"), Connections::default()));
-        let listener = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let listener = listen("--admin-listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, Arc::new(registry), agent.clone(), shutdown.clone()));
+        let registry = Arc::new(registry);
+        let elsewhere = listen("--metrics-listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let metrics_alone = elsewhere.local_addr().unwrap();
+        let metrics_server = tokio::spawn(serve_metrics(elsewhere, registry.clone(), shutdown.clone()));
+        let server = tokio::spawn(serve(listener, registry, agent.clone(), shutdown.clone()));
 
         assert!(ask(address, "/healthz").await.starts_with("HTTP/1.1 200"));
         let answer = ask(address, "/readyz").await;
@@ -390,6 +406,8 @@ mod tests {
         assert!(ask(address, "/readyz").await.starts_with("HTTP/1.1 200"));
         let answer = ask(address, "/metrics").await;
         assert!(answer.contains("nodemesh_repairs_total 1"), "{answer}");
+        assert!(ask(metrics_alone, "/metrics").await.contains("nodemesh_repairs_total 1"));
+        assert!(ask(metrics_alone, "/api/v1/state").await.starts_with("HTTP/1.1 404"));
         let answer = ask(address, "/api/v1/state").await;
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         let state: serde_json::Value = serde_json::from_str(body).unwrap();
@@ -415,12 +433,13 @@ mod tests {
         let _silent = TcpStream::connect(address).await.unwrap();
         shutdown.cancel();
         server.await.unwrap();
+        metrics_server.await.unwrap();
     }
 
     #[tokio::test]
     async fn an_address_that_is_taken_is_named_with_its_setting() {
-        let taken = listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let error = listen(taken.local_addr().unwrap()).await.unwrap_err().to_string();
+        let taken = listen("--admin-listen", "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = listen("--admin-listen", taken.local_addr().unwrap()).await.unwrap_err().to_string();
         assert!(error.contains("--admin-listen 127.0.0.1:"), "{error}");
     }
 }

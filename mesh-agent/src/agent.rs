@@ -138,9 +138,15 @@ async fn serve(
         in_force: in_force.clone(),
     };
     let observed = Arc::new(State::of(config, &control, &node, log_filter));
-    let listener = admin::listen(config.admin_listen).await?;
+    let listener = admin::listen("--admin-listen", config.admin_listen).await?;
     let (shown, stand_down) = (CancellationToken::new(), CancellationToken::new());
-    let admin = tokio::spawn(admin::serve(listener, Arc::new(registry), observed.clone(), shown.clone()));
+    let registry = Arc::new(registry);
+    let mut shows = vec![];
+    if let Some(address) = config.metrics_listen {
+        let listener = admin::listen("--metrics-listen", address).await?;
+        shows.push(tokio::spawn(admin::serve_metrics(listener, registry.clone(), shown.clone())));
+    }
+    shows.push(tokio::spawn(admin::serve(listener, registry, observed.clone(), shown.clone())));
     tokio::spawn(headroom.watch(node.stalled().clone(), stop.clone()));
     tokio::spawn(follow(observed.clone(), metrics, stop.clone()));
     tracing::info!(node = config.node, admin = %SocketAddr::to_string(&config.admin_listen), "agent started");
@@ -158,7 +164,9 @@ async fn serve(
         stand_down.cancel();
         let held = enrolment.await;
         shown.cancel();
-        admin.await.context("the admin server has panicked")?;
+        for show in shows {
+            show.await.context("the admin server has panicked")?;
+        }
         control.become_the(Role::Predecessor);
         ownership.release();
         relay_on(&ownership, &node, &mut told, config.drain_deadline).await;

@@ -134,6 +134,9 @@ pub struct Config {
     /// Metrics, health and state over HTTP.
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15021")]
     pub admin_listen: SocketAddr,
+    /// Metrics alone, for a Prometheus that is not on the node: they tell names and identities of workloads to whoever asks.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
     /// One JSON object a line for every connection; `-` is standard output.
     #[arg(long, value_name = "PATH|-", default_value = "-")]
     pub access_log: PathBuf,

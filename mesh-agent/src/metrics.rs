@@ -103,6 +103,17 @@ pub struct RequestTimeLabels {
     pub backend: String,
 }
 
+/// Labels of `nodemesh_request_attempts_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AttemptLabels {
+    /// The workload of this node that asked, `namespace/name`.
+    pub workload: String,
+    /// The service that it asked, `namespace/name`.
+    pub service: String,
+    /// The service that the request went to in the end, `namespace/name`.
+    pub backend: String,
+}
+
 /// Upper bounds of what requests take, seconds: a millisecond to ten seconds.
 const REQUEST_SECONDS: [f64; 13] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -209,6 +220,7 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
     sending: Sending,
+    request_attempts: Family<AttemptLabels, Counter>,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
     inbound_bytes: ByteCounters,
@@ -254,6 +266,7 @@ impl Metrics {
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
             sending: Sending::default(),
+            request_attempts: Family::default(),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
             inbound_bytes: both(Direction::Inbound),
@@ -301,6 +314,12 @@ impl Metrics {
             m.request_seconds.clone(),
         );
         m.sending.register(&mut registry);
+        registry.register(
+            "request_attempts",
+            "Endpoints at which requests of this node's workloads were tried: more than requests that ended, where some \
+             were made again",
+            m.request_attempts.clone(),
+        );
         registry.register(
             "policy_audit_refusals",
             "Connections that an audited policy would have refused, had it been enforced",
@@ -429,6 +448,11 @@ impl Metrics {
     /// A request took so long.
     pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration) {
         self.request_seconds.get_or_create(labels).observe(took.as_secs_f64());
+    }
+
+    /// A request was tried at so many endpoints, one after the other.
+    pub fn request_attempted(&self, labels: &AttemptLabels, times: u32) {
+        self.request_attempts.get_or_create(labels).inc_by(u64::from(times));
     }
 
     /// How many connections ended with these labels.
@@ -727,6 +751,8 @@ mod tests {
         metrics.ejected(&pay);
         metrics.tried_again(&pay);
         metrics.fault(&pay, "delay");
+        let RequestTimeLabels { workload, service, backend, .. } = labels;
+        metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         let registered = format!("{registry:?}").matches("Descriptor {").count();

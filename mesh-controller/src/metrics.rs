@@ -106,6 +106,8 @@ pub struct Metrics {
     pub documents: Family<DocumentLabels, Gauge<u64, AtomicU64>>,
     /// Agents that are watching.
     pub agents_connected: Gauge<u64, AtomicU64>,
+    /// Of these, those that have not put in force what they were sent.
+    pub agents_behind: Gauge<u64, AtomicU64>,
     /// 1 while views are by demand.
     pub views_by_demand: Gauge<u64, AtomicU64>,
     /// Updates sent to agents.
@@ -134,6 +136,7 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("nodemesh");
         let documents = Family::default();
         let agents_connected = Gauge::default();
+        let agents_behind = Gauge::default();
         let views_by_demand = Gauge::default();
         let views_sent = Counter::default();
         let certificates_issued = Family::default();
@@ -147,6 +150,11 @@ impl Default for Metrics {
         let (source_connected, leader) = (Gauge::default(), Gauge::default());
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
+        registry.register(
+            "agents_behind",
+            "Agents that watch their view and have not put in force what they were sent",
+            agents_behind.clone(),
+        );
         registry.register(
             "views_by_demand",
             "1 while nodes are told of what they ask for, as the mesh is larger than whole views may be",
@@ -191,6 +199,7 @@ impl Default for Metrics {
             registry,
             documents,
             agents_connected,
+            agents_behind,
             views_by_demand,
             views_sent,
             certificates_issued,

@@ -116,6 +116,8 @@ async fn metrics(State(admin): Shared) -> ([(&'static str, &'static str); 1], St
     let content = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
     let presence = *admin.presence.borrow();
     admin.metrics.presence(presence.answered, presence.leads);
+    let behind = admin.hub.agents().iter().filter(|it| it.connected && !in_sync(it)).count();
+    admin.metrics.agents_behind.set(behind as u64);
     (content, admin.metrics.text())
 }
 
@@ -259,6 +261,11 @@ fn agents(hub: &Hub, world: &World) -> Vec<AgentRow> {
     rows
 }
 
+/// Whether an agent has put in force what it was sent.
+fn in_sync(state: &AgentState) -> bool {
+    state.connected && state.acked.as_ref() == Some(&state.current)
+}
+
 fn agent(state: &AgentState) -> AgentRow {
     AgentRow {
         node: state.node.clone(),
@@ -267,7 +274,7 @@ fn agent(state: &AgentState) -> AgentRow {
         agent_version: state.agent_version.clone(),
         current_view: state.current.clone(),
         acked_view: state.acked.clone(),
-        in_sync: state.connected && state.acked.as_ref() == Some(&state.current),
+        in_sync: in_sync(state),
         error: state.error.clone(),
         problems: state.condition.problems.clone(),
         fills: state

@@ -16,7 +16,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::body::grpc_status;
 use crate::{
     live::Party,
-    metrics::{AuditLabels, Direction, RequestLabels, RequestTimeLabels},
+    metrics::{AttemptLabels, AuditLabels, Direction, RequestLabels, RequestTimeLabels},
     record::Recorder,
     refusal::Refusal,
 };
@@ -228,6 +228,10 @@ impl Drop for Told {
             grpc_status: self.grpc_status.map(|status| status.to_string()).unwrap_or_default(),
             reason: self.reason(),
         });
+        if self.attempts > 0 {
+            let (workload, service, backend) = (workload.clone(), service.clone(), backend.clone());
+            metrics.request_attempted(&AttemptLabels { workload, service, backend }, self.attempts);
+        }
         metrics.request_took(&RequestTimeLabels { direction, workload, service, backend }, took);
         recorder.write(&Event {
             time: OffsetDateTime::from(self.time).format(&Rfc3339).unwrap_or_default(),
