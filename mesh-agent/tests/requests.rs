@@ -142,6 +142,34 @@ async fn what_filters_say_is_done_on_the_way() {
     assert_eq!(response.headers()["location"], "https://elsewhere/there?q=1");
 }
 
+/// By which applications say which requests belong together (W3C Trace Context, B3): an agent makes no spans, and spoils none.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_tracing_pass_unchanged() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let sent = [
+        ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        ("tracestate", "a=00f067aa0ba902b7,b=t61rcWkgMzE"),
+        ("baggage", "user=one,tier=2;x=y"),
+        ("b3", "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90"),
+        ("x-b3-traceid", "80f198ee56343ba864fe8b2a57d3eff7"),
+        ("x-b3-spanid", "e457b5a2e4d86bd1"),
+        ("x-b3-parentspanid", "05e3ac9a4f6e3b90"),
+        ("x-b3-sampled", "1"),
+        ("x-b3-flags", "0"),
+    ];
+    let request = sent.iter().fold(Request::get("/"), |request, (name, value)| request.header(*name, *value));
+    let (status, said) = bed.client().await.ask(request).await;
+    assert_eq!(status, StatusCode::OK);
+    let arrived: Vec<(String, String)> = serde_json::from_value(said["headers"].clone()).unwrap();
+    for (name, value) in sent {
+        let found: Vec<&str> = arrived.iter().filter(|it| it.0 == name).map(|it| it.1.as_str()).collect();
+        assert_eq!(found, [value], "{name}");
+    }
+    let plain = bed.client().await.get("/").await.1;
+    let plain: Vec<(String, String)> = serde_json::from_value(plain["headers"].clone()).unwrap();
+    assert!(plain.iter().all(|it| sent.iter().all(|(name, _)| it.0 != *name)), "none is made up: {plain:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_leads_nowhere_is_answered_and_says_why_in_the_log_alone() {
     let nowhere = Backend { to: BackendTarget::Nowhere, weight: 1, filters: Filters::default() };
