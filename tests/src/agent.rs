@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    net::SocketAddr,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
@@ -192,6 +193,11 @@ impl Agent {
     /// Its process id, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.program().as_ref().map(Program::pid)
+    }
+
+    /// Where its admin interface is: in which namespace, and there at which address.
+    pub fn admin(&self) -> (&NetNs, SocketAddr) {
+        (&self.settings.netns, ADMIN.parse().expect("an address"))
     }
 
     /// An answer of its admin interface.

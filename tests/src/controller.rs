@@ -145,6 +145,11 @@ impl Controller {
         (self.address.v4, AGENTS_PORT).into()
     }
 
+    /// Where its admin interface is: in which namespace, and there at which address.
+    pub fn admin(&self) -> (&NetNs, SocketAddr) {
+        (&self.netns, ADMIN.parse().expect("an address"))
+    }
+
     /// An answer of its admin interface.
     pub fn get(&self, path: &str) -> Result<http::Answer> {
         http::get(&self.netns, ADMIN.parse()?, path)

@@ -21,6 +21,7 @@
 //! | [`halt`] | a program whose first thread stands still |
 //! | [`cluster`] | a real Kubernetes: its names, bringing it up, talking to it, taking it down |
 //! | [`page`] | what a page for operators has its readers run |
+//! | [`prometheus`], [`promql`] | a real Prometheus, and whether what its expressions name is there |
 //! | [`netns`], [`process`], [`http`], [`metrics`], [`wait`] | what the above stand on |
 
 pub mod agent;
@@ -38,6 +39,8 @@ pub mod metrics;
 pub mod netns;
 pub mod page;
 pub mod process;
+pub mod prometheus;
+pub mod promql;
 pub mod slot;
 pub mod topology;
 pub mod wait;

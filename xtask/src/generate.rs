@@ -17,7 +17,9 @@ const TESTS: &str = "is_generated";
 pub(crate) enum Part {
     /// docs/reference.
     Reference,
-    /// deploy/manifests.
+    /// deploy/dashboards, from what docs/reference says.
+    Dashboards,
+    /// deploy/manifests, and the chart's copies of what is in deploy.
     Manifests,
 }
 

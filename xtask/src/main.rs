@@ -7,6 +7,7 @@
 //! | [`fuzz`] | feeds arbitrary bytes to what reads bytes of others |
 //! | [`check`] | `test` and `ci` |
 //! | [`generate`] | writes the reference in docs/reference |
+//! | [`dashboards`] | Grafana's dashboards in deploy/dashboards |
 //! | [`chart`] | the chart of deploy/helm, and deploy/manifests, which is made from it |
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`cluster`] | a real Kubernetes of two nodes on this machine |
@@ -22,6 +23,7 @@ mod chart;
 mod check;
 mod cluster;
 mod conformance;
+mod dashboards;
 mod debian;
 mod demo;
 mod ebpf;
@@ -97,7 +99,8 @@ enum Task {
         #[arg(long, value_name = "FILE", conflicts_with = "from")]
         program: Option<PathBuf>,
     },
-    /// Write the reference in docs/reference from the programs' own definitions, and deploy/manifests from the chart.
+    /// Write the reference in docs/reference from the programs' own definitions, deploy/dashboards, and deploy/manifests from the
+    /// chart.
     Generate {
         /// Only this; all of it unless given.
         what: Option<generate::Part>,
@@ -134,8 +137,11 @@ fn main() -> anyhow::Result<()> {
         Task::Conformance(arguments) => conformance::conformance(&arguments),
         Task::Image { from: _, to, program: Some(program) } => image::of_program(&program, to),
         Task::Image { from, to, program: None } => image::make(from, to),
-        Task::Generate { what: None } => generate::reference().and_then(|()| chart::generate()),
+        Task::Generate { what: None } => {
+            generate::reference().and_then(|()| dashboards::generate()).and_then(|()| chart::generate())
+        }
         Task::Generate { what: Some(generate::Part::Reference) } => generate::reference(),
+        Task::Generate { what: Some(generate::Part::Dashboards) } => dashboards::generate(),
         Task::Generate { what: Some(generate::Part::Manifests) } => chart::generate(),
         Task::Helm { arguments } => chart::run(&arguments),
         Task::Setup => setup::everything(),
