@@ -25,7 +25,7 @@ const CARGO_DENY: &str = "0.20.2";
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Programs that worlds, tests and demo run, each with its Debian package.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("ss", "iproute2"),
     ("iptables", "iptables"),
@@ -33,6 +33,8 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("curl", "curl"),
     ("systemd-analyze", "systemd"),
     ("ncat", "ncat"),
+    ("prometheus", "prometheus"),
+    ("promtool", "prometheus"),
 ];
 
 /// Compiles libFuzzer.
