@@ -69,6 +69,7 @@ fn the_pages_about_operating_do_what_they_say_and_uninstalling_leaves_nothing() 
             "uninstall/Everything",
             "helm/Install",
             "helm/Change a setting",
+            "helm/Dashboards and alerts",
             "helm/Uninstall",
         ],
         "sections whose effects are looked at, in the pages' order"
@@ -145,6 +146,14 @@ impl Reader<'_> {
                 let arguments = "jsonpath={.spec.template.spec.containers[0].args}";
                 let said = self.cluster.kubectl(&[&deployment[..], &["-o", arguments]].concat()).unwrap();
                 assert!(said.contains("--default-mode=strict"), "{said}");
+            }
+            "helm/Dashboards and alerts" => {
+                let system = ["--namespace", "nodemesh-system", "get", "configmaps", "-o", "name"];
+                let all = self.cluster.kubectl(&system).unwrap();
+                assert!(all.contains("configmap/nodemesh-rules"), "{all}");
+                let found =
+                    self.cluster.kubectl(&[&system[..], &["-l", "grafana_dashboard=1"]].concat()).unwrap();
+                assert_eq!(found.lines().count(), 6, "{found}");
             }
             "helm/Uninstall" => self.nothing_is_left(),
             _ => return false,

@@ -7,6 +7,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::{
+    dashboards,
     run::{clean, read, root, step, succeed},
     setup,
 };
@@ -19,7 +20,12 @@ const CHART: &str = "deploy/helm/nodemesh";
 const MANIFESTS: &str = "deploy/manifests/nodemesh.yaml";
 /// Where everything is installed.
 const NAMESPACE: &str = "nodemesh-system";
-const CRDS: &str = "deploy/crds";
+/// What the chart has copies of, as it can read nothing beside itself: from where, which files, to where in the chart.
+const COPIED: [(&str, &str, &str); 3] = [
+    ("deploy/crds", ".yaml", "crds-of-ours"),
+    (dashboards::DIRECTORY, ".json", "dashboards-of-ours"),
+    ("deploy/alerts", "nodemesh.yaml", "rules-of-ours"),
+];
 
 const HEAD: &str = "\
 # Everything of Nodemesh, with the chart's own settings. Generated from deploy/helm by `cargo xtask generate`.
@@ -33,10 +39,10 @@ metadata:
     nodemesh.io/enroll: \"false\"
 ";
 
-/// Writes the manifests, and the chart's copy of the CRDs.
+/// Writes the manifests, and the chart's copies.
 pub(crate) fn generate() -> Result<()> {
     step("Write deploy/manifests", || {
-        for (path, text) in crds()? {
+        for (path, text) in copies()? {
             fs::create_dir_all(path.parent().context("a file is in a directory")?)?;
             fs::write(path, text)?;
         }
@@ -52,38 +58,73 @@ pub(crate) fn check() -> Result<()> {
     step("Check the chart and its manifests", || {
         succeed(clean(helm()?).args(["lint", "--strict", "--quiet", CHART]))?;
         let mut stale: Vec<PathBuf> = vec![];
-        for (path, text) in crds()?.into_iter().chain([(root().join(MANIFESTS), manifests()?)]) {
+        for (path, text) in copies()?.into_iter().chain([(root().join(MANIFESTS), manifests()?)]) {
             if fs::read_to_string(&path).ok() != Some(text) {
                 stale.push(path);
             }
         }
         ensure!(stale.is_empty(), "stale: {stale:?}; run `cargo xtask generate`");
-        Ok(())
+        check_monitoring()
     })
 }
 
 fn manifests() -> Result<String> {
-    let mut template = clean(helm()?);
-    template.args(["template", "nodemesh", CHART, "--namespace", NAMESPACE, "--kube-version", KUBERNETES]);
-    Ok(format!("{HEAD}{}", read(&mut template)?))
+    Ok(format!("{HEAD}{}", template(&[])?))
 }
 
-/// The CRDs, where the chart has them.
-fn crds() -> Result<Vec<(PathBuf, String)>> {
-    let directory = root().join(CRDS);
-    if !directory.is_dir() {
-        return Ok(vec![]);
-    }
+/// What the chart makes with these settings.
+fn template(settings: &[&str]) -> Result<String> {
+    let mut template = clean(helm()?);
+    template.args(["template", "nodemesh", CHART, "--namespace", NAMESPACE, "--kube-version", KUBERNETES]);
+    read(template.args(settings))
+}
+
+/// What the chart has copies of, where it has them.
+fn copies() -> Result<Vec<(PathBuf, String)>> {
     let mut found = vec![];
-    for entry in fs::read_dir(&directory)? {
-        let path = entry?.path();
-        let name = path.file_name().context("an entry has a name")?;
-        if path.extension().is_some_and(|extension| extension == "yaml") {
-            found.push((root().join(CHART).join("crds-of-ours").join(name), fs::read_to_string(&path)?));
+    for (from, ending, to) in COPIED {
+        for entry in fs::read_dir(root().join(from)).with_context(|| format!("reading {from}"))? {
+            let path = entry?.path();
+            let name = path.file_name().context("an entry has a name")?.to_string_lossy().into_owned();
+            if name.ends_with(ending) {
+                found.push((root().join(CHART).join(to).join(name), fs::read_to_string(&path)?));
+            }
         }
     }
     found.sort();
     Ok(found)
+}
+
+/// Fails unless what is made when it is asked for has all dashboards and the rules in it.
+fn check_monitoring() -> Result<()> {
+    // helm indents empty lines, too.
+    let indented = |text: &str, by: usize| {
+        text.lines().map(|line| format!("{:by$}{line}", "").trim_end().to_owned() + "\n").collect::<String>()
+    };
+    for (rules, kind, by) in
+        [("PrometheusRule", "kind: PrometheusRule", 2), ("ConfigMap", "nodemesh.yaml: |", 4)]
+    {
+        let asked =
+            format!("monitoring.dashboards=true,monitoring.rules={rules},monitoring.labels.release=mine");
+        let made = template(&["--set", &asked, "--set", "agent.metricsPort=15022"])?;
+        ensure!(
+            made.contains(kind) && made.contains("--metrics-listen=0.0.0.0:15022"),
+            "{asked} makes no {kind}"
+        );
+        for (path, text) in copies()? {
+            let path = path.to_string_lossy().into_owned();
+            let by = if path.contains("rules-of-ours") { by } else { 4 };
+            let there = path.contains("crds-of-ours") || indented(&made, 0).contains(&indented(&text, by));
+            ensure!(there, "{asked} makes nothing of {path}");
+        }
+        let (labelled, dashboards) =
+            (made.matches("release: mine").count(), made.matches("grafana_dashboard:").count());
+        ensure!(
+            (labelled, dashboards) == (7, 6),
+            "{asked} makes {labelled} objects, {dashboards} dashboards"
+        );
+    }
+    Ok(())
 }
 
 /// Runs it.
