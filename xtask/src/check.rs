@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    chart, cluster, conformance, ebpf, fuzz, kernel,
+    chart, cluster, conformance, ebpf, fuzz, kernel, peers,
     run::{cargo, read, step, succeed},
     setup,
 };
@@ -71,11 +71,13 @@ fn build_all(filter: Option<&str>) -> Result<(PathBuf, PathBuf)> {
     Ok((binaries, nextest))
 }
 
-/// What tests run beside that: Kubernetes, its conformance tests, helm; and what is fuzzed, compiled in a way of its own.
+/// What tests run beside that: Kubernetes, its conformance tests, helm, programs of others that speak HTTP/2; and what
+/// is fuzzed, compiled in a way of its own.
 fn prepare_others() -> Result<()> {
     fuzz::in_tests()?;
     cluster::prepare()?;
     conformance::prepare()?;
+    peers::prepare()?;
     chart::check()
 }
 

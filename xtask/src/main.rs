@@ -12,6 +12,7 @@
 //! | [`kernel`] | `test --kernel`: the same on other kernels, in virtual machines |
 //! | [`cluster`] | a real Kubernetes of two nodes on this machine |
 //! | [`conformance`] | the Gateway API's conformance tests for meshes |
+//! | [`peers`] | programs of others that tests run: gRPC's interoperability tests, h2spec |
 //! | [`image`] | OCI images of agent and controller |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
@@ -33,6 +34,7 @@ mod generate;
 mod go;
 mod image;
 mod kernel;
+mod peers;
 mod run;
 mod setup;
 
@@ -112,6 +114,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Build programs of others that tests run into target/peers: gRPC's interoperability tests, h2spec. Needs Go.
+    Peers,
     /// Build the kernel programs into target/mesh-ebpf/mesh-ebpf.o.
     BuildEbpf,
     /// Install what is missing for all of the above.
@@ -144,6 +148,7 @@ fn main() -> anyhow::Result<()> {
         Task::Generate { what: Some(generate::Part::Dashboards) } => dashboards::generate(),
         Task::Generate { what: Some(generate::Part::Manifests) } => chart::generate(),
         Task::Helm { arguments } => chart::run(&arguments),
+        Task::Peers => peers::prepare().map(drop),
         Task::Setup => setup::everything(),
         Task::Ci => check::ci(),
     }
