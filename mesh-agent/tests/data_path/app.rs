@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{
     body::{Frame, Incoming},
@@ -109,7 +109,13 @@ async fn respond(
                 "app": says, "method": method, "uri": uri, "headers": headers, "length": body.len(),
                 "body": String::from_utf8_lossy(&body[..body.len().min(100)]),
             });
-            *response.body_mut() = Full::new(Bytes::from(said.to_string())).boxed();
+            let said = said.to_string();
+            // hyper leaves it to its user that an answer to HEAD has no body (RFC 9110, section 9.3.2) in HTTP/2.
+            if method == Method::HEAD.as_str() {
+                response.headers_mut().insert(header::CONTENT_LENGTH, said.len().into());
+            } else {
+                *response.body_mut() = Full::new(Bytes::from(said)).boxed();
+            }
         }
     }
     response
