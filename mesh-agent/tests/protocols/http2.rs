@@ -1,1 +1,246 @@
-//! To come.
+//! Streams of HTTP/2 beside each other: what becomes of the others when one stands still, breaks or is one too many.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, future::join_all, stream};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    client::conn::http2::{Builder, SendRequest},
+    server::conn::http2 as server,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+};
+
+use crate::{
+    Bed,
+    app::app,
+    world::{connect, eventually, in_time},
+};
+
+type Answer = Result<Response<BoxBody<Bytes, io::Error>>, io::Error>;
+
+/// A connection of the client's, which takes much before it is read.
+async fn client(at: SocketAddr) -> SendRequest<Empty<Bytes>> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.initial_connection_window_size(64 << 20).initial_stream_window_size(64 << 10);
+    let (sender, connection) = in_time(builder.handshake(TokioIo::new(connect(at).await))).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn request(method: Method, path: &str) -> Request<Empty<Bytes>> {
+    Request::builder().method(method).uri(format!("http://web{path}")).body(Empty::new()).unwrap()
+}
+
+async fn get(sender: &SendRequest<Empty<Bytes>>, path: &str) -> hyper::Result<Response<Incoming>> {
+    in_time(sender.clone().send_request(request(Method::GET, path))).await
+}
+
+async fn whole(response: Response<Incoming>) -> hyper::Result<Bytes> {
+    Ok(in_time(response.into_body().collect()).await?.to_bytes())
+}
+
+/// An application that speaks HTTP/2 alone, with so many streams at once on each connection. The number of connections.
+fn serve<F>(
+    listener: TcpListener,
+    streams: u32,
+    answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+) -> Arc<AtomicUsize>
+where
+    F: Future<Output = Answer> + Send + 'static,
+{
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let mut builder = server::Builder::new(TokioExecutor::new());
+            builder.max_concurrent_streams(streams);
+            tokio::spawn(builder.serve_connection(TokioIo::new(stream), service_fn(answer.clone())));
+        }
+    });
+    connections
+}
+
+fn said(text: &'static str) -> Answer {
+    Ok(Response::new(Full::new(Bytes::from_static(text.as_bytes())).map_err(|never| match never {}).boxed()))
+}
+
+/// An answer whose body goes on as long as somebody takes it.
+fn endless() -> Answer {
+    let frames = stream::repeat_with(|| Ok(Frame::data(Bytes::from_static(&[7; 16 << 10]))));
+    Ok(Response::new(BodyExt::boxed(StreamBody::new(frames))))
+}
+
+/// An answer whose body begins, and breaks when it is told to.
+fn broken(told: Arc<Notify>) -> Answer {
+    let begins = stream::iter([Ok(Frame::data(Bytes::from_static(b"some")))]);
+    let breaks = stream::once(async move {
+        told.notified().await;
+        Err(io::ErrorKind::Other.into())
+    });
+    Ok(Response::new(BodyExt::boxed(StreamBody::new(begins.chain(Box::pin(breaks))))))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_ours_to_head_has_no_body() {
+    for bed in Bed::both().await {
+        let sender = client(bed.at).await;
+        let app = app("web", bed.app);
+        let mut two_hosts = request(Method::HEAD, "/");
+        two_hosts.headers_mut().append("host", "a".parse().unwrap());
+        two_hosts.headers_mut().append("host", "b".parse().unwrap());
+        let response = in_time(sender.clone().send_request(two_hosts)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        assert!(whole(response).await.unwrap().is_empty());
+        assert_eq!(app.served(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_read_holds_up_nobody_else() {
+    for bed in Bed::both().await {
+        let sender = client(bed.at).await;
+        let answer = |request: Request<Incoming>| async move {
+            if request.uri().path() == "/endless" { endless() } else { said("at once") }
+        };
+        serve(bed.app, 200, answer);
+        // All of them on one connection to the backend, and more than its window has room for.
+        let stalled = join_all((0..50).map(|_| get(&sender, "/endless"))).await;
+        let stalled: Vec<_> = stalled.into_iter().map(Result::unwrap).collect();
+        for _ in 0..10 {
+            assert_eq!(whole(get(&sender, "/").await.unwrap()).await.unwrap(), "at once");
+        }
+        drop(stalled);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_breaks_does_not_look_whole_and_the_others_go_on() {
+    for bed in Bed::both().await {
+        let sender = client(bed.at).await;
+        let now = Arc::new(Notify::new());
+        let told = now.clone();
+        let connections = serve(bed.app, 200, move |request: Request<Incoming>| {
+            let told = told.clone();
+            async move { if request.uri().path() == "/broken" { broken(told) } else { endless() } }
+        });
+        let mut lives = get(&sender, "/endless").await.unwrap();
+        for _ in 0..3 {
+            let mut broken = get(&sender, "/broken").await.unwrap();
+            assert_eq!(in_time(broken.frame()).await.unwrap().unwrap().into_data().unwrap(), "some");
+            now.notify_one();
+            assert!(whole(broken).await.is_err());
+        }
+        for _ in 0..100 {
+            in_time(lives.frame()).await.unwrap().unwrap();
+        }
+        assert_eq!(connections.load(Ordering::Relaxed), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_its_client_gives_up_ends_at_the_application_too() {
+    for bed in Bed::both().await {
+        let sender = client(bed.at).await;
+        let alive = watch::Sender::new(());
+        let asked = alive.clone();
+        serve(bed.app, 200, move |_| {
+            let held = asked.subscribe();
+            async move {
+                let _held = held;
+                std::future::pending().await
+            }
+        });
+        let asks = tokio::spawn({
+            let sender = sender.clone();
+            async move { get(&sender, "/").await.map(drop) }
+        });
+        let there = async || (alive.receiver_count() == 1).then_some(());
+        eventually(there).await;
+        asks.abort();
+        in_time(alive.closed()).await;
+        assert!(!sender.is_closed());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_to_a_backend_that_is_somebody_else_now_are_cut() {
+    let Bed { world, mut plan, at, app } = Bed::routed().await;
+    let sender = client(at).await;
+    serve(app, 200, |_| async { endless() });
+    let mut lives = get(&sender, "/").await.unwrap();
+    in_time(lives.frame()).await.unwrap().unwrap();
+    plan.workload("web").service_account = "other".into();
+    world.publish_at_source(&plan, "3");
+    let breaks = async { while lives.frame().await.expect("it does not look whole").is_ok() {} };
+    in_time(breaks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websockets_in_http2_are_not_offered_and_cost_who_asks_nonetheless_that_stream_alone() {
+    for bed in Bed::both().await {
+        let stream = TokioIo::new(connect(bed.at).await);
+        let (sender, connection) =
+            in_time(Builder::new(TokioExecutor::new()).handshake(stream)).await.unwrap();
+        let app = app("web", bed.app);
+        let offered = Arc::new(AtomicUsize::new(0));
+        let told = offered.clone();
+        let mut connection = Box::pin(connection);
+        tokio::spawn(std::future::poll_fn(move |cx| {
+            told.fetch_add(usize::from(connection.is_extended_connect_protocol_enabled()), Ordering::Relaxed);
+            connection.as_mut().poll(cx)
+        }));
+        assert_eq!(get(&sender, "/").await.unwrap().status(), StatusCode::OK);
+        let mut asks = request(Method::CONNECT, "/chat");
+        asks.extensions_mut().insert(hyper::ext::Protocol::from_static("websocket"));
+        assert!(in_time(sender.clone().send_request(asks)).await.is_err());
+        assert_eq!(get(&sender, "/").await.unwrap().status(), StatusCode::OK);
+        assert_eq!((offered.load(Ordering::Relaxed), app.served()), (0, 2));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_requests_than_a_connection_takes_are_all_answered() {
+    for bed in Bed::both().await {
+        let sender = client(bed.at).await;
+        serve(bed.app, 200, |_| async { said("yes") });
+        // We take a thousand at once, a connection to a backend a hundred.
+        let answers = join_all((0..1500).map(|_| async { whole(get(&sender, "/").await?).await })).await;
+        assert!(answers.iter().all(|answer| answer.as_ref().is_ok_and(|it| it == "yes")));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_that_takes_few_at_once_is_asked_on_more_connections() {
+    let bed = Bed::routed().await;
+    let sender = client(bed.at).await;
+    let taken = Arc::new(AtomicUsize::new(0));
+    let counted = taken.clone();
+    let connections = serve(bed.app, 2, move |_| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        std::future::pending()
+    });
+    let mut waiting = vec![];
+    for count in 1..=5 {
+        let sender = sender.clone();
+        waiting.push(tokio::spawn(async move { get(&sender, "/").await.map(drop) }));
+        eventually(async || (taken.load(Ordering::Relaxed) == count).then_some(())).await;
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 3);
+    waiting.iter().for_each(tokio::task::JoinHandle::abort);
+}

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 #[path = "../data_path/app.rs"]
+#[allow(dead_code, reason = "these tests look at the bytes themselves")]
 mod app;
 mod bodies;
 mod conformance;
@@ -33,8 +34,9 @@ use world::*;
 
 /// A client, and an application that it asks.
 struct Bed {
-    #[allow(dead_code, reason = "ends with the bed")]
+    #[allow(dead_code, reason = "what is between the two ends with it")]
     world: World,
+    plan: Plan,
     /// Where the client's connections are captured.
     at: SocketAddr,
     /// The application, which nobody serves yet.
@@ -60,7 +62,7 @@ impl Bed {
         }];
         world.publish(&plan, "2");
         let at = world.outbound(VIP.parse().unwrap());
-        Self { world, at, app }
+        Self { world, plan, at, app }
     }
 
     /// The application's agent does, as a policy says something of them.
@@ -68,10 +70,11 @@ impl Bed {
         let delete = Asks { methods: vec!["DELETE".into()], ..Asks::default() };
         let to = vec![Target { any_of: delete, ..Target::default() }];
         let policy = Policy::new(name("requests"), Action::Deny, vec![Rule { from: vec![], to }]);
-        let world = World::new(&Plan { policies: vec![policy], ..Plan::default() });
+        let plan = Plan { policies: vec![policy], ..Plan::default() };
+        let world = World::new(&plan);
         let (web, app) = world.web().await;
         let at = world.outbound(web);
-        Self { world, at, app }
+        Self { world, plan, at, app }
     }
 
     /// The one and the other.

@@ -20,7 +20,7 @@ use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
 };
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_core::{
     http::matches::Asked,
     policy::{Content, Reads, request::Reading},
@@ -211,7 +211,7 @@ struct Gone(Refusal);
 /// The story of a request.
 async fn answer(guest: &Arc<Guest>, request: Request<Incoming>) -> Result<Response<Body>, Gone> {
     let mut exchange = Exchange::begin(guest.ends(), &request);
-    let grpc = heads::is_grpc(request.headers());
+    let form = heads::form(&request);
     let told = match tell(guest, request, &mut exchange).await {
         Ok(answered) => Ok(answered),
         Err(Ended::Declined(declined)) => Err(declined),
@@ -221,7 +221,7 @@ async fn answer(guest: &Arc<Guest>, request: Request<Incoming>) -> Result<Respon
             return Err(Gone(refusal));
         }
     };
-    Ok(respond(told, grpc, exchange))
+    Ok(respond(told, form, exchange))
 }
 
 /// Why the application has not answered.
@@ -363,7 +363,8 @@ impl Application {
         };
         let stream = TokioIo::new(Socket::from(app));
         if many {
-            let (sender, connection) = upstream::http2().handshake(stream).await.map_err(unspoken)?;
+            let (sender, connection) =
+                upstream::http2(TokioExecutor::new()).handshake(stream).await.map_err(unspoken)?;
             guest.drive(connection);
             return Ok(Sender::Many(sender));
         }

@@ -3,6 +3,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -21,6 +22,8 @@ const MOST_KEPT: usize = 64 * 1024;
 pub(in crate::connection) enum Body {
     /// As it comes from the other side.
     Carried(Incoming),
+    /// The same, whose end somebody waits for: it shares this until then.
+    Sending(Incoming, #[allow(dead_code, reason = "it goes with the body")] Arc<()>),
     /// This, then the end.
     Whole(Option<Bytes>),
     /// An answer's, with what has to be told when it ends.
@@ -38,6 +41,14 @@ pub(in crate::connection) struct Answer {
 impl Body {
     pub(super) const fn empty() -> Self {
         Self::Whole(None)
+    }
+
+    /// The same, that shares this until it has been sent, if that takes time.
+    pub(super) fn sending(self, until: &Arc<()>) -> Self {
+        match self {
+            Self::Carried(body) => Self::Sending(body, until.clone()),
+            other => other,
+        }
     }
 
     /// An answer's. Once it has ended, the connection that it came by, if it was one of many, can be used again.
@@ -80,7 +91,7 @@ impl HttpBody for Body {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match self.get_mut() {
-            Self::Carried(body) => Pin::new(body).poll_frame(cx),
+            Self::Carried(body) | Self::Sending(body, _) => Pin::new(body).poll_frame(cx),
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Answer(answer) => {
                 let frame = ready!(Pin::new(&mut answer.body).poll_frame(cx));
@@ -100,7 +111,7 @@ impl HttpBody for Body {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Carried(body) => body.is_end_stream(),
+            Self::Carried(body) | Self::Sending(body, _) => body.is_end_stream(),
             Self::Whole(bytes) => bytes.is_none(),
             Self::Answer(answer) => answer.body.is_end_stream(),
         }
@@ -108,7 +119,7 @@ impl HttpBody for Body {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Carried(body) => body.size_hint(),
+            Self::Carried(body) | Self::Sending(body, _) => body.size_hint(),
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Answer(answer) => answer.body.size_hint(),
         }
@@ -169,7 +180,7 @@ impl Asking {
 
     /// A request came back that was never sent: its body can be sent still.
     pub(super) fn put_back(&mut self, body: Body) {
-        if let (Self::Sent, Body::Carried(body)) = (&*self, body) {
+        if let (Self::Sent, Body::Carried(body) | Body::Sending(body, _)) = (&*self, body) {
             *self = Self::Once(body);
         }
     }

@@ -2,14 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
 use mesh_core::{
     http::{choose::Terms, fault},
     model::traffic::FaultEffect,
     refusal::Reason,
 };
 
-use super::{Asker, body::Body, empty, exchange::Exchange, said};
+use super::{Asker, body::Body, empty, exchange::Exchange, heads::Form, said};
 use crate::refusal::Refusal;
 
 /// What has become of a request.
@@ -24,12 +25,12 @@ pub(super) enum Befallen {
 pub(super) async fn befall(
     asker: &Arc<Asker>,
     terms: &Terms<'_>,
-    headers: &HeaderMap,
+    request: &Request<Incoming>,
     exchange: &mut Exchange,
 ) -> Befallen {
     let metrics = &asker.node.inner.connector.metrics;
     let mut delayed = Duration::ZERO;
-    for effect in fault::of(terms.faults, headers, rand::random).collect::<Vec<_>>() {
+    for effect in fault::of(terms.faults, request.headers(), rand::random).collect::<Vec<_>>() {
         match effect {
             FaultEffect::Delay(time) => {
                 metrics.fault(&asker.service, "delay");
@@ -41,7 +42,9 @@ pub(super) async fn befall(
                 metrics.fault(&asker.service, "abort");
                 let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
                 exchange.refused(Refusal::new(Reason::FaultInjected, status.to_string()));
-                return Befallen::Ends(said(status, false));
+                // To a call, too, with the status that the policy says.
+                let form = if request.method() == Method::HEAD { Form::Head } else { Form::Plain };
+                return Befallen::Ends(said(status, form));
             }
             FaultEffect::AbortCall(status) => {
                 metrics.fault(&asker.service, "abort");

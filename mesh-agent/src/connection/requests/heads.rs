@@ -24,6 +24,13 @@ pub(in crate::connection) fn check<B>(request: &Request<B>) -> Result<(), Refusa
     if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
         return bad("a request with both Transfer-Encoding and Content-Length");
     }
+    // Of what was coded besides, nobody behind us would know (RFC 9112, section 7): that header is of one hop.
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    if codings.next().is_some_and(|it| !it.as_bytes().eq_ignore_ascii_case(b"chunked"))
+        || codings.next().is_some()
+    {
+        return bad("a Transfer-Encoding that is more than chunked");
+    }
     if headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
         return bad("a request with more than one Content-Length");
     }
@@ -111,8 +118,30 @@ pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> 
     pairs.find(|(of, _)| *of == name).map(|(_, value)| value)
 }
 
-/// Whether it is a call of gRPC, which is answered in gRPC's way, or the answer to one (gRPC over HTTP/2, "Requests").
-pub(in crate::connection) fn is_grpc(headers: &HeaderMap) -> bool {
+/// In which form an answer of ours is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::connection) enum Form {
+    /// A status and its name.
+    Plain,
+    /// The same without its body (RFC 9110, section 9.3.2), which hyper leaves to us in HTTP/2.
+    Head,
+    /// That of gRPC.
+    Call,
+}
+
+/// That of the answer to a request. A call is answered in gRPC's way.
+pub(in crate::connection) fn form<B>(request: &Request<B>) -> Form {
+    if is_grpc(request.headers()) {
+        Form::Call
+    } else if request.method() == Method::HEAD {
+        Form::Head
+    } else {
+        Form::Plain
+    }
+}
+
+/// Whether it is a call of gRPC, or the answer to one (gRPC over HTTP/2, "Requests" and "Responses").
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 

@@ -60,6 +60,7 @@ use self::{
     body::{Asking, Body},
     exchange::{Ends, Exchange},
     faults::Befallen,
+    heads::Form,
     stream::Socket,
 };
 use super::{Accepted, Node, wants};
@@ -82,8 +83,10 @@ const MOST_HEAD: usize = 128 * 1024;
 const MOST_HEADERS: usize = 256;
 /// Requests of one connection of HTTP/2 at once.
 const STREAMS: u32 = 1000;
-/// What one stream of HTTP/2 may send before it is read, and all of a connection.
-const WINDOW: u32 = 1 << 20;
+/// What one stream of HTTP/2 may send before it is read.
+const WINDOW: u32 = 256 << 10;
+/// What all of a connection may: of its streams, 64 may stand still before they hold up the others.
+const CONNECTION_WINDOW: u32 = WINDOW * 64;
 
 /// What is asked for by a connection whose requests are routed.
 #[derive(Debug)]
@@ -231,7 +234,7 @@ where
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW * 4)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MOST_HEAD as u32)
         .auto_date_header(false);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer));
@@ -271,9 +274,9 @@ impl Declined {
 /// The story of a request. Whatever happens there is an answer, which tells nobody outside why.
 async fn answer(asker: &Arc<Asker>, request: Request<Incoming>) -> Response<Body> {
     let mut exchange = Exchange::begin(asker.ends(), &request);
-    let grpc = heads::is_grpc(request.headers());
+    let form = heads::form(&request);
     let told = tell(asker, request, &mut exchange).await;
-    respond(told, grpc, exchange)
+    respond(told, form, exchange)
 }
 
 /// Who answers a request.
@@ -287,7 +290,7 @@ pub(super) enum Answered {
 /// The answer to a request, which is recorded once that has ended.
 pub(super) fn respond(
     told: Result<Answered, Declined>,
-    grpc: bool,
+    form: Form,
     mut exchange: Exchange,
 ) -> Response<Body> {
     match told {
@@ -301,7 +304,7 @@ pub(super) fn respond(
             Response::from_parts(parts, Body::answer(incoming, used, exchange))
         }
         Err(Declined { status, refusal }) => {
-            let response = said(status, grpc);
+            let response = said(status, form);
             exchange.answered(response.status(), response.headers());
             exchange.refused(refusal);
             exchange.complete();
@@ -342,7 +345,7 @@ async fn tell(
     // How is it sent, and what goes wrong with it on purpose?
     let asked_for = view.service(&asker.service).and_then(|it| it.port(asker.port));
     let terms = choose::terms(rule, asked_for.map_or(backends::NOTHING, |it| &it.traffic));
-    let delayed = match faults::befall(asker, &terms, request.headers(), exchange).await {
+    let delayed = match faults::befall(asker, &terms, &request, exchange).await {
         Befallen::Goes(delayed) => delayed,
         Befallen::Ends(response) => return Ok(Answered::Here(response)),
     };
@@ -502,9 +505,9 @@ fn empty(status: StatusCode) -> Response<Body> {
     response
 }
 
-/// An answer of ours that is no backend's: in gRPC's way to a call.
-fn said(status: StatusCode, grpc: bool) -> Response<Body> {
-    if grpc {
+/// An answer of ours that is no backend's.
+fn said(status: StatusCode, form: Form) -> Response<Body> {
+    if form == Form::Call {
         // gRPC, "HTTP to gRPC Status Code Mapping", and DEADLINE_EXCEEDED for a time that is over.
         let code = match status {
             StatusCode::BAD_REQUEST => 13,
@@ -516,8 +519,10 @@ fn said(status: StatusCode, grpc: bool) -> Response<Body> {
         return faults::call_ended(code);
     }
     let text = status.canonical_reason().unwrap_or_default();
-    let mut response = Response::new(Body::Whole(Some(Bytes::from_static(text.as_bytes()))));
+    let whole = (form != Form::Head).then(|| Bytes::from_static(text.as_bytes()));
+    let mut response = Response::new(Body::Whole(whole));
     *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_LENGTH, text.len().into());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     response
 }

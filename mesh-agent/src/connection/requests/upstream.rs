@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -17,8 +18,9 @@ use http::{Request, Response, Version};
 use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
+    rt::Executor,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_core::{
     identity::SpiffeId,
     model::{Endpoint, Name},
@@ -26,6 +28,7 @@ use mesh_core::{
     route::{self, Reached},
     view::Snapshot,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     super::{Node, outbound},
@@ -51,8 +54,10 @@ const STREAMS: usize = 100;
 const REAP: Duration = Duration::from_secs(5);
 /// What of an answer's head is read at most; hyper's smallest is 8 KiB.
 const HEAD: usize = 128 * 1024;
-/// What one stream of HTTP/2 may send before it is read, and all of a connection.
-const WINDOW: u32 = 1 << 20;
+/// What one stream of HTTP/2 may send before it is read.
+const WINDOW: u32 = 256 << 10;
+/// What all of a connection may: what its streams may, so that those whose clients do not read hold up no other.
+const CONNECTION_WINDOW: u32 = WINDOW * STREAMS as u32;
 
 /// The connections of this node's workloads to backends.
 #[derive(Debug, Default)]
@@ -72,10 +77,31 @@ struct Key {
 
 #[derive(Debug, Default)]
 struct Of {
-    idle: Vec<(http1::SendRequest<Body>, Instant)>,
+    idle: Vec<Idle>,
     shared: Vec<Shared>,
     /// One at a time opens another, so that those who come together share it.
     opening: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A connection whose answer has ended.
+#[derive(Debug)]
+struct Idle {
+    one: One,
+    since: Instant,
+}
+
+/// A connection that carries one request at a time.
+#[derive(Debug)]
+struct One {
+    sender: http1::SendRequest<Body>,
+    /// Shared with the last request's body for as long as that is sent, if it is carried: an answer may end before.
+    sending: Arc<()>,
+}
+
+impl One {
+    fn has_sent_all(&self) -> bool {
+        Arc::strong_count(&self.sending) == 1
+    }
 }
 
 /// A connection that carries many requests at once.
@@ -83,13 +109,15 @@ struct Of {
 struct Shared {
     sender: http2::SendRequest<Body>,
     streams: Arc<AtomicUsize>,
+    /// How many the other end takes at once, as far as it has said.
+    most: Arc<AtomicUsize>,
     used: Arc<Mutex<Instant>>,
 }
 
 /// What a request is sent on.
 #[derive(Debug)]
 enum Sender {
-    One(http1::SendRequest<Body>),
+    One(One),
     Shared(Stream),
 }
 
@@ -202,10 +230,10 @@ impl Upstreams {
             return self.of(key, Of::shared).flatten().map(|shared| Sender::Shared(Stream::of(shared)));
         }
         loop {
-            let (mut sender, _) = self.of(key, |of| of.idle.pop()).flatten()?;
+            let mut one = self.of(key, Of::idle).flatten()?;
             // As a rule it is; a moment after an answer's end its connection may not have noticed yet.
-            if sender.ready().await.is_ok() {
-                return Some(Sender::One(sender));
+            if one.sender.ready().await.is_ok() {
+                return Some(Sender::One(one));
             }
         }
     }
@@ -245,7 +273,7 @@ impl Upstreams {
         loop {
             timer.tick().await;
             self.lock().retain(|_, of| {
-                of.idle.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < idle);
+                of.idle.retain(|it| !it.one.sender.is_closed() && it.since.elapsed() < idle);
                 of.shared.retain(|shared| !shared.is_idle(idle));
                 !of.idle.is_empty() || !of.shared.is_empty() || Arc::strong_count(&of.opening) > 1
             });
@@ -264,15 +292,26 @@ impl Upstreams {
 }
 
 impl Of {
-    /// The one with the fewest requests, if that can take more.
+    /// The one that was used last. Not one that still sends: whoever took it would wait for another client's body.
+    fn idle(&mut self) -> Option<One> {
+        let last = self.idle.iter().rposition(|it| it.one.has_sent_all())?;
+        Some(self.idle.remove(last).one)
+    }
+
+    /// Of those that can take more, the one with the fewest requests.
     fn shared(&mut self) -> Option<Shared> {
         self.shared.retain(|shared| !shared.sender.is_closed());
-        let fewest = self.shared.iter().min_by_key(|shared| shared.streams.load(Ordering::Relaxed))?;
-        (fewest.streams.load(Ordering::Relaxed) < STREAMS).then(|| fewest.clone())
+        let free = self.shared.iter().filter(|shared| shared.takes_more());
+        free.min_by_key(|shared| shared.streams.load(Ordering::Relaxed)).cloned()
     }
 }
 
 impl Shared {
+    fn takes_more(&self) -> bool {
+        let most = self.most.load(Ordering::Relaxed).clamp(1, STREAMS);
+        self.streams.load(Ordering::Relaxed) < most
+    }
+
     fn is_idle(&self, long: Duration) -> bool {
         let used = *self.used.lock().unwrap_or_else(PoisonError::into_inner);
         self.sender.is_closed() || (self.streams.load(Ordering::Relaxed) == 0 && used.elapsed() >= long)
@@ -289,9 +328,10 @@ impl Sender {
             (error.take_message().map(Box::new), error.into_error())
         };
         match self {
-            Self::One(mut sender) => {
-                let response = sender.try_send_request(request).await.map_err(failed)?;
-                Ok((response, Self::One(sender)))
+            Self::One(mut one) => {
+                let request = request.map(|body| body.sending(&one.sending));
+                let response = one.sender.try_send_request(request).await.map_err(failed)?;
+                Ok((response, Self::One(one)))
             }
             Self::Shared(mut stream) => {
                 let response = stream.0.sender.try_send_request(request).await.map_err(failed)?;
@@ -318,13 +358,13 @@ impl Used {
 
     /// The answer has ended well: another request can be sent.
     pub(super) fn give_back(mut self) {
-        if let Some(Sender::One(sender)) = self.sender.take()
-            && !sender.is_closed()
+        if let Some(Sender::One(one)) = self.sender.take()
+            && !one.sender.is_closed()
         {
             let mut all = self.upstreams.lock();
             let of = all.entry(self.key.clone()).or_default();
             if of.idle.len() < IDLE_PER_KEY {
-                of.idle.push((sender, Instant::now()));
+                of.idle.push(Idle { one, since: Instant::now() });
             }
         }
     }
@@ -377,19 +417,54 @@ impl Opened {
         }
     }
 
-    async fn one(self, from: Asking<'_>) -> Result<http1::SendRequest<Body>, Refusal> {
+    async fn one(self, from: Asking<'_>) -> Result<One, Refusal> {
         let Self { stream, entry, led } = self;
         let (sender, connection) = http1().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         drive(connection.with_upgrades(), from, entry, led);
-        Ok(sender)
+        Ok(One { sender, sending: Arc::default() })
     }
 
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
         let Self { stream, entry, led } = self;
-        let (sender, connection) = http2().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        let cut = CancellationToken::new();
+        let builder = http2(Beside(cut.clone()));
+        let (sender, mut connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        let most = Arc::new(AtomicUsize::new(STREAMS));
+        let told = most.clone();
+        let cut = cut.drop_guard();
+        let connection = async move {
+            let ended = std::future::poll_fn(|cx| {
+                let polled = Pin::new(&mut connection).poll(cx);
+                told.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                polled
+            });
+            let ended = ended.await;
+            // Nobody asks any more, and what is under way is answered. Dropped before that, it takes everything along.
+            cut.disarm();
+            ended
+        };
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
-        Ok(Shared { sender, streams: Arc::default(), used })
+        Ok(Shared { sender, streams: Arc::default(), most, used })
+    }
+}
+
+/// Runs what hyper has beside a connection of HTTP/2, its socket first of all, until the connection is cut.
+#[derive(Debug, Clone)]
+struct Beside(CancellationToken);
+
+impl<F> Executor<F> for Beside
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, work: F) {
+        let cut = self.0.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = work => {}
+                () = cut.cancelled() => {}
+            }
+        });
     }
 }
 
@@ -426,13 +501,13 @@ pub(in crate::connection) fn http1() -> http1::Builder {
     builder
 }
 
-/// How HTTP/2 is.
-pub(in crate::connection) fn http2() -> http2::Builder<TokioExecutor> {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+/// How HTTP/2 is, with what runs the connection itself.
+pub(in crate::connection) fn http2<E: Clone>(executor: E) -> http2::Builder<E> {
+    let mut builder = http2::Builder::new(executor);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW * 4)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(HEAD as u32);
     builder
 }
