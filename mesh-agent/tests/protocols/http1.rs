@@ -5,8 +5,8 @@ use tokio::io::AsyncReadExt;
 use crate::{
     Bed,
     app::app,
-    hear, say,
-    world::{connect, in_time},
+    hear, is_over, say,
+    world::{accept, connect, in_time},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -154,4 +154,20 @@ async fn what_could_be_read_in_two_ways_reaches_nobody() {
             assert!(!answer.contains("hello") && !answer.contains("\"length\":5"), "{size:?}: {answer}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_at_a_backend_that_is_somebody_else_now_is_cut() {
+    let Bed { world, mut plan, at, app } = Bed::routed().await;
+    let mut client = connect(at).await;
+    say(&mut client, "GET / HTTP/1.1\r\nHost: web\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await;
+    let mut app = accept(&app).await.0;
+    hear(&mut app, "\r\n\r\n").await;
+    let switching = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+    say(&mut app, &format!("{switching}hello")).await;
+    hear(&mut client, "hello").await;
+    plan.workload("web").service_account = "other".into();
+    world.publish_at_source(&plan, "3");
+    is_over(&mut client).await;
+    is_over(&mut app).await;
 }

@@ -18,9 +18,8 @@ use http::{Request, Response, Version};
 use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
-    rt::Executor,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_core::{
     identity::SpiffeId,
     model::{Endpoint, Name},
@@ -28,12 +27,11 @@ use mesh_core::{
     route::{self, Reached},
     view::Snapshot,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::{
     super::{Node, outbound},
     body::Body,
-    stream::Upstream,
+    stream::{Line, Upstream},
 };
 use crate::{
     balance::Attempt,
@@ -419,52 +417,28 @@ impl Opened {
 
     async fn one(self, from: Asking<'_>) -> Result<One, Refusal> {
         let Self { stream, entry, led } = self;
+        let (stream, line) = Line::over(stream);
         let (sender, connection) = http1().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
-        drive(connection.with_upgrades(), from, entry, led);
+        drive(line.until_gone(connection.with_upgrades()), from, entry, led);
         Ok(One { sender, sending: Arc::default() })
     }
 
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
         let Self { stream, entry, led } = self;
-        let cut = CancellationToken::new();
-        let builder = http2(Beside(cut.clone()));
+        let (stream, line) = Line::over(stream);
+        let builder = http2(TokioExecutor::new());
         let (sender, mut connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         let most = Arc::new(AtomicUsize::new(STREAMS));
         let told = most.clone();
-        let cut = cut.drop_guard();
-        let connection = async move {
-            let ended = std::future::poll_fn(|cx| {
-                let polled = Pin::new(&mut connection).poll(cx);
-                told.store(connection.current_max_send_streams(), Ordering::Relaxed);
-                polled
-            });
-            let ended = ended.await;
-            // Nobody asks any more, and what is under way is answered. Dropped before that, it takes everything along.
-            cut.disarm();
-            ended
-        };
+        let connection = std::future::poll_fn(move |cx| {
+            let polled = Pin::new(&mut connection).poll(cx);
+            told.store(connection.current_max_send_streams(), Ordering::Relaxed);
+            polled
+        });
+        let connection = line.until_gone(connection);
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
         Ok(Shared { sender, streams: Arc::default(), most, used })
-    }
-}
-
-/// Runs what hyper has beside a connection of HTTP/2, its socket first of all, until the connection is cut.
-#[derive(Debug, Clone)]
-struct Beside(CancellationToken);
-
-impl<F> Executor<F> for Beside
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, work: F) {
-        let cut = self.0.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = work => {}
-                () = cut.cancelled() => {}
-            }
-        });
     }
 }
 
