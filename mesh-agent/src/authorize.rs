@@ -1,9 +1,15 @@
 //! May they: the destination's decision, when a connection is opened, for each request of one whose requests are read,
 //! and again whenever the view changes.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use mesh_core::{
+    authentication::{self, Authenticated},
+    http::matches::Asked,
     identity::SpiffeId,
     model::{Name, Workload},
     policy::{self, Content, Decision, Reads, Request, RuleRef, Verdict, WouldRefuse, decide},
@@ -25,16 +31,41 @@ pub(crate) fn inbound(
     let request = Request { source, source_address, port, content };
     let Decision { verdict, would_refuse } =
         decide(destination.mode, view.policies_of(destination), &request);
+    let unread = matches!(content, Content::Bytes).then(|| view.authentications_of(destination));
+    if verdict.allows()
+        && let Some(policy) = unread.and_then(|all| authentication::covers(all, port))
+    {
+        let detail = format!("AuthenticationPolicy {policy}");
+        return Err(Denied { reason: Reason::TokenUnreadable, rule: None, detail });
+    }
     match verdict {
         Verdict::AllowedByDefault | Verdict::ByRequest => Ok(Allowed { rule: None, would_refuse }),
         Verdict::Allowed(rule) => Ok(Allowed { rule: Some(rule), would_refuse }),
-        Verdict::Refused { reason, rule } => Err(Denied { reason, rule }),
+        Verdict::Refused { reason, rule } => Err(Denied { reason, rule, detail: String::new() }),
     }
 }
 
 /// Whether requests to a port of a workload of this node have to be read.
 pub(crate) fn reads(view: &Snapshot, destination: &Workload, port: u16) -> Reads {
-    policy::reads(view.policies_of(destination), port)
+    match authentication::covers(view.authentications_of(destination), port) {
+        Some(_) => Reads::Enforce,
+        None => policy::reads(view.policies_of(destination), port),
+    }
+}
+
+/// Whose request it is that comes to a workload of this node, by the token that it bears.
+pub(crate) fn user(
+    view: &Snapshot,
+    destination: &Workload,
+    port: u16,
+    asked: &Asked<'_>,
+) -> Result<Authenticated, Refusal> {
+    // Before 1970 every token is of the future.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    let policies = view.authentications_of(destination);
+    authentication::authenticate(policies, port, asked, now)
+        .map_err(|it| Refusal::new(it.reason, it.to_string()))
 }
 
 /// A verdict for a connection, or a request.
@@ -51,11 +82,12 @@ pub(crate) struct Allowed {
 pub(crate) struct Denied {
     pub(crate) reason: Reason,
     pub(crate) rule: Option<RuleRef>,
+    pub(crate) detail: String,
 }
 
 impl From<Denied> for Refusal {
     fn from(denied: Denied) -> Self {
-        Self { rule: denied.rule, ..denied.reason.into() }
+        Self { rule: denied.rule, ..Self::new(denied.reason, denied.detail) }
     }
 }
 

@@ -39,8 +39,10 @@ use crate::{
     digest::{digest, hex},
     distribute::{Hub, SETTLE, World},
     generation::Generation,
+    jwks::{self, Follower, Keys},
     kubernetes::{self, KubernetesError},
     metrics::{DocumentLabels, DocumentState, Metrics},
+    model::{KeysAt, Object},
     others::Others,
     project::Common,
     report::{ReportError, Reports},
@@ -123,6 +125,12 @@ impl Controller {
         let admin = listen(config.admin_listen, "--admin-listen").await?;
         let (at, admin_at) = (address(&agents), address(&admin));
         let settings = Settings { pods: source.pods(), ..Settings::of(&config, &clock).await? };
+        let metrics = settings.metrics.clone();
+        let ledger = (source.subscribe(), wanted_keys as fn(&Ledger) -> BTreeSet<KeysAt>);
+        let mut keys = Follower::open(&config.state_dir, ledger, metrics, jwks::Times::default());
+        keys.first().await;
+        let source = source.knowing(keys.known());
+        let settings = Settings { keys: keys.known(), ..settings };
         let parts = Parts::assemble(settings, source.subscribe(), clock)?;
         let running =
             Self { agents: at, admin: admin_at, cancel: parts.cancel.clone(), tasks: parts.tasks.clone() };
@@ -135,6 +143,7 @@ impl Controller {
         if let Some(write) = source.write(cancel.clone()) {
             running.spawn("status", write);
         }
+        running.spawn("keys", keys.run(cancel.clone()));
         running.spawn("source", source.follow(cancel.clone()));
         running.spawn("admin", admin::serve(admin, answers, cancel));
         for (part, run) in parts.run(agents) {
@@ -202,6 +211,10 @@ pub struct Settings {
     pub attestor: Option<Attestor>,
     /// The pods, which keep what is said of them; without, we keep it.
     pub pods: Option<Pods>,
+    /// The keys of issuers that are elsewhere.
+    pub keys: watch::Receiver<Arc<Keys>>,
+    /// Counted.
+    pub metrics: Arc<Metrics>,
 }
 
 impl Settings {
@@ -228,6 +241,8 @@ impl Settings {
             attestor: with_client(&config.join_service_account)
                 .map(|(client, account)| Attestor::new(client, account)),
             pods: None,
+            keys: jwks::nothing(),
+            metrics: Arc::default(),
         })
     }
 }
@@ -271,6 +286,8 @@ impl Parts {
             bundle,
             attestor,
             pods,
+            keys,
+            metrics,
         } = settings;
         store::private_dir(&state_dir)?;
         // What else a start would have to be told from, join tokens and reports, is then with the API server, or nowhere.
@@ -278,7 +295,6 @@ impl Parts {
             true => (Generation::of_replica(), None),
             false => Generation::begin(&state_dir),
         };
-        let metrics = Arc::new(Metrics::default());
         if let Some(error) = trouble {
             tracing::error!(%error, "the count of starts");
             metrics.unsaved.tried(Part::Generation, &Err::<(), _>(error));
@@ -296,6 +312,7 @@ impl Parts {
         let core = Core {
             ledger,
             roots: roots_seen,
+            keys,
             queue,
             reports,
             reports_file,
@@ -420,6 +437,22 @@ fn roots(authority: &Authority) -> Arc<Vec<Vec<u8>>> {
     Arc::new(authority.roots().iter().map(|root| root.to_vec()).collect())
 }
 
+/// Where the keys are that policies name by a URL.
+fn wanted_keys(ledger: &Ledger) -> BTreeSet<KeysAt> {
+    let of = |object: &Object| match object {
+        Object::AuthenticationPolicy(policy) => policy.elsewhere.iter().map(|(_, at)| at.clone()).collect(),
+        _ => vec![],
+    };
+    ledger.objects().flat_map(of).collect()
+}
+
+/// Never, where nobody fetches any. Cancel-safe.
+async fn keys_changed(keys: &mut watch::Receiver<Arc<Keys>>) {
+    if keys.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// Never, without pods. Cancel-safe.
 async fn conditions_changed(
     pods: &mut Option<(watch::Receiver<Arc<Conditions>>, Wishes)>,
@@ -435,6 +468,7 @@ async fn conditions_changed(
 struct Core {
     ledger: watch::Receiver<Arc<Ledger>>,
     roots: watch::Receiver<Arc<Vec<Vec<u8>>>>,
+    keys: watch::Receiver<Arc<Keys>>,
     queue: mpsc::Receiver<NodeReport>,
     reports: Reports,
     reports_file: PathBuf,
@@ -475,6 +509,7 @@ impl Core {
                     Ok(()) => None,
                     Err(_) => return,
                 },
+                () = keys_changed(&mut self.keys) => None,
                 changed = conditions_changed(&mut self.pods) => match changed {
                     Ok(()) => None,
                     Err(_) => return,
@@ -528,7 +563,9 @@ impl Core {
     /// The next state of the world, which shares with the hub's what has not changed.
     fn world(&self, hub: Option<&Arc<Hub>>) -> World {
         let ledger = self.ledger.borrow().clone();
-        let model = Arc::new(ledger.model());
+        let mut model = ledger.model();
+        model.put_in_keys(&self.keys.borrow().fetched);
+        let model = Arc::new(model);
         let roots = self.roots.borrow().to_vec();
         let mesh = Arc::new(Mesh { trust_domain: self.trust_domain.clone(), roots });
         let reports = match &self.pods {

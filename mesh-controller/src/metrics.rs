@@ -123,6 +123,8 @@ pub struct Metrics {
     /// What is in force and not on disk.
     pub unsaved: Unsaved,
     conditions: Family<JoinLabels, Counter>,
+    keys_fetched: Family<JoinLabels, Counter>,
+    keys_failing: Gauge<u64, AtomicU64>,
     state_unsaved: Family<PartLabels, Gauge<u64, AtomicU64>>,
     root_expiry: Family<RootLabels, Gauge<f64, AtomicU64>>,
     source_connected: Gauge<u64, AtomicU64>,
@@ -146,6 +148,8 @@ impl Default for Metrics {
         let restored = Gauge::default();
         let state_unsaved = Family::default();
         let root_expiry = Family::default();
+        let keys_fetched = Family::<JoinLabels, Counter>::default();
+        let keys_failing = Gauge::default();
         let conditions = Family::<JoinLabels, Counter>::default();
         let (source_connected, leader) = (Gauge::default(), Gauge::default());
         registry.register("documents", "Documents of the source, by state", documents.clone());
@@ -190,6 +194,16 @@ impl Default for Metrics {
             state_unsaved.clone(),
         );
         registry.register(
+            "keys_fetched",
+            "Fetches of the keys of issuers that AuthenticationPolicies name by URL, by result",
+            keys_fetched.clone(),
+        );
+        registry.register(
+            "keys_failing",
+            "URLs of issuers' keys of which the newest fetch failed; the last good keys stay in force",
+            keys_failing.clone(),
+        );
+        registry.register(
             "pod_conditions_written",
             "Patches of pods' conditions, by result; failed ones are made again",
             conditions.clone(),
@@ -209,6 +223,8 @@ impl Default for Metrics {
             restored,
             unsaved: Unsaved::default(),
             conditions,
+            keys_fetched,
+            keys_failing,
             source_connected,
             leader,
             state_unsaved,
@@ -222,6 +238,17 @@ impl Metrics {
     pub fn conditions_written(&self, done: bool) {
         let result = if done { JoinResult::ok } else { JoinResult::failed };
         self.conditions.get_or_create(&JoinLabels { result }).inc();
+    }
+
+    /// An issuer's keys were fetched, or could not be.
+    pub fn keys_fetched(&self, done: bool) {
+        let result = if done { JoinResult::ok } else { JoinResult::failed };
+        self.keys_fetched.get_or_create(&JoinLabels { result }).inc();
+    }
+
+    /// Of so many URLs the newest fetch failed.
+    pub fn keys_failing(&self, count: usize) {
+        self.keys_failing.set(count as u64);
     }
 
     /// How this controller stands.
@@ -270,6 +297,7 @@ mod tests {
         metrics.views_sent.inc();
         metrics.limit_hit(Limit::connections);
         metrics.conditions_written(true);
+        metrics.keys_fetched(false);
         metrics.presence(true, false);
         metrics.unsaved.tried(Part::Reports, &Err::<(), _>("no space"));
         metrics.roots([("ab12".to_owned(), SystemTime::UNIX_EPOCH)].into_iter());

@@ -2,6 +2,7 @@
 //!
 //! Sources build it, nothing else changes it. It holds no times, no file names and nothing that agents reported.
 
+mod authentication;
 mod route;
 mod traffic;
 
@@ -14,11 +15,12 @@ use std::{
 
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
-    model::{Distribution, Mode, Name, Place, Policy, http::RouteKind},
+    model::{Authentication, Distribution, Mode, Name, Place, Policy, http::RouteKind},
 };
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    authentication::{AuthenticationPolicy, Fetched, KeysAt},
     route::{ParentRef, ReferenceGrant, Route},
     traffic::{TrafficPolicy, TrafficTarget},
 };
@@ -38,6 +40,8 @@ pub enum Kind {
     AuthorizationPolicy,
     /// `nodemesh.io/v1alpha1`; how requests and connections are sent.
     TrafficPolicy,
+    /// `nodemesh.io/v1alpha1`; whose tokens requests bear.
+    AuthenticationPolicy,
     /// The Gateway API's; where requests to a Service lead.
     HttpRoute,
     /// The Gateway API's; where calls to a Service lead.
@@ -48,13 +52,14 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds, in the order in which a person reads them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Namespace,
         Self::Workload,
         Self::Service,
         Self::EndpointSlice,
         Self::AuthorizationPolicy,
         Self::TrafficPolicy,
+        Self::AuthenticationPolicy,
         Self::HttpRoute,
         Self::GrpcRoute,
         Self::ReferenceGrant,
@@ -69,6 +74,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::TrafficPolicy => "TrafficPolicy",
+            Self::AuthenticationPolicy => "AuthenticationPolicy",
             Self::HttpRoute => "HTTPRoute",
             Self::GrpcRoute => "GRPCRoute",
             Self::ReferenceGrant => "ReferenceGrant",
@@ -80,7 +86,10 @@ impl Kind {
         match self {
             Self::Namespace | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
-            Self::Workload | Self::AuthorizationPolicy | Self::TrafficPolicy => "nodemesh.io/v1alpha1",
+            Self::Workload
+            | Self::AuthorizationPolicy
+            | Self::AuthenticationPolicy
+            | Self::TrafficPolicy => "nodemesh.io/v1alpha1",
             Self::HttpRoute | Self::GrpcRoute => "gateway.networking.k8s.io/v1",
             // Every version of the Gateway API that has the routes serves this one.
             Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",
@@ -271,6 +280,8 @@ pub enum Object {
     AuthorizationPolicy(Policy),
     /// How requests and connections are sent; shared with every model that has it.
     TrafficPolicy(Arc<TrafficPolicy>),
+    /// A policy on end users.
+    AuthenticationPolicy(AuthenticationPolicy),
     /// Where requests or calls lead; shared with every model that has it, as one may be long.
     Route(Arc<Route>),
     /// Which routes of other namespaces may lead here.
@@ -292,6 +303,9 @@ impl Object {
                 ObjectKey { kind: Kind::AuthorizationPolicy, name: policy.name.clone() }
             }
             Self::TrafficPolicy(policy) => ObjectKey { kind: Kind::TrafficPolicy, name: policy.name.clone() },
+            Self::AuthenticationPolicy(policy) => {
+                ObjectKey { kind: Kind::AuthenticationPolicy, name: policy.said.name.clone() }
+            }
             Self::Route(route) => ObjectKey { kind: route.kind.into(), name: route.name.clone() },
             Self::ReferenceGrant(grant) => ObjectKey { kind: Kind::ReferenceGrant, name: grant.name.clone() },
         }
@@ -313,6 +327,10 @@ pub struct Model {
     pub policies: BTreeMap<Name, Arc<Policy>>,
     /// By name.
     pub traffic: BTreeMap<Name, Arc<TrafficPolicy>>,
+    /// By name, with the keys that are known: those of the manifests, until [`Model::put_in_keys`].
+    pub authentications: BTreeMap<Name, Arc<Authentication>>,
+    /// Those of whose issuers the keys are elsewhere.
+    pub keys_elsewhere: BTreeMap<Name, AuthenticationPolicy>,
     /// By kind and name.
     pub routes: BTreeMap<(RouteKind, Name), Arc<Route>>,
     /// By name.
@@ -332,6 +350,7 @@ impl<'a> FromIterator<&'a Object> for Model {
                     drop(model.policies.insert(it.name.clone(), Arc::new(it.clone())));
                 }
                 Object::TrafficPolicy(it) => drop(model.traffic.insert(it.name.clone(), it.clone())),
+                Object::AuthenticationPolicy(it) => model.take_authentication(it),
                 Object::Route(it) => drop(model.routes.insert((it.kind, it.name.clone()), it.clone())),
                 Object::ReferenceGrant(it) => drop(model.grants.insert(it.name.clone(), it.clone())),
             }
@@ -341,6 +360,21 @@ impl<'a> FromIterator<&'a Object> for Model {
 }
 
 impl Model {
+    fn take_authentication(&mut self, policy: &AuthenticationPolicy) {
+        let name = &policy.said.name;
+        self.authentications.insert(name.clone(), Arc::new(policy.said.clone()));
+        if !policy.elsewhere.is_empty() {
+            self.keys_elsewhere.insert(name.clone(), policy.clone());
+        }
+    }
+
+    /// Takes over keys that were fetched.
+    pub fn put_in_keys(&mut self, fetched: &Fetched) {
+        for (name, policy) in &self.keys_elsewhere {
+            self.authentications.insert(name.clone(), Arc::new(policy.with_keys(fetched)));
+        }
+    }
+
     /// Whether a workload's traffic is meant to be captured: its own word, else its namespace's, else no.
     pub fn enrolled(&self, workload: &Workload) -> bool {
         let of_namespace = || self.namespaces.get(&workload.name.namespace).is_some_and(|ns| ns.enroll);

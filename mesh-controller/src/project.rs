@@ -15,7 +15,7 @@ use std::{
 
 use mesh_core::{
     model::{
-        Mode, Name, Policy, Service, Workload,
+        Authentication, Mode, Name, Policy, Service, Workload,
         http::{RequestRoute, RouteKind},
     },
     view::{Delta, Key, Mesh, NodeView, Resource},
@@ -39,6 +39,8 @@ pub struct Common {
     workloads: Vec<Arc<Workload>>,
     services: Vec<Arc<Service>>,
     policies: Vec<Arc<Policy>>,
+    /// Those on end users, by name.
+    authentications: Vec<Arc<Authentication>>,
     /// By kind and name.
     routes: Vec<Arc<RequestRoute>>,
     /// The workloads of each node, by namespace: what its policies are chosen by.
@@ -60,7 +62,19 @@ impl Common {
     fn nothing(mesh: Arc<Mesh>) -> Self {
         let (wanted, workloads, services, policies, routes) = Default::default();
         let (by_node, by_namespace, holders) = Default::default();
-        Self { mesh, wanted, workloads, services, policies, routes, by_node, by_namespace, holders }
+        let authentications = Vec::new();
+        Self {
+            mesh,
+            wanted,
+            workloads,
+            services,
+            policies,
+            authentications,
+            routes,
+            by_node,
+            by_namespace,
+            holders,
+        }
     }
 
     /// Builds the next one. Workloads that are as they were are shared with this one: one change among ten thousand
@@ -95,6 +109,7 @@ impl Common {
         for (place, policy) in policies.iter().enumerate() {
             by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
+        let authentications: Vec<Arc<Authentication>> = model.authentications.values().cloned().collect();
         let (ready, slices) = (Ready::new(model), Slices::new(model));
         let traffic = traffic::resolve(model);
         let services = model.services.values();
@@ -104,7 +119,18 @@ impl Common {
         if traffic.speaks_of_routes() {
             routes.iter_mut().for_each(|route| traffic.tell(Arc::make_mut(route)));
         }
-        Self { mesh, wanted, workloads, services, policies, routes, by_node, by_namespace, holders }
+        Self {
+            mesh,
+            wanted,
+            workloads,
+            services,
+            policies,
+            authentications,
+            routes,
+            by_node,
+            by_namespace,
+            holders,
+        }
     }
 
     /// Workloads, services and routes: what every whole view has.
@@ -132,6 +158,11 @@ impl Common {
         &self.policies
     }
 
+    /// All policies on end users, by name.
+    pub fn authentications(&self) -> &[Arc<Authentication>] {
+        &self.authentications
+    }
+
     /// All routes of requests that are in force, by kind and name.
     pub fn routes(&self) -> &[Arc<RequestRoute>] {
         &self.routes
@@ -150,7 +181,7 @@ impl Common {
             .chain(self.routes.iter().cloned().map(Resource::Route))
     }
 
-    /// What only this node's view has: the policies that select one of its workloads.
+    /// What only this node's view has: the policies, on end users too, that select one of its workloads.
     pub fn own(&self, node: &str) -> NodeView {
         let local = self.by_node.get(node).into_iter().flatten();
         let policies = local.flat_map(|(namespace, workloads)| {
@@ -158,7 +189,16 @@ impl Common {
             let selects = |it: &&Arc<Policy>| workloads.iter().any(|workload| it.selects(workload));
             self.policies[range].iter().filter(selects)
         });
-        policies.cloned().map(Resource::Policy).collect()
+        policies.cloned().map(Resource::Policy).chain(self.of_users(node)).collect()
+    }
+
+    fn of_users(&self, node: &str) -> impl Iterator<Item = Resource> {
+        let local = self.by_node.get(node);
+        let selects = move |it: &&Arc<Authentication>| {
+            let workloads = local.and_then(|of_node| of_node.get(&it.name.namespace)).into_iter().flatten();
+            workloads.into_iter().any(|workload| it.selects(workload))
+        };
+        self.authentications.iter().filter(selects).cloned().map(Resource::Authentication)
     }
 
     /// What turns `self` into `next`: computed once, however many nodes hear of it.
@@ -211,12 +251,24 @@ impl Common {
                 namespaces.insert(it.name.namespace.clone());
             },
         );
+        sorted_diff(
+            &self.authentications,
+            &next.authentications,
+            |it| &it.name,
+            (Resource::Authentication, Key::Authentication),
+            &mut Delta::default(),
+            |it| {
+                namespaces.insert(it.name.namespace.clone());
+            },
+        );
         changes
     }
 
     /// A view with every policy, in which any connection can be decided: what `why` looks at.
     pub fn view_of_all(&self) -> NodeView {
-        self.shared().chain(self.policies.iter().cloned().map(Resource::Policy)).collect()
+        let policies = self.policies.iter().cloned().map(Resource::Policy);
+        let of_users = self.authentications.iter().cloned().map(Resource::Authentication);
+        self.shared().chain(policies).chain(of_users).collect()
     }
 }
 

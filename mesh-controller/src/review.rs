@@ -7,6 +7,7 @@ mod asks;
 mod route;
 mod shadow;
 mod traffic;
+mod users;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -69,6 +70,9 @@ pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
     let mut review = Review { ledger, workloads, common: &common, model: &model, found: vec![] };
     for policy in model.policies.values() {
         review.policy(policy);
+    }
+    for policy in model.authentications.values() {
+        review.users(policy);
     }
     for service in model.services.values() {
         review.service(service);
@@ -139,6 +143,7 @@ impl Review<'_> {
         self.unknown_sources(&key, policy);
         self.ports_of_rules(&key, policy, &selected);
         self.requests_of_every_port(&key, policy);
+        self.claims_of_nobody(&key, policy, &selected);
     }
 
     /// Deny rules by identity, of workloads that take plaintext, which has none.
@@ -476,6 +481,32 @@ mod tests {
     }
 
     const P: &str = "AuthorizationPolicy shop/p";
+
+    #[test]
+    fn policies_on_end_users_that_let_nobody_in_or_verify_nothing_are_named() {
+        let users = |name: &str, ports: &str, issuer: &str| {
+            let keys = "jwks: {url: 'https://id.example'}";
+            policy(name, &format!("{ports}issuers: [{{issuer: {issuer}, audiences: [a], {keys}}}]"))
+                .replace("AuthorizationPolicy", "AuthenticationPolicy")
+        };
+        const U: &str = "AuthenticationPolicy shop/u";
+        check(&[users("u", "ports: [80], ", "a")], &[]);
+        check(&[users("u", "", "a")], &[(U, "spec", "names no port", "ports: [8080]")]);
+        let two = |ports: &str, issuer: &str| {
+            [users("u", "ports: [80-90], ", "a"), users("v", &format!("ports: [{ports}], "), issuer)]
+        };
+        check(&two("85", "b"), &[(U, "spec.issuers", "no token is of an issuer", "in one policy")]);
+        check(&two("85", "a"), &[]);
+        check(&two("91", "b"), &[]);
+        let elsewhere = "ports: [80], selector: {matchLabels: {app: wev}}, ";
+        check(&[users("u", elsewhere, "a")], &[(U, "spec.selector", "selects no workload", "app")]);
+        let claims = policy("p", "action: Deny, rules: [{to: [{ports: [80], claims: [{name: a}]}]}]");
+        check(
+            std::slice::from_ref(&claims),
+            &[(P, "spec.rules[0].to[0]", "no AuthenticationPolicy verifies", "write one")],
+        );
+        check(&[claims, users("u", "ports: [80], ", "a")], &[]);
+    }
 
     #[test]
     fn a_policy_that_selects_nothing_says_which_label_is_mistyped() {

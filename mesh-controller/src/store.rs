@@ -43,6 +43,8 @@ pub enum Part {
     Authority,
     /// The count of starts.
     Generation,
+    /// The keys of issuers that were fetched.
+    Keys,
     /// The last good versions of refused documents.
     Kept,
     /// What agents said of their workloads.
@@ -53,13 +55,15 @@ pub enum Part {
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Authority, Self::Generation, Self::Kept, Self::Reports, Self::Roots];
+    pub const ALL: [Self; 6] =
+        [Self::Authority, Self::Generation, Self::Keys, Self::Kept, Self::Reports, Self::Roots];
 
     /// The metric's label.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Authority => "authority",
             Self::Generation => "generation",
+            Self::Keys => "keys",
             Self::Kept => "kept",
             Self::Reports => "reports",
             Self::Roots => "roots",
@@ -70,6 +74,7 @@ impl Part {
         match self {
             Self::Authority => "the certificate authority",
             Self::Generation => "the count of starts",
+            Self::Keys => "the keys of issuers that were fetched",
             Self::Kept => "the last good versions of refused documents",
             Self::Reports => "what agents said of their workloads",
             Self::Roots => "the ConfigMap of the roots",

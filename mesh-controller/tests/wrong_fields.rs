@@ -13,7 +13,7 @@ use mesh_controller::source::{
 use serde_json::{Value, json};
 
 /// A document of each kind with all of its fields that mean something.
-fn documents() -> [Value; 9] {
+fn documents() -> [Value; 10] {
     let metadata = |labels: Value| json!({"name": "x", "namespace": "shop", "labels": labels});
     [
         json!({"apiVersion": "v1", "kind": "Namespace",
@@ -51,8 +51,17 @@ fn documents() -> [Value; 9] {
                 "limits": {"connections": 100, "requests": 50, "pending": 10},
                 "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10},
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
+        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "AuthenticationPolicy", "metadata": metadata(json!({})),
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "ports": [8080], "required": true, "issuers": [
+                {"issuer": "https://id.example", "audiences": ["shop"],
+                    "jwks": {"url": "https://id.example/keys", "caBundle": ROOT},
+                    "from": [{"header": "Authorization", "prefix": "Bearer"}], "forward": "Strip",
+                    "claimsToHeaders": [{"claim": "sub", "header": "x-user"}]}]}}),
     ]
 }
+
+/// Of nobody.
+const ROOT: &str = include_str!("root.pem");
 
 fn http_route() -> Value {
     let edits = json!({"set": [{"name": "X-A", "value": "1"}], "add": [{"name": "X-B", "value": "2"}], "remove": ["X-C"]});
@@ -143,6 +152,14 @@ const REQUIRED: &[&str] = &[
     "spec.faults[0].delay",
     "spec.faults[0].headers[0].name",
     "spec.faults[0].headers[0].value",
+    "spec.issuers",
+    "spec.issuers[0].issuer",
+    "spec.issuers[0].audiences",
+    "spec.issuers[0].jwks",
+    "spec.issuers[0].jwks.url",
+    "spec.issuers[0].from[0].header",
+    "spec.issuers[0].claimsToHeaders[0].claim",
+    "spec.issuers[0].claimsToHeaders[0].header",
     "spec.parentRefs[0].group",
     "spec.parentRefs[0].name",
     "spec.rules[0].backendRefs[0].name",
@@ -339,6 +356,9 @@ fn a_field_that_stands_there_twice_is_refused_at_the_second() {
     }
 }
 
+/// A key that only an issuer may have.
+const SECRET: &str = "{\"keys\": [{\"kty\": \"oct\", \"k\": \"AAAA\"}]}";
+
 #[test]
 fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
     let long = "x".repeat(100_000);
@@ -462,6 +482,51 @@ fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
         (6, "/spec/rules/0/matches/0/method", json!({}), "a service and a method"),
         (6, "/spec/rules/0/filters/0", json!({"type": "CORS", "cors": {}}), "not supported in GRPCRoutes"),
         (6, "/spec/rules/0/filters/0/requestMirror/percent", json!(101), "more than all"),
+        (8, "/spec/ports/0", json!(65_536), ""),
+        (8, "/spec/ports", json!([]), "is empty"),
+        (8, "/spec/issuers", json!([]), "no issuer"),
+        (8, "/spec/issuers", many(documents()[8]["spec"]["issuers"][0].clone(), 2), "already"),
+        (8, "/spec/issuers", many(documents()[8]["spec"]["issuers"][0].clone(), 9), "too many"),
+        (8, "/spec/issuers/0/issuer", json!(""), "is empty"),
+        (8, "/spec/issuers/0/issuer", json!(long), "too long"),
+        (8, "/spec/issuers/0/audiences", json!([]), "meant for others"),
+        (8, "/spec/issuers/0/audiences", many(json!("a"), 65), "too many"),
+        (8, "/spec/issuers/0/audiences/0", json!(""), "is empty"),
+        (8, "/spec/issuers/0/jwks/url", json!("http://id.example/keys"), "no URL that keys are fetched from"),
+        (8, "/spec/issuers/0/jwks/url", json!("https://me@id.example/keys"), "no URL"),
+        (8, "/spec/issuers/0/jwks/url", json!("https:///keys"), "no URL"),
+        (8, "/spec/issuers/0/jwks/url", json!(format!("https://id.example/{long}")), "no URL"),
+        (8, "/spec/issuers/0/jwks/caBundle", json!("-----BEGIN"), "no certificate"),
+        (8, "/spec/issuers/0/jwks/caBundle", json!(long), "too many"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": "{}", "url": "https://id.example"}), "both"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": "{}", "caBundle": ROOT}), "roots are for a URL"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": "{}"}), "no JSON object with a list 'keys'"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": "{\"keys\": []}"}), "none of its keys"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": SECRET}), "private part"),
+        (8, "/spec/issuers/0/jwks", json!({"inline": long}), "too many"),
+        (8, "/spec/issuers/0/from", json!([]), "is empty"),
+        (8, "/spec/issuers/0/from", many(json!({"query": "a"}), 9), "too many"),
+        (8, "/spec/issuers/0/from/0", json!({}), "does not say where the token is"),
+        (8, "/spec/issuers/0/from/0", json!({"query": "a", "cookie": "b"}), "more than one"),
+        (8, "/spec/issuers/0/from/0", json!({"query": "a", "prefix": "b"}), "a prefix is a header's"),
+        (8, "/spec/issuers/0/from/0", json!({"query": "a b"}), "not a parameter's name"),
+        (8, "/spec/issuers/0/from/0", json!({"cookie": "a;b"}), "not a cookie's name"),
+        (8, "/spec/issuers/0/from/0/header", json!("a b"), "not a header's name"),
+        (8, "/spec/issuers/0/from/0/header", json!("Cookie"), "for something else"),
+        (8, "/spec/issuers/0/from/0/prefix", json!("Bearer "), "not one word"),
+        (8, "/spec/issuers/0/forward", json!("strip"), "neither Keep nor Strip"),
+        (8, "/spec/issuers/0/claimsToHeaders", json!([]), "is empty"),
+        (8, "/spec/issuers/0/claimsToHeaders/0/claim", json!(""), "is empty"),
+        (8, "/spec/issuers/0/claimsToHeaders/0/header", json!("host"), "for something else"),
+        (8, "/spec/issuers/0/claimsToHeaders/0/header", json!("x_user"), "not a header that a claim"),
+        (3, "/spec/rules/0/to/0", json!({"claims": []}), "is empty"),
+        (3, "/spec/rules/0/to/0", json!({"claims": [{"name": ""}]}), "is empty"),
+        (
+            3,
+            "/spec/rules/0/to/0",
+            json!({"notClaims": [{"name": "a", "values": ["a*b"]}]}),
+            "one '*' may stand",
+        ),
         (7, "/spec/from", json!([]), "nothing is granted"),
         (7, "/spec/to", many(json!({"group": "", "kind": "Service"}), 17), "too many"),
         (7, "/spec/from/0/namespace", json!(long), "not a name"),

@@ -11,12 +11,14 @@
 //! | [`version`] | which controller's start counted a view, and how far |
 //! | [`route`] | where a captured connection leads |
 //! | [`policy`] | who may connect; the one `decide` |
+//! | [`authentication`] | whose token a request bears |
 //! | [`http`] | which rule a request falls under, and what is done with it |
 //! | [`balance`] | which endpoint takes the next connection |
 //! | [`frame`] | the frames inside a tunnel |
 //! | [`refusal`] | every reason for which a connection is refused |
 //! | [`wire`] | the contract between controller and agents, and its conversions |
 
+pub mod authentication;
 pub mod balance;
 pub mod frame;
 pub mod http;

@@ -89,6 +89,28 @@ reasons! {
         cure "compare the agents' versions: meshctl status";
     OpenTimeout = "open_timeout" at Identify, "The peer opened a tunnel and asked for nothing in time",
         cure "look at the source agent";
+    TokenMissing = "token_missing" at Identify, "The request bears no end user's token, and one is required",
+        cure "send one where the AuthenticationPolicy looks for it, or make the policy Optional";
+    TokenMalformed = "token_malformed" at Identify, "The end user's token is no signed JWT with an expiry, or is too long",
+        cure "look at what the client sends: a JWT (JWS compact) of 16 KiB at most, with exp";
+    TokenAmbiguous = "token_ambiguous" at Identify, "The request bears more than one end user's token",
+        cure "let the client send one token in one place";
+    TokenIssuer = "token_issuer" at Identify, "No issuer of the AuthenticationPolicy has issued the token, or not for this place",
+        cure "compare the token's iss with spec.issuers, and where it is with the issuer's from";
+    TokenKeyUnknown = "token_key_unknown" at Identify, "The issuer has no key of the name that the token gives",
+        cure "the issuer may have rotated its keys: read the policy's condition KeysFetched, or update jwks.inline";
+    TokenAlgorithm = "token_algorithm" at Identify, "The token is signed by no algorithm that is taken, or by none of its key",
+        cure "let the issuer sign with RS, PS, ES256, ES384 or EdDSA and the key that it publishes; else this is an attack";
+    TokenSignature = "token_signature" at Identify, "The token's signature is not its issuer's",
+        cure "the token was changed or forged, or the keys are of another issuer";
+    TokenExpired = "token_expired" at Identify, "The token has expired",
+        cure "let the client get a new one; else compare the node's clock with the issuer's";
+    TokenNotYetValid = "token_not_yet_valid" at Identify, "The token is not valid yet",
+        cure "compare the node's clock with the issuer's";
+    TokenAudience = "token_audience" at Identify, "The token is not for this audience",
+        cure "let the client ask for a token for one of the issuer's audiences in the policy";
+    TokenUnreadable = "token_unreadable" at Identify, "What came to a port with an AuthenticationPolicy is no HTTP that can be read",
+        cure "name the ports that speak HTTP in the policy: ports: [8080]";
     NoSuchServicePort = "no_such_service_port" at Route, "The service has no such port",
         cure "add the port to the Service, or connect to one that it has";
     NoEndpoint = "no_endpoint" at Route, "The service has no ready endpoint",

@@ -16,7 +16,7 @@ use crate::{
     http::table::{Table, Tables},
     identity::{SpiffeId, TrustDomain},
     model::{
-        IpNet, Name, Policy, Service, Workload,
+        Authentication, IpNet, Name, Policy, Service, Workload,
         http::{RequestRoute, RouteKind},
     },
 };
@@ -26,6 +26,10 @@ pub const MAX_ASKED: usize = 32_768;
 /// Most blocks of a [`Demand`]: each is looked through for every address that is not known, and is an entry of a map of
 /// the kernel programs.
 pub const MAX_BLOCKS: usize = 128;
+
+/// What the name of a policy on end users begins with in its key: whoever knows nothing of these takes it for an
+/// authorization policy, and no object of Kubernetes has such a name.
+pub(crate) const OF_USERS: &str = "authentication~";
 
 /// What the whole mesh shares.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -60,6 +64,8 @@ pub enum Key {
     Service(Name),
     /// A policy.
     Policy(Name),
+    /// A policy on end users.
+    Authentication(Name),
     /// A route of requests.
     Route(RouteKind, Name),
 }
@@ -73,6 +79,7 @@ impl std::fmt::Display for Key {
             Self::Workload(name) => write!(f, "workload/{name}"),
             Self::Service(name) => write!(f, "service/{name}"),
             Self::Policy(name) => write!(f, "policy/{name}"),
+            Self::Authentication(name) => write!(f, "policy/{}/{OF_USERS}{}", name.namespace, name.name),
             Self::Route(RouteKind::Http, name) => write!(f, "http-route/{name}"),
             Self::Route(RouteKind::Grpc, name) => write!(f, "grpc-route/{name}"),
         }
@@ -96,7 +103,12 @@ impl std::str::FromStr for Key {
         match kind {
             "workload" => Ok(Self::Workload(name)),
             "service" => Ok(Self::Service(name)),
-            "policy" => Ok(Self::Policy(name)),
+            "policy" => Ok(match name.name.strip_prefix(OF_USERS) {
+                Some(of_users) if !of_users.is_empty() => {
+                    Self::Authentication(Name::new(name.namespace, of_users))
+                }
+                _ => Self::Policy(name),
+            }),
             "http-route" => Ok(Self::Route(RouteKind::Http, name)),
             "grpc-route" => Ok(Self::Route(RouteKind::Grpc, name)),
             _ => Err(bad()),
@@ -119,6 +131,8 @@ pub enum Resource {
     Service(Arc<Service>),
     /// A policy that selects a workload of this node.
     Policy(Arc<Policy>),
+    /// A policy on end users that selects a workload of this node.
+    Authentication(Arc<Authentication>),
     /// Where requests to services of this view lead.
     Route(Arc<RequestRoute>),
 }
@@ -133,6 +147,7 @@ impl Resource {
             Self::Workload(workload) => Key::Workload(workload.name.clone()),
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Policy(policy) => Key::Policy(policy.name.clone()),
+            Self::Authentication(policy) => Key::Authentication(policy.name.clone()),
             Self::Route(route) => Key::Route(route.kind, route.name.clone()),
         }
     }
@@ -224,6 +239,7 @@ pub struct Snapshot {
     workloads: BTreeMap<Name, Arc<Workload>>,
     services: BTreeMap<Name, Arc<Service>>,
     policies: BTreeMap<Name, Arc<Policy>>,
+    authentications: BTreeMap<Name, Arc<Authentication>>,
     routes: Vec<Arc<RequestRoute>>,
     tables: Tables,
     identities: HashMap<Name, Arc<SpiffeId>>,
@@ -257,6 +273,7 @@ impl Snapshot {
         let mut workloads = BTreeMap::new();
         let mut services = BTreeMap::new();
         let mut policies = BTreeMap::new();
+        let mut authentications = BTreeMap::new();
         let mut routes = Vec::new();
         for resource in view.resources() {
             match resource {
@@ -266,6 +283,9 @@ impl Snapshot {
                 Resource::Workload(found) => drop(workloads.insert(found.name.clone(), found.clone())),
                 Resource::Service(found) => drop(services.insert(found.name.clone(), found.clone())),
                 Resource::Policy(found) => drop(policies.insert(found.name.clone(), found.clone())),
+                Resource::Authentication(found) => {
+                    drop(authentications.insert(found.name.clone(), found.clone()));
+                }
                 Resource::Route(found) => routes.push(found.clone()),
             }
         }
@@ -302,6 +322,7 @@ impl Snapshot {
             workloads,
             services,
             policies,
+            authentications,
             routes,
             tables,
             identities,
@@ -413,6 +434,24 @@ impl Snapshot {
             .take_while(move |(name, _)| name.namespace == *namespace)
             .map(|(_, policy)| policy.as_ref())
             .filter(move |policy| policy.selects(workload))
+    }
+
+    /// The policies on end users that select a workload, by name.
+    pub fn authentications_of<'a>(
+        &'a self,
+        workload: &'a Workload,
+    ) -> impl Iterator<Item = &'a Authentication> + Clone {
+        let namespace = &workload.name.namespace;
+        self.authentications
+            .range(Name::new(namespace, "")..)
+            .take_while(move |(name, _)| name.namespace == *namespace)
+            .map(|(_, policy)| policy.as_ref())
+            .filter(move |policy| policy.selects(workload))
+    }
+
+    /// All policies on end users, by name.
+    pub fn authentications(&self) -> impl Iterator<Item = &Arc<Authentication>> {
+        self.authentications.values()
     }
 
     /// All policies, by name.

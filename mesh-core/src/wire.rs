@@ -3,6 +3,7 @@
 //! What comes off the wire is checked here: an agent puts a view in force only when every resource of it converts.
 
 mod asks;
+mod authentication;
 mod routes;
 mod traffic;
 
@@ -75,6 +76,7 @@ fn resource_to_proto(resource: &view::Resource) -> proto::Resource {
         view::Resource::Workload(workload) => Body::Workload(workload_to_proto(workload)),
         view::Resource::Service(service) => Body::Service(service_to_proto(service)),
         view::Resource::Policy(policy) => Body::AuthorizationPolicy(policy_to_proto(policy)),
+        view::Resource::Authentication(policy) => Body::AuthorizationPolicy(authentication::to_proto(policy)),
         view::Resource::Route(route) => Body::RequestRoute(routes::to_proto(route)),
     };
     proto::Resource { key: resource.key().to_string(), body: Some(body) }
@@ -98,9 +100,12 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
             view::Resource::Workload(Arc::new(workload_from_proto(key, workload)?))
         }
         Some(Body::Service(service)) => view::Resource::Service(Arc::new(service_from_proto(key, service)?)),
-        Some(Body::AuthorizationPolicy(policy)) => {
-            view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?))
-        }
+        Some(Body::AuthorizationPolicy(policy)) => match &policy.authentication {
+            None => view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?)),
+            Some(it) => {
+                view::Resource::Authentication(Arc::new(authentication::from_proto(key, policy, it)?))
+            }
+        },
         Some(Body::RequestRoute(route)) => view::Resource::Route(Arc::new(routes::from_proto(key, route)?)),
     };
     if converted.key().to_string() != key {
@@ -262,22 +267,12 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
             .collect(),
         to: rule.to.iter().map(|target| asks::target_to_proto(target, policy.action)).collect(),
     };
-    let expression = |expression: &model::Expression| proto::Expression {
-        key: expression.key.clone(),
-        operator: match expression.operator {
-            model::Operator::In => proto::Operator::In,
-            model::Operator::NotIn => proto::Operator::NotIn,
-            model::Operator::Exists => proto::Operator::Exists,
-            model::Operator::DoesNotExist => proto::Operator::DoesNotExist,
-        }
-        .into(),
-        values: expression.values.clone(),
-    };
+    let (labels, expressions) = selector_to_proto(&policy.selector);
     proto::AuthorizationPolicy {
         namespace: policy.name.namespace.clone(),
         name: policy.name.name.clone(),
-        labels: policy.selector.labels.clone(),
-        expressions: policy.selector.expressions.iter().map(expression).collect(),
+        labels,
+        expressions,
         action: match policy.action {
             model::Action::Allow => proto::Action::Allow,
             model::Action::Deny => proto::Action::Deny,
@@ -289,7 +284,45 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
         }
         .into(),
         rules: policy.rules.iter().map(rule).collect(),
+        authentication: None,
     }
+}
+
+fn selector_to_proto(
+    selector: &model::Selector,
+) -> (std::collections::BTreeMap<String, String>, Vec<proto::Expression>) {
+    let expression = |expression: &model::Expression| proto::Expression {
+        key: expression.key.clone(),
+        operator: match expression.operator {
+            model::Operator::In => proto::Operator::In,
+            model::Operator::NotIn => proto::Operator::NotIn,
+            model::Operator::Exists => proto::Operator::Exists,
+            model::Operator::DoesNotExist => proto::Operator::DoesNotExist,
+        }
+        .into(),
+        values: expression.values.clone(),
+    };
+    (selector.labels.clone(), selector.expressions.iter().map(expression).collect())
+}
+
+fn selector_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<model::Selector, WireError> {
+    let expression = |expression: &proto::Expression| {
+        Ok(model::Expression {
+            key: expression.key.clone(),
+            operator: match expression.operator() {
+                proto::Operator::In => model::Operator::In,
+                proto::Operator::NotIn => model::Operator::NotIn,
+                proto::Operator::Exists => model::Operator::Exists,
+                proto::Operator::DoesNotExist => model::Operator::DoesNotExist,
+                proto::Operator::Unspecified => return Err(error(key, "expressions.operator", UNKNOWN)),
+            },
+            values: expression.values.clone(),
+        })
+    };
+    Ok(model::Selector {
+        labels: policy.labels.clone(),
+        expressions: policy.expressions.iter().map(expression).collect::<Result<_, _>>()?,
+    })
 }
 
 fn policy_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<model::Policy, WireError> {
@@ -306,25 +339,9 @@ fn policy_from_proto(key: &str, policy: &proto::AuthorizationPolicy) -> Result<m
             to: rule.to.iter().map(target).collect::<Result<_, _>>()?,
         })
     };
-    let expression = |expression: &proto::Expression| {
-        Ok(model::Expression {
-            key: expression.key.clone(),
-            operator: match expression.operator() {
-                proto::Operator::In => model::Operator::In,
-                proto::Operator::NotIn => model::Operator::NotIn,
-                proto::Operator::Exists => model::Operator::Exists,
-                proto::Operator::DoesNotExist => model::Operator::DoesNotExist,
-                proto::Operator::Unspecified => return Err(error(key, "expressions.operator", UNKNOWN)),
-            },
-            values: expression.values.clone(),
-        })
-    };
     Ok(model::Policy {
         name: name_from_proto(key, &policy.namespace, &policy.name)?,
-        selector: model::Selector {
-            labels: policy.labels.clone(),
-            expressions: policy.expressions.iter().map(expression).collect::<Result<_, _>>()?,
-        },
+        selector: selector_from_proto(key, policy)?,
         action: match policy.action() {
             proto::Action::Allow => model::Action::Allow,
             proto::Action::Deny => model::Action::Deny,

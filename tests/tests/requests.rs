@@ -132,4 +132,31 @@ spec: {selector: {matchLabels: {app: pay-2}}, action: Deny, rules: [{}]}
     let metrics = world.agent("b").metrics().unwrap();
     let counted = [("direction", "inbound"), ("workload", "shop/pay-2"), ("reason", "policy_deny")];
     assert!(metrics.sum("nodemesh_requests_total", &counted) >= 3.0);
+
+    // And on whose behalf, by a token that the same agent verifies. This one is good until the year 2096.
+    let keys = include_str!("../../mesh-core/src/authentication/vectors/jwks.json").replace('\n', "");
+    let token = include_str!("../../mesh-core/src/authentication/vectors/tokens.txt").lines().next().unwrap();
+    let users = format!(
+        "
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthenticationPolicy
+metadata: {{name: users, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: pay-2}}}}
+  ports: [8080]
+  issuers: [{{issuer: 'https://id.example', audiences: [shop], jwks: {{inline: '{keys}'}}}}]
+"
+    );
+    world.yaml.write("users.yaml", &users).unwrap();
+    until("the policy on end users is in force", TIMEOUT, || {
+        let answer = ask(&world, &get("/v2", ""))?;
+        holds(answer.starts_with("HTTP/1.1 401 "), || answer.clone())
+    });
+    let answer = ask(&world, &get("/v2", "Authorization: Bearer x\r\n")).unwrap();
+    assert!(answer.to_lowercase().contains("www-authenticate: bearer error=\"invalid_token\""), "{answer}");
+    let bearing = format!("Authorization: Bearer {token}\r\n");
+    assert!(ask(&world, &get("/v2", &bearing)).unwrap().contains("pay-2 saw"));
+    assert!(ask(&world, &get("/v2/admin", &bearing)).unwrap().starts_with("HTTP/1.1 403 "));
+    let line = world.agent("b").wait_log("the refusal", |line: &Value| line["reason"] == "token_malformed");
+    assert_eq!(line["status"], 401, "{line}");
 }

@@ -1,6 +1,7 @@
 //! A connection to a workload of this node, from its capture to its last byte; and the tunnels of other agents, that
 //! carry one such connection after another. Where a policy says something of requests, [`reading`] goes on.
 
+mod authentication;
 mod reading;
 
 use std::{

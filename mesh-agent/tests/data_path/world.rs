@@ -110,6 +110,7 @@ pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) services: Vec<Service>,
     pub(crate) policies: Vec<mesh_core::model::Policy>,
+    pub(crate) authentications: Vec<mesh_core::model::Authentication>,
     pub(crate) routes: Vec<RequestRoute>,
     /// Set: the view has not everything, and there is more in all of loopback.
     pub(crate) by_demand: bool,
@@ -136,7 +137,14 @@ impl Default for Plan {
             workload("web", &[WEB]),
             workload("api", &[API]),
         ];
-        Self { workloads, services: vec![], policies: vec![], routes: vec![], by_demand: false }
+        Self {
+            workloads,
+            services: vec![],
+            policies: vec![],
+            authentications: vec![],
+            routes: vec![],
+            by_demand: false,
+        }
     }
 }
 
@@ -195,6 +203,7 @@ impl Plan {
             .chain(self.workloads.iter().map(|w| Resource::Workload(Arc::new(w.clone()))))
             .chain(self.services.iter().map(|s| Resource::Service(Arc::new(s.clone()))))
             .chain(self.policies.iter().map(|p| Resource::Policy(Arc::new(p.clone()))))
+            .chain(self.authentications.iter().map(|p| Resource::Authentication(Arc::new(p.clone()))))
             .chain(self.routes.iter().map(|r| Resource::Route(Arc::new(r.clone()))))
             .chain(self.by_demand.then(|| Resource::Demand(Arc::new(demand))))
             .collect();

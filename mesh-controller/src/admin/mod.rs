@@ -8,11 +8,13 @@
 //! | [`whole`] | one answer out of those of all controllers |
 //! | [`why`] | one connection, decided and explained |
 //! | [`request`] | one request over it |
+//! | [`user`] | whose it is |
 
 pub mod answer;
 pub mod request;
 mod route;
 mod traffic;
+mod user;
 mod whole;
 pub mod why;
 

@@ -54,7 +54,12 @@ impl Request {
         Reading::of(&self.asked())
     }
 
-    fn asked(&self) -> Asked<'_> {
+    /// As its destination's policies on end users leave it.
+    pub(super) fn apply(&mut self, authenticated: &mesh_core::authentication::Authenticated) {
+        authenticated.apply(&mut self.uri, &mut self.headers);
+    }
+
+    pub(super) fn asked(&self) -> Asked<'_> {
         Asked { method: &self.method, uri: &self.uri, headers: &self.headers }
     }
 }

@@ -188,19 +188,29 @@ impl Story<'_> {
         let identity = self.snapshot.identity(&self.source.name).map(Arc::as_ref);
         let own = self.source.addresses.iter().find(|own| own.is_ipv4() == address.is_ipv4());
         let policies = self.snapshot.policies_of(destination);
-        let reading = self.request.map(AskedFor::reading);
-        let content = match (policy::reads(policies.clone(), address.port()), &reading) {
-            (Reads::No, _) => Content::Bytes,
-            (_, Some(reading)) => Content::Request(reading),
-            (_, None) => Content::Requests,
-        };
         let request = Request {
             source: identity.filter(|_| transport == Transport::Tunnel),
             // Without an address of the family there is no such connection; what it would be is still told.
             source_address: own.or(self.source.addresses.first()).copied().unwrap_or(address.ip()),
             port: address.port(),
-            content,
+            content: Content::Requests,
         };
+        // The connection is decided first; then whose the request is, and last what it asks.
+        let connects = decide(destination.mode, policies.clone(), &request).verdict.allows();
+        let of_user = match self.user(destination, address.port(), connects) {
+            Ok(of_user) => of_user,
+            Err(reason) => {
+                return End { mode: Some(destination.mode), ..refused(to, word(transport), reason) };
+            }
+        };
+        let asked = of_user.request.as_ref();
+        let reading = asked.map(|it| it.reading().of_user(of_user.claims.as_ref()));
+        let content = match (of_user.reads.max(policy::reads(policies.clone(), address.port())), &reading) {
+            (Reads::No, _) => Content::Bytes,
+            (_, Some(reading)) => Content::Request(reading),
+            (_, None) => Content::Requests,
+        };
+        let request = Request { content, ..request };
         let Decision { verdict, would_refuse } = decide(destination.mode, policies.clone(), &request);
         let count = policies.count();
         let authorized =
@@ -461,6 +471,54 @@ spec:
         let why = explain(&common, "shop/db", "shop/web:80", None).unwrap();
         assert_eq!(why.ends[0].verdict, "by request", "{why:?}");
         assert!(why.steps.iter().any(|step| step.says.contains("what is none is refused")), "{why:?}");
+    }
+
+    #[test]
+    fn whose_a_request_is_is_verified_as_the_agents_do() {
+        let keys = include_str!("../../../mesh-core/src/authentication/vectors/jwks.json").replace('\n', "");
+        // Until the year 2096.
+        let tokens = include_str!("../../../mesh-core/src/authentication/vectors/tokens.txt");
+        let token = tokens.lines().next().unwrap();
+        let policies = format!(
+            "---
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthenticationPolicy
+metadata: {{name: users, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: web}}}}
+  ports: [80]
+  issuers: [{{issuer: 'https://id.example', audiences: [shop], jwks: {{inline: '{keys}'}}}}]
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: ann, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: web}}}}
+  action: Deny
+  rules: [{{to: [{{ports: [80], paths: [/admin], claims: [{{name: sub, values: [ann]}}]}}]}}]
+"
+        );
+        let common = common_of(&format!("{MANIFESTS}{policies}"));
+        let bearing = format!("host: web\nauthorization: Bearer {token}");
+        let forged = format!("{bearing}x");
+        for (line, headers, verdict, reason) in [
+            ("GET /cart", bearing.as_str(), "allowed", None),
+            ("GET /admin", &bearing, "refused", Some("policy_deny")),
+            ("GET /cart", &forged, "refused", Some("token_malformed")),
+            ("GET /cart", "host: web", "refused", Some("token_missing")),
+        ] {
+            let request = AskedFor::parse(line, headers).unwrap();
+            let why = explain(&common, "shop/db", "shop/web:80", Some(&request)).unwrap();
+            let end = &why.ends[0];
+            assert_eq!((end.verdict.as_str(), end.reason.as_deref()), (verdict, reason), "{line}: {why:?}");
+            assert!(
+                why.steps.iter().any(|step| step.says.contains("AuthenticationPolicy shop/users")),
+                "{why:?}"
+            );
+            assert!(!format!("{why:?}").contains(token), "and the token is not told");
+        }
+        let why = explain(&common, "shop/db", "shop/web:80", None).unwrap();
+        assert!(why.steps.iter().any(|step| step.says.contains("their tokens verified")), "{why:?}");
     }
 
     #[test]

@@ -70,6 +70,7 @@ fn addresses(resource: &Resource) -> &[IpAddr] {
         | Resource::Demand(_)
         | Resource::Nobody(_)
         | Resource::Policy(_)
+        | Resource::Authentication(_)
         | Resource::Route(_) => &[],
     }
 }

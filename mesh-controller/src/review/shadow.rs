@@ -5,8 +5,8 @@
 
 use mesh_core::{
     model::{
-        Action, Asks, Enforcement, HeaderPattern, IdentityPattern, Policy, PortRange, Rule, Selector, Source,
-        Target, TextPattern, Traits,
+        Action, Asks, ClaimPattern, Enforcement, HeaderPattern, IdentityPattern, Policy, PortRange, Rule,
+        Selector, Source, Target, TextPattern, Traits,
     },
     policy::RuleRef,
 };
@@ -118,19 +118,25 @@ fn target_covers(wide: &Target, narrow: &Target) -> bool {
 
 /// Of requests. A pattern that covers another does so in every reading of a request.
 fn any_asks_cover(wide: &Asks, narrow: &Asks) -> bool {
-    let Asks { methods, hosts, paths, headers } = wide;
+    let Asks { methods, hosts, paths, headers, claims } = wide;
     any_or(methods, &narrow.methods, |wide, narrow| wide == narrow)
         && any_or(hosts, &narrow.hosts, TextPattern::covers)
         && any_or(paths, &narrow.paths, TextPattern::covers)
         && headers.iter().all(|wide| narrow.headers.iter().any(|narrow| header_covers(wide, narrow)))
+        && claims.iter().all(|wide| narrow.claims.iter().any(|narrow| claim_covers(wide, narrow)))
 }
 
 fn none_of_asks_cover(wide: &Asks, narrow: &Asks) -> bool {
-    let Asks { methods, hosts, paths, headers } = wide;
+    let Asks { methods, hosts, paths, headers, claims } = wide;
     all_within(methods, &narrow.methods, |wide, narrow| wide == narrow)
         && all_within(hosts, &narrow.hosts, TextPattern::covers)
         && all_within(paths, &narrow.paths, TextPattern::covers)
         && all_within(headers, &narrow.headers, header_covers)
+        && all_within(claims, &narrow.claims, claim_covers)
+}
+
+fn claim_covers(wide: &ClaimPattern, narrow: &ClaimPattern) -> bool {
+    wide.name == narrow.name && any_or(&wide.values, &narrow.values, TextPattern::covers)
 }
 
 fn header_covers(wide: &HeaderPattern, narrow: &HeaderPattern) -> bool {
@@ -237,6 +243,7 @@ mod tests {
                 .split_whitespace()
                 .map(|name| HeaderPattern { name: name.to_owned(), values: vec![] })
                 .collect(),
+            claims: vec![],
         };
         let (any_of, none_of) = (asks(any_of), asks(none_of));
         Rule { from: vec![], to: vec![Target { any_of, none_of, ..Target::default() }] }

@@ -21,6 +21,8 @@ use crate::{
 
 /// Most AuthorizationPolicies of a namespace, and so of a workload: each may have to be looked at for every connection.
 const MAX_POLICIES: usize = 512;
+/// Most AuthenticationPolicies of a namespace, and so of a workload: each brings keys into every view that has it.
+const MAX_AUTHENTICATIONS: usize = 64;
 /// Most routes of a kind of a namespace, and so of a service: each is in every agent that knows the service.
 const MAX_ROUTES: usize = 256;
 
@@ -32,6 +34,7 @@ const fn most_of(kind: Kind) -> Option<(usize, &'static str)> {
     match kind {
         Kind::AuthorizationPolicy => Some((MAX_POLICIES, "AuthorizationPolicies")),
         Kind::TrafficPolicy => Some((MAX_TRAFFIC, "TrafficPolicies")),
+        Kind::AuthenticationPolicy => Some((MAX_AUTHENTICATIONS, "AuthenticationPolicies")),
         Kind::HttpRoute => Some((MAX_ROUTES, "HTTPRoutes")),
         Kind::GrpcRoute => Some((MAX_ROUTES, "GRPCRoutes")),
         Kind::Namespace | Kind::Workload | Kind::Service | Kind::EndpointSlice | Kind::ReferenceGrant => None,

@@ -25,8 +25,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::ledger::Ledger;
-use crate::conditions::Pods;
-use crate::store::Unsaved;
+use crate::{conditions::Pods, jwks::Keys, store::Unsaved};
 
 /// What `--source` says for a cluster.
 const KUBE: &str = "kube";
@@ -147,6 +146,14 @@ impl Source {
         match self {
             Self::Files(source) => Self::Files(source.telling(unsaved)),
             Self::Kube(source) => Self::Kube(Box::new(source.telling(unsaved))),
+        }
+    }
+
+    /// The same, which says of policies whether the keys that they name by a URL can be had.
+    pub fn knowing(self, keys: watch::Receiver<Arc<Keys>>) -> Self {
+        match self {
+            Self::Kube(source) => Self::Kube(Box::new(source.knowing(keys))),
+            source @ Self::Files(_) => source,
         }
     }
 

@@ -3,6 +3,7 @@
 //! Stands apart from the manifests: those are parsed in the controller, checked, and turned into these. Names are
 //! checked there; these types are what both sides of the wire agree on.
 
+mod authentication;
 pub mod http;
 mod policy;
 mod request;
@@ -12,6 +13,9 @@ use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::authentication::{
+    Algorithm, Authentication, ClaimHeader, ClaimPattern, KeyMaterial, TokenIssuer, TokenPlace, VerifyingKey,
+};
 pub use self::policy::{
     Action, Enforcement, Expression, IdentityPattern, IpNet, Operator, PatternError, Policy, PortRange,
     PortRangeError, Rule, Selector, Source, Target, Traits,

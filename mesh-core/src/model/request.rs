@@ -5,7 +5,9 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// What is asked of a request: of each list that is given an entry must match; of the headers, all.
+use super::ClaimPattern;
+
+/// What is asked of a request: of each list that is given an entry must match; of the headers and claims, all.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Asks {
@@ -17,6 +19,8 @@ pub struct Asks {
     pub paths: Vec<TextPattern>,
     /// Headers.
     pub headers: Vec<HeaderPattern>,
+    /// Claims of a verified token.
+    pub claims: Vec<ClaimPattern>,
 }
 
 impl Asks {
@@ -27,20 +31,22 @@ impl Asks {
 
     /// How many things a request is compared with.
     pub fn len(&self) -> usize {
-        let Self { methods, hosts, paths, headers } = self;
+        let Self { methods, hosts, paths, headers, claims } = self;
         let of_headers = headers.iter().map(|header| 1 + header.values.len());
-        methods.len() + hosts.len() + paths.len() + of_headers.sum::<usize>()
+        let of_claims = claims.iter().map(|claim| 1 + claim.values.len());
+        methods.len() + hosts.len() + paths.len() + of_headers.chain(of_claims).sum::<usize>()
     }
 
     pub(super) fn describe(&self) -> Vec<String> {
-        let Self { methods, hosts, paths, headers } = self;
+        let Self { methods, hosts, paths, headers, claims } = self;
         let headers = headers.iter().map(|header| Some(format!("header {header}")));
+        let claims = claims.iter().map(|claim| Some(format!("claim {claim}")));
         let lists = [
             super::policy::list("method", methods),
             super::policy::list("host", hosts),
             super::policy::list("path", paths),
         ];
-        lists.into_iter().chain(headers).flatten().collect()
+        lists.into_iter().chain(headers).chain(claims).flatten().collect()
     }
 }
 

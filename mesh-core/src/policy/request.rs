@@ -8,6 +8,7 @@
 use std::borrow::Cow;
 
 use crate::{
+    authentication::Claims,
     http::matches::Asked,
     model::{Action, Asks, HeaderPattern, TextPattern},
 };
@@ -24,6 +25,8 @@ pub struct Reading<'a> {
     hosts: Option<Vec<String>>,
     /// `None` where servers read something that patterns cannot say.
     paths: Option<Vec<String>>,
+    /// `None` where no token was verified.
+    claims: Option<&'a Claims>,
 }
 
 /// How sure it is that something is so.
@@ -39,7 +42,14 @@ const UNKNOWN: Likely = Likely { certainly: false, possibly: true };
 impl<'a> Reading<'a> {
     /// All ways to read it.
     pub fn of(asked: &Asked<'a>) -> Self {
-        Self { asked: *asked, methods: methods(asked), hosts: hosts(asked), paths: paths(asked.path()) }
+        let (methods, hosts, paths) = (methods(asked), hosts(asked), paths(asked.path()));
+        Self { asked: *asked, methods, hosts, paths, claims: None }
+    }
+
+    /// The same, of an end user whose token was verified. Without one nobody can say what its claims are, nor what they are
+    /// not.
+    pub fn of_user(self, claims: Option<&'a Claims>) -> Self {
+        Self { claims, ..self }
     }
 
     /// Whether it is as all of `any_of` say and as nothing of `none_of`, as far as this action goes by it.
@@ -50,7 +60,7 @@ impl<'a> Reading<'a> {
 
     /// Of each list that is given, and of each header, how likely it is.
     fn is_so(&self, asks: &Asks) -> Vec<Likely> {
-        let Asks { methods, hosts, paths, headers } = asks;
+        let Asks { methods, hosts, paths, headers, claims } = asks;
         let mut all = vec![];
         if !methods.is_empty() {
             let Likely { certainly, .. } =
@@ -66,6 +76,10 @@ impl<'a> Reading<'a> {
             all.push(self.paths.as_ref().map_or(UNKNOWN, |of| path_is(of, paths)));
         }
         all.extend(headers.iter().map(|header| self.header_is(header)));
+        all.extend(claims.iter().map(|wanted| match self.claims.map(|claims| claims.is(wanted)) {
+            Some(is) => Likely { certainly: is, possibly: is },
+            None => UNKNOWN,
+        }));
         all
     }
 

@@ -1,6 +1,6 @@
 //! What policies say of ports and of requests to them, to the wire and back.
 
-use super::{WireError, error, proto, range_to_proto, ranges_from_proto};
+use super::{WireError, authentication, error, proto, range_to_proto, ranges_from_proto};
 use crate::model;
 
 /// A target of a rule that does this. What an agent reads in it that knows nothing of requests refuses more, never less.
@@ -8,7 +8,7 @@ pub(super) fn target_to_proto(target: &model::Target, action: model::Action) -> 
     let ranges = |ranges: &[model::PortRange]| ranges.iter().map(range_to_proto).collect::<Vec<_>>();
     let (ports, not_ports) = (ranges(&target.ports), ranges(&target.not_ports));
     if !target.is_of_requests() {
-        return proto::Target { ports, not_ports, requests: None };
+        return proto::Target { ports, not_ports, ..Default::default() };
     }
     let any_of = to_proto(&target.any_of);
     let none_of = to_proto(&target.none_of);
@@ -17,12 +17,15 @@ pub(super) fn target_to_proto(target: &model::Target, action: model::Action) -> 
         model::Action::Allow => (vec![], vec![every]),
         model::Action::Deny => (ports.clone(), not_ports.clone()),
     };
-    let requests = Some(proto::RequestTarget { ports, not_ports, any_of, none_of });
-    proto::Target { ports: for_older, not_ports: not_for_older, requests }
+    let all = Some(proto::RequestTarget { ports, not_ports, any_of, none_of });
+    // An agent that knows of requests and not of their users must not pass over what is said of these.
+    let of_users = [&target.any_of, &target.none_of].iter().any(|it| !it.claims.is_empty());
+    let (requests, users) = if of_users { (None, all) } else { (all, None) };
+    proto::Target { ports: for_older, not_ports: not_for_older, requests, users }
 }
 
 pub(super) fn target_from_proto(key: &str, target: &proto::Target) -> Result<model::Target, WireError> {
-    let (ports, not_ports, any_of, none_of) = match &target.requests {
+    let (ports, not_ports, any_of, none_of) = match target.users.as_ref().or(target.requests.as_ref()) {
         None => (&target.ports, &target.not_ports, None, None),
         Some(it) => (&it.ports, &it.not_ports, it.any_of.as_ref(), it.none_of.as_ref()),
     };
@@ -46,6 +49,7 @@ fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
         hosts: texts(&asks.hosts),
         paths: texts(&asks.paths),
         headers: asks.headers.iter().map(header).collect(),
+        claims: asks.claims.iter().map(authentication::claim_to_proto).collect(),
     })
 }
 
@@ -67,5 +71,10 @@ fn from_proto(key: &str, asks: Option<&proto::Asks>) -> Result<model::Asks, Wire
         hosts: texts("rules.to.hosts", &asks.hosts)?,
         paths: texts("rules.to.paths", &asks.paths)?,
         headers: asks.headers.iter().map(header).collect::<Result<_, _>>()?,
+        claims: asks
+            .claims
+            .iter()
+            .map(|it| authentication::claim_from_proto(key, it))
+            .collect::<Result<_, _>>()?,
     })
 }

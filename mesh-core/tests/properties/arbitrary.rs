@@ -15,9 +15,10 @@ use ipnet::IpNet;
 use mesh_core::{
     identity::{SpiffeId, TrustDomain},
     model::{
-        Action, Asks, Choice, Distribution, Endpoint, Enforcement, Expression, HeaderPattern,
-        IdentityPattern, Mode, Name, Operator, Place, Policy, PortRange, Rule, Selector, Service,
-        ServicePort, Source, Target, TextPattern, Traits, Workload,
+        Action, Algorithm, Asks, Authentication, Choice, ClaimHeader, ClaimPattern, Distribution, Endpoint,
+        Enforcement, Expression, HeaderPattern, IdentityPattern, KeyMaterial, Mode, Name, Operator, Place,
+        Policy, PortRange, Rule, Selector, Service, ServicePort, Source, Target, TextPattern, TokenIssuer,
+        TokenPlace, Traits, VerifyingKey, Workload,
         http::{
             Backend, BackendTarget, Cors, Filters, HeaderEdits, Mirror, Parent, PathEdit, PathMatch,
             PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
@@ -120,12 +121,11 @@ fn asks() -> impl Strategy<Value = Asks> {
     let header = (select(vec!["x-a", "x-b"]), vec(text_pattern(), 0..2))
         .prop_map(|(name, values)| HeaderPattern { name: name.to_owned(), values });
     let patterns = || vec(text_pattern(), 0..2);
-    (methods, patterns(), patterns(), vec(header, 0..2)).prop_map(|(methods, hosts, paths, headers)| Asks {
-        methods,
-        hosts,
-        paths,
-        headers,
-    })
+    let claim = (select(vec!["sub", "groups"]), vec(text_pattern(), 0..2))
+        .prop_map(|(name, values)| ClaimPattern { name: name.to_owned(), values });
+    let claims = prop_oneof![2 => Just(vec![]), 1 => vec(claim, 1..3)];
+    (methods, patterns(), patterns(), vec(header, 0..2), claims)
+        .prop_map(|(methods, hosts, paths, headers, claims)| Asks { methods, hosts, paths, headers, claims })
 }
 
 pub(crate) fn target() -> impl Strategy<Value = Target> {
@@ -153,6 +153,53 @@ pub(crate) fn policy() -> impl Strategy<Value = Policy> {
     let enforcement = select(vec![Enforcement::Enforce, Enforcement::Audit]);
     (name(), selector(), action, enforcement, vec(rule(), 0..3)).prop_map(
         |(name, selector, action, enforcement, rules)| Policy { name, selector, action, enforcement, rules },
+    )
+}
+
+fn token_place() -> impl Strategy<Value = TokenPlace> {
+    (0..3, word(), select(vec!["", "Bearer"])).prop_map(|(kind, name, prefix)| match kind {
+        0 => TokenPlace::Header { name, prefix: prefix.to_owned() },
+        1 => TokenPlace::Query(name),
+        _ => TokenPlace::Cookie(name),
+    })
+}
+
+fn verifying_key() -> impl Strategy<Value = VerifyingKey> {
+    let bytes = || vec(any::<u8>(), 1..4);
+    let material = prop_oneof![
+        (bytes(), bytes()).prop_map(|(n, e)| KeyMaterial::Rsa { n, e }),
+        bytes().prop_map(KeyMaterial::P256),
+        bytes().prop_map(KeyMaterial::P384),
+        bytes().prop_map(KeyMaterial::Ed25519),
+    ];
+    (word(), option::of(select(Algorithm::ALL)), material)
+        .prop_map(|(id, algorithm, material)| VerifyingKey { id, algorithm, material })
+}
+
+fn token_issuer() -> impl Strategy<Value = TokenIssuer> {
+    let header = (word(), word()).prop_map(|(header, claim)| ClaimHeader { header, claim });
+    let who = (word(), vec(word(), 1..3), vec(verifying_key(), 0..3));
+    (who, vec(token_place(), 1..3), any::<bool>(), vec(header, 0..2)).prop_map(
+        |((issuer, audiences, keys), places, strip, headers)| TokenIssuer {
+            issuer,
+            audiences,
+            keys,
+            places,
+            strip,
+            headers,
+        },
+    )
+}
+
+pub(crate) fn authentication() -> impl Strategy<Value = Authentication> {
+    (name(), selector(), vec(port_range(), 0..2), any::<bool>(), vec(token_issuer(), 0..3)).prop_map(
+        |(name, selector, ports, required, issuers)| Authentication {
+            name,
+            selector,
+            ports,
+            required,
+            issuers,
+        },
     )
 }
 
@@ -330,14 +377,15 @@ fn mesh() -> impl Strategy<Value = Mesh> {
 /// A view with everything that a view can have.
 pub(crate) fn view() -> impl Strategy<Value = NodeView> {
     let demand = option::of(vec(block(), 0..4).prop_map(|blocks| Demand { blocks }));
-    let answers = (demand, vec(address(), 0..3), vec(route(), 0..3));
+    let answers = (demand, vec(address(), 0..3), vec(route(), 0..3), vec(authentication(), 0..3));
     let parts = (option::of(mesh()), vec(workload(), 0..6), vec(service(), 0..4), vec(policy(), 0..4));
-    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody, routes))| {
+    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody, routes, users))| {
         mesh.map(|it| Resource::Mesh(Arc::new(it)))
             .into_iter()
             .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
             .chain(services.into_iter().map(|it| Resource::Service(Arc::new(it))))
             .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
+            .chain(users.into_iter().map(|it| Resource::Authentication(Arc::new(it))))
             .chain(demand.map(|it| Resource::Demand(Arc::new(it))))
             .chain(nobody.into_iter().map(Resource::Nobody))
             .chain(routes.into_iter().map(|it| Resource::Route(Arc::new(it))))

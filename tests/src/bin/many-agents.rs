@@ -145,6 +145,7 @@ fn size(view: &Snapshot) -> usize {
         .chain(view.workloads().cloned().map(Resource::Workload))
         .chain(view.services().cloned().map(Resource::Service))
         .chain(view.policies().cloned().map(Resource::Policy))
+        .chain(view.authentications().cloned().map(Resource::Authentication))
         .chain(view.routes().cloned().map(Resource::Route))
         .collect();
     let delta = Delta { upserts, removes: vec![] };

@@ -54,7 +54,7 @@ rules:
   - {{apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}}
   - {{apiGroups: [""], resources: [nodes, namespaces, pods, services], verbs: [list, watch]}}
   - {{apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}}
-  - {{apiGroups: [nodemesh.io], resources: [workloads, authorizationpolicies, trafficpolicies], verbs: [list, watch]}}
+  - {{apiGroups: [nodemesh.io], resources: [workloads, authorizationpolicies, authenticationpolicies, trafficpolicies], verbs: [list, watch]}}
   - {{apiGroups: [gateway.networking.k8s.io], resources: [httproutes, grpcroutes, referencegrants], verbs: [list, watch]}}
   - {{apiGroups: [""], resources: [pods/status], verbs: [patch]}}
   - {{apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}}

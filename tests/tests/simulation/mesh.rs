@@ -121,6 +121,8 @@ impl Controller {
             bundle: None,
             attestor: None,
             pods: None,
+            keys: mesh_controller::jwks::nothing(),
+            metrics: Arc::default(),
         };
         let clock = ControllerClock::new(move || time.wall(off));
         let parts = Parts::assemble(settings, self.ledger.subscribe(), clock).unwrap();
@@ -307,6 +309,7 @@ fn resources(snapshot: &Snapshot) -> NodeView {
         .chain(snapshot.workloads().cloned().map(Resource::Workload))
         .chain(snapshot.services().cloned().map(Resource::Service))
         .chain(snapshot.policies().cloned().map(Resource::Policy))
+        .chain(snapshot.authentications().cloned().map(Resource::Authentication))
         .chain(snapshot.routes().cloned().map(Resource::Route))
         .collect()
 }

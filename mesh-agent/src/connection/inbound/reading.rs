@@ -43,7 +43,7 @@ use super::{
             upstream::{self, unspoken},
         },
     },
-    At, Proved, Stage, may, revoked,
+    At, Proved, Stage, authentication, may, revoked,
 };
 use crate::{
     authorize::Allowed,
@@ -245,13 +245,14 @@ async fn tell(
 ) -> Result<Answered, Ended> {
     heads::check(&request).map_err(|refusal| Declined::new(StatusCode::BAD_REQUEST, refusal))?;
 
-    // May it?
+    // Whose is it, and may it?
     let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
     let view = guest.node.view().map_err(unready)?;
     exchange.decided(view.shared_version());
+    let user = authentication::user(&view, &guest.at, &mut request)?;
     {
-        let reading =
-            Reading::of(&Asked { method: request.method(), uri: request.uri(), headers: request.headers() });
+        let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
+        let reading = Reading::of(&asked).of_user(user.claims.as_ref());
         let may = may(&view, &guest.at, guest.proved.as_ref(), Stage::GoesOn, Content::Request(&reading));
         let Allowed { rule, would_refuse } =
             may.map_err(|refusal| Declined::new(StatusCode::FORBIDDEN, refusal))?;
@@ -263,6 +264,8 @@ async fn tell(
         heads::wants_upgrade(&request).then(|| request.headers().get(header::UPGRADE).cloned()).flatten();
     let from_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     heads::take_hop(request.headers_mut(), upgrade);
+    // What a client says to be of its connection alone is none of what we say.
+    user.tell(request.headers_mut());
     request.headers_mut().remove(CLIENT_CERT);
     if let Some(proved) = &guest.proved {
         let own = view.identity(&guest.at.workload.name).map(ToString::to_string).unwrap_or_default();

@@ -262,12 +262,19 @@ where
 #[derive(Debug)]
 pub(super) struct Declined {
     status: StatusCode,
+    /// What has to be shown instead (RFC 9110, section 11.6.1).
+    challenge: Option<&'static str>,
     refusal: Refusal,
 }
 
 impl Declined {
     pub(super) fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
-        Self { status, refusal: refusal.into() }
+        Self { status, challenge: None, refusal: refusal.into() }
+    }
+
+    /// Its client has not shown who it is.
+    pub(super) fn unauthorized(challenge: &'static str, refusal: Refusal) -> Self {
+        Self { challenge: Some(challenge), ..Self::new(StatusCode::UNAUTHORIZED, refusal) }
     }
 }
 
@@ -303,8 +310,12 @@ pub(super) fn respond(
             exchange.answered(parts.status, &parts.headers);
             Response::from_parts(parts, Body::answer(incoming, used, exchange))
         }
-        Err(Declined { status, refusal }) => {
-            let response = said(status, form);
+        Err(Declined { status, challenge, refusal }) => {
+            let mut response = said(status, form);
+            if let (Some(challenge), false) = (challenge, form == Form::Call) {
+                let challenge = HeaderValue::from_static(challenge);
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            }
             exchange.answered(response.status(), response.headers());
             exchange.refused(refusal);
             exchange.complete();
@@ -514,6 +525,7 @@ fn said(status: StatusCode, form: Form) -> Response<Body> {
             StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
             StatusCode::GATEWAY_TIMEOUT => 4,
             StatusCode::FORBIDDEN => 7,
+            StatusCode::UNAUTHORIZED => 16,
             _ => 14,
         };
         return faults::call_ended(code);

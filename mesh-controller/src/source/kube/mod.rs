@@ -56,6 +56,7 @@ use super::{
 };
 use crate::{
     conditions::{Conditions, Pods},
+    jwks::{self, Keys},
     kubernetes::{KubernetesError, client_with, own_pod},
     model::Kind,
     store::Unsaved,
@@ -100,6 +101,8 @@ pub struct Source {
     /// The Service of all controllers.
     controllers: Option<Name>,
     others: watch::Sender<Arc<Vec<SocketAddr>>>,
+    /// What is known of keys that policies name by a URL.
+    keys: watch::Receiver<Arc<Keys>>,
 }
 
 impl std::fmt::Debug for Source {
@@ -131,6 +134,7 @@ impl Source {
             presence: watch::Sender::default(),
             controllers: None,
             others: watch::Sender::default(),
+            keys: jwks::nothing(),
         };
         while !source.objects.all_listed() {
             source.take_next().await;
@@ -172,6 +176,13 @@ impl Source {
         source
     }
 
+    /// The same, which says of policies whether the keys that they name by a URL can be had.
+    pub fn knowing(self, keys: watch::Receiver<Arc<Keys>>) -> Self {
+        let mut source = Self { keys, ..self };
+        source.publish();
+        source
+    }
+
     /// Where the admin interfaces of the other controllers are.
     pub fn others(&self) -> watch::Receiver<Arc<Vec<SocketAddr>>> {
         self.others.subscribe()
@@ -180,12 +191,17 @@ impl Source {
     /// Follows the cluster until cancelled.
     pub async fn follow(mut self, cancel: CancellationToken) {
         let mut presence = self.presence.subscribe();
+        let mut keys = self.keys.clone();
         let mut answered = true;
         loop {
             // Cancel-safe: an event that was taken has been applied.
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = self.take_next() => {}
+                Ok(()) = keys.changed() => {
+                    self.publish();
+                    continue;
+                }
                 Ok(()) = presence.changed() => {
                     let before = std::mem::replace(&mut answered, presence.borrow_and_update().answered);
                     if !before && answered {
@@ -224,7 +240,7 @@ impl Source {
             let others = self.objects.admin_addresses(service, &own_pod());
             tell(&self.others, others);
         }
-        let standings = self.objects.standings(&self.published.subscribe().borrow());
+        let standings = self.objects.standings(&self.published.subscribe().borrow(), &self.keys.borrow());
         tell(&self.standings, standings);
     }
 }
@@ -251,6 +267,7 @@ fn everything(client: &Client) -> Events {
         follow_defined(client, Followed::Workloads, Kind::Workload),
         follow_defined(client, Followed::Policies, Kind::AuthorizationPolicy),
         follow_defined(client, Followed::Traffic, Kind::TrafficPolicy),
+        follow_defined(client, Followed::Authentications, Kind::AuthenticationPolicy),
         follow_defined(client, Followed::HttpRoutes, Kind::HttpRoute),
         follow_defined(client, Followed::GrpcRoutes, Kind::GrpcRoute),
         follow_defined(client, Followed::Grants, Kind::ReferenceGrant),

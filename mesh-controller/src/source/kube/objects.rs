@@ -22,7 +22,8 @@ use super::{
 };
 use crate::{
     conditions::{self, Conditions, PodCondition},
-    model::{Kind, Object},
+    jwks::Keys,
+    model::{Kind, Object, ObjectKey},
     routes::{self, Outcome},
     source::{
         ledger::{FileContent, Ledger},
@@ -45,13 +46,14 @@ pub(super) enum Followed {
     Workloads,
     Policies,
     Traffic,
+    Authentications,
     HttpRoutes,
     GrpcRoutes,
     Grants,
 }
 
 impl Followed {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Nodes,
         Self::Namespaces,
         Self::Pods,
@@ -60,6 +62,7 @@ impl Followed {
         Self::Workloads,
         Self::Policies,
         Self::Traffic,
+        Self::Authentications,
         Self::HttpRoutes,
         Self::GrpcRoutes,
         Self::Grants,
@@ -76,6 +79,7 @@ impl Followed {
             Self::Workloads => "workloads",
             Self::Policies => "authorizationpolicies",
             Self::Traffic => "trafficpolicies",
+            Self::Authentications => "authenticationpolicies",
             Self::HttpRoutes => "httproutes",
             Self::GrpcRoutes => "grpcroutes",
             Self::Grants => "referencegrants",
@@ -88,6 +92,7 @@ impl Followed {
             Self::Workloads => Some(Kind::Workload),
             Self::Policies => Some(Kind::AuthorizationPolicy),
             Self::Traffic => Some(Kind::TrafficPolicy),
+            Self::Authentications => Some(Kind::AuthenticationPolicy),
             Self::HttpRoutes => Some(Kind::HttpRoute),
             Self::GrpcRoutes => Some(Kind::GrpcRoute),
             Self::Grants => Some(Kind::ReferenceGrant),
@@ -403,7 +408,7 @@ impl Objects {
     }
 
     /// What became of every object that has a status for it.
-    pub(super) fn standings(&self, ledger: &Ledger) -> Vec<Standing> {
+    pub(super) fn standings(&self, ledger: &Ledger, keys: &Keys) -> Vec<Standing> {
         let mut refused: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for one in ledger.refused() {
             refused.entry(one.file.as_path()).or_default().push(one);
@@ -414,8 +419,12 @@ impl Objects {
             let Thing::Subject(_, subject) = thing else { return None };
             let problems = refused.get(of.file(key).as_path()).map_or(&[][..], Vec::as_slice);
             let name = Name::new(&key.0, &key.1);
+            let key = ObjectKey { kind: Kind::AuthenticationPolicy, name: name.clone() };
             let became = match (of, of.route()) {
                 (Followed::Traffic, _) => traffic.get(&name).map(Became::Traffic),
+                (Followed::Authentications, _) => {
+                    ledger.in_force(&key).map(|it| Became::OfUsers(&it.object, keys))
+                }
                 (_, Some(kind)) => routes.get(&(kind, name)).map(Became::Route),
                 _ => None,
             };

@@ -29,7 +29,8 @@ use self::{
 };
 use super::{lease::Term, objects::Followed, resource};
 use crate::{
-    model::Kind,
+    jwks::Keys,
+    model::{KeysAt, Kind, Object},
     routes::Outcome,
     source::{Presence, Refused},
     traffic,
@@ -83,6 +84,31 @@ impl Subject {
     }
 }
 
+/// Whether the newest keys of a policy's issuers are in force, where they are named by a URL.
+const KEYS_FETCHED: &str = "KeysFetched";
+
+/// What is said of them.
+fn keys_fetched(object: &Object, keys: &Keys) -> Option<Verdict> {
+    let Object::AuthenticationPolicy(policy) = object else { return None };
+    if policy.elsewhere.is_empty() {
+        return None;
+    }
+    let trouble = |at: &KeysAt| {
+        let in_force = match keys.fetched.contains_key(at) {
+            true => "the last good keys stay in force",
+            false => "tokens of the issuer are refused until there are some",
+        };
+        keys.troubles.get(at).map(|it| format!("{}: {it}; {in_force}.", at.url))
+    };
+    let troubles: Vec<String> = policy.elsewhere.iter().filter_map(|(_, at)| trouble(at)).collect();
+    let waits = policy.elsewhere.iter().any(|(_, at)| !keys.fetched.contains_key(at));
+    Some(match (troubles.is_empty(), waits) {
+        (false, _) => Verdict::new(KEYS_FETCHED, false, "FetchFailed", &troubles.join(" ")),
+        (true, true) => Verdict::new(KEYS_FETCHED, false, "Pending", "The keys are being fetched."),
+        (true, false) => Verdict::new(KEYS_FETCHED, true, "Fetched", "The newest keys are in force."),
+    })
+}
+
 /// What became of an object.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Standing {
@@ -94,7 +120,7 @@ pub(crate) struct Standing {
 #[derive(Debug, Clone, PartialEq)]
 enum Told {
     /// Of an object of ours.
-    Own(Verdict),
+    Own(Vec<Verdict>),
     /// Of a route, for each of its parents that is a Service, by their places.
     Route(Vec<(usize, Vec<Verdict>)>),
 }
@@ -106,22 +132,32 @@ pub(super) enum Became<'a> {
     Route(&'a Outcome),
     /// Of a policy on traffic.
     Traffic(&'a traffic::Outcome),
+    /// Of a policy on end users, which is in force: itself, and what is known of its issuers' keys.
+    OfUsers(&'a Object, &'a Keys),
 }
 
 impl Standing {
     /// `problems`: all that was said of its document.
     pub(super) fn new(subject: Subject, problems: &[&Refused], became: Option<Became<'_>>) -> Self {
+        let outcome = match became {
+            Some(Became::Route(outcome)) => Some(outcome),
+            _ => None,
+        };
         let told = match (&subject.said, became) {
-            (Said::Route(attached), Some(Became::Route(outcome))) => {
-                Told::Route(attached.verdicts(problems, Some(outcome)))
+            (Said::Route(attached), _) => Told::Route(attached.verdicts(problems, outcome)),
+            (Said::Conditions(_), Some(Became::Traffic(outcome))) if problems.is_empty() => {
+                Told::Own(vec![of_traffic(outcome)])
             }
-            (Said::Route(attached), _) => Told::Route(attached.verdicts(problems, None)),
-            (Said::Conditions(_), _) if !problems.is_empty() => {
-                Told::Own(Verdict::refused("Invalid", problems))
-            }
-            (Said::Conditions(_), Some(Became::Traffic(outcome))) => Told::Own(of_traffic(outcome)),
-            (Said::Conditions(_), _) => {
-                Told::Own(Verdict::new(ACCEPTED, true, "Accepted", "It is in force."))
+            (Said::Conditions(_), became) => {
+                let accepted = match problems.is_empty() {
+                    true => Verdict::new(ACCEPTED, true, "Accepted", "It is in force."),
+                    false => Verdict::refused("Invalid", problems),
+                };
+                let keys = match became {
+                    Some(Became::OfUsers(policy, keys)) => keys_fetched(policy, keys),
+                    _ => None,
+                };
+                Told::Own([Some(accepted), keys].into_iter().flatten().collect())
             }
         };
         Self { subject, told }
@@ -131,15 +167,22 @@ impl Standing {
     fn missing(&self, now: Timestamp) -> Option<Patch<Value>> {
         let Subject { namespace, name, uid, version, generation, said, .. } = &self.subject;
         match (said, &self.told) {
-            (Said::Conditions(said), Told::Own(verdict)) => {
-                (!verdict.is_told(said, *generation)).then(|| {
+            (Said::Conditions(said), Told::Own(verdicts)) => {
+                // What is said no more is taken away by leaving it out: the field is ours.
+                let told = verdicts.iter().all(|it| it.is_told(said, *generation));
+                let left_over = said.iter().any(|it| {
+                    it.type_ == KEYS_FETCHED && verdicts.iter().all(|verdict| verdict.of != it.type_)
+                });
+                (!told || left_over).then(|| {
+                    let conditions: Vec<Condition> =
+                        verdicts.iter().map(|it| it.condition(said, *generation, now)).collect();
                     let kind = self.kind();
                     Patch::Apply(json!({
                         "apiVersion": kind.api_version(),
                         "kind": kind.as_str(),
                         // The uid makes the API server refuse it for another object of the same name.
                         "metadata": {"name": name, "namespace": namespace, "uid": uid},
-                        "status": {"conditions": [verdict.condition(said, *generation, now)]},
+                        "status": {"conditions": conditions},
                     }))
                 })
             }

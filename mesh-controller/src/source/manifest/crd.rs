@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Value, json};
 
-use super::{policy::RawPolicy, traffic::RawTrafficPolicy, workload::RawWorkload};
+use super::{
+    authentication::RawAuthentication, policy::RawPolicy, traffic::RawTrafficPolicy, workload::RawWorkload,
+};
 use crate::model::Kind;
 
 /// A column that `kubectl get` prints: name, type, where it is; only with `-o wide` if it is of the second rank.
@@ -20,8 +22,19 @@ const MESSAGE: Column = ("Message", "string", ".status.conditions[?(@.type==\"Ac
 const AGE: Column = ("Age", "date", ".metadata.creationTimestamp", 0);
 
 /// The definition of each kind of ours, with the name of its file.
-fn definitions() -> [(&'static str, Value); 3] {
+fn definitions() -> [(&'static str, Value); 4] {
     [
+        definition::<RawAuthentication>(
+            Kind::AuthenticationPolicy,
+            ("authenticationpolicies", "authenticationpolicy", "meshauthn"),
+            &[
+                ("Required", "boolean", ".spec.required", 0),
+                ("Issuer", "string", ".spec.issuers[0].issuer", 0),
+                ACCEPTED,
+                AGE,
+                MESSAGE,
+            ],
+        ),
         definition::<RawPolicy>(
             Kind::AuthorizationPolicy,
             ("authorizationpolicies", "authorizationpolicy", "meshpolicy"),

@@ -9,6 +9,7 @@
 //! | [`slice`] | who serves them |
 //! | [`policy`] | authorization policies |
 //! | [`asks`] | what they say of requests |
+//! | [`authentication`] | policies on end users, and what policies say of claims |
 //! | [`route`] | routes of requests, and who may send some to whom |
 //! | [`traffic`] | how requests and connections are sent |
 //! | [`check`] | what is checked the same way in all of them |
@@ -16,6 +17,7 @@
 //! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
 
 mod asks;
+mod authentication;
 mod check;
 #[cfg(test)]
 mod crd;
@@ -81,6 +83,7 @@ pub fn parse(document: &Document<'_>) -> Outcome {
         Kind::EndpointSlice => document.typed(&tree).map(|raw| check.slice(raw)),
         Kind::AuthorizationPolicy => document.typed(&tree).map(|raw| check.policy(raw)),
         Kind::TrafficPolicy => document.typed(&tree).map(|raw| check.traffic_policy(raw)),
+        Kind::AuthenticationPolicy => document.typed(&tree).map(|raw| check.authentication(raw)),
         Kind::HttpRoute => document.typed(&tree).map(|raw| check.http_route(raw)),
         Kind::GrpcRoute => document.typed(&tree).map(|raw| check.grpc_route(raw)),
         Kind::ReferenceGrant => document.typed(&tree).map(|raw| check.grant(raw)),

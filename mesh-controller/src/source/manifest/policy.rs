@@ -22,6 +22,7 @@ use super::{
     super::document::one_of,
     Raw,
     asks::RawHeader,
+    authentication::RawClaim,
     check::{Check, MAX_ENTRIES},
 };
 use crate::model::Object;
@@ -57,7 +58,7 @@ pub(super) struct RawPolicy {
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct RawSelector {
+pub(super) struct RawSelector {
     /// Labels that a workload has to have, with these values.
     #[cfg_attr(test, schemars(extend("maxProperties" = 256)))]
     #[serde(default)]
@@ -241,11 +242,18 @@ struct RawTarget {
     /// Headers, none of which may be so.
     #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
     not_headers: Option<Vec<RawHeader>>,
+    /// Claims of a token that an AuthenticationPolicy has verified, all of which have to be so. Without such a token an Allow
+    /// rule with this or notClaims matches nothing, and a Deny rule everything.
+    #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
+    claims: Option<Vec<RawClaim>>,
+    /// Claims, none of which may be so.
+    #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
+    not_claims: Option<Vec<RawClaim>>,
 }
 
 /// A port or a range of them: a number, or a text such as `9000-9100`.
 #[derive(Debug)]
-struct RawPorts(String);
+pub(super) struct RawPorts(String);
 
 #[cfg(test)]
 impl schemars::JsonSchema for RawPorts {
@@ -329,7 +337,7 @@ impl Check<'_> {
         }
     }
 
-    fn selector(&mut self, raw: RawSelector) -> Selector {
+    pub(super) fn selector(&mut self, raw: RawSelector) -> Selector {
         let field = "spec.selector.matchExpressions";
         self.labels("spec.selector.matchLabels", &raw.match_labels);
         self.limit(field, raw.match_expressions.len(), MAX_ENTRIES);
@@ -409,12 +417,14 @@ impl Check<'_> {
                 hosts: self.list(&format!("{at}.hosts"), raw.hosts, Self::host),
                 paths: self.list(&format!("{at}.paths"), raw.paths, Self::path),
                 headers: self.list(&format!("{at}.headers"), raw.headers, Self::header),
+                claims: self.list(&format!("{at}.claims"), raw.claims, Self::claim),
             },
             none_of: Asks {
                 methods: self.list(&format!("{at}.notMethods"), raw.not_methods, Self::method),
                 hosts: self.list(&format!("{at}.notHosts"), raw.not_hosts, Self::host),
                 paths: self.list(&format!("{at}.notPaths"), raw.not_paths, Self::path),
                 headers: self.list(&format!("{at}.notHeaders"), raw.not_headers, Self::header),
+                claims: self.list(&format!("{at}.notClaims"), raw.not_claims, Self::claim),
             },
         })
     }
@@ -468,7 +478,7 @@ impl Check<'_> {
         }
     }
 
-    fn port_range(&mut self, field: &str, raw: RawPorts) -> Option<PortRange> {
+    pub(super) fn port_range(&mut self, field: &str, raw: RawPorts) -> Option<PortRange> {
         let cure = "write a number from 1 to 65535, or a range such as 9000-9100";
         raw.0
             .parse()
