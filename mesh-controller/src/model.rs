@@ -86,10 +86,9 @@ impl Kind {
         match self {
             Self::Namespace | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
-            Self::Workload
-            | Self::AuthorizationPolicy
-            | Self::AuthenticationPolicy
-            | Self::TrafficPolicy => "nodemesh.io/v1alpha1",
+            Self::Workload | Self::AuthorizationPolicy | Self::AuthenticationPolicy | Self::TrafficPolicy => {
+                "nodemesh.io/v1alpha1"
+            }
             Self::HttpRoute | Self::GrpcRoute => "gateway.networking.k8s.io/v1",
             // Every version of the Gateway API that has the routes serves this one.
             Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",

@@ -250,7 +250,9 @@ mod tests {
         let mut loads = [Load::default(); 4];
         for (at, load) in loads.iter_mut().enumerate().take(3) {
             let failures = 2 * (at + 1);
-            (0..failures).for_each(|_| drop(load.answered(true, &EJECTION, MS)));
+            (0..failures).for_each(|_| {
+                load.answered(true, &EJECTION, MS);
+            });
         }
         // Half of four, and those that are out for longest.
         let candidates = candidates(&loads);
@@ -298,7 +300,9 @@ mod tests {
             let mut loads = vec![Load::default(); failures.len()];
             for (load, failures) in loads.iter_mut().zip(&failures) {
                 load.seen(MS);
-                (0..*failures).for_each(|_| drop(load.answered(true, &EJECTION, MS)));
+                (0..*failures).for_each(|_| {
+                load.answered(true, &EJECTION, MS);
+            });
             }
             let balancing = Balancing { algorithm, slow_start: Some(MS) };
             let ejection = Ejection { most_percent, panic_percent, ..EJECTION };
