@@ -333,3 +333,41 @@ impl Writer {
         objects.patch_status(name, &params, patch).await.map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::model::{Authentication, Name, Selector};
+
+    use super::*;
+    use crate::model::AuthenticationPolicy;
+
+    #[test]
+    fn a_policy_says_whether_its_keys_can_be_had_and_what_is_in_force_meanwhile() {
+        let at = KeysAt { url: "https://id.example/keys".into(), ca_bundle: String::new() };
+        let name = Name::new("shop", "users");
+        let (selector, ports, issuers) = (Selector::default(), vec![], vec![]);
+        let said = Authentication { name, selector, ports, required: true, issuers };
+        let policy =
+            |elsewhere| Object::AuthenticationPolicy(AuthenticationPolicy { said: said.clone(), elsewhere });
+        let by_url = policy(vec![(0, at.clone())]);
+        let with = |fetched: bool, trouble: Option<&str>| Keys {
+            fetched: fetched.then(|| (at.clone(), Arc::default())).into_iter().collect(),
+            troubles: trouble.map(|it| (at.clone(), it.to_owned())).into_iter().collect(),
+        };
+        let told = |keys: &Keys| {
+            let verdict = keys_fetched(&by_url, keys).unwrap();
+            let condition = verdict.condition(&[], 1, Timestamp::UNIX_EPOCH);
+            assert!(verdict.is_told(std::slice::from_ref(&condition), 1));
+            format!("{} {} {}", condition.status, condition.reason, condition.message)
+        };
+        assert_eq!(told(&with(false, None)), "False Pending The keys are being fetched.");
+        assert_eq!(told(&with(true, None)), "True Fetched The newest keys are in force.");
+        assert_eq!(
+            told(&with(true, Some("no answer"))),
+            "False FetchFailed https://id.example/keys: no answer; the last good keys stay in force."
+        );
+        let refused = "tokens of the issuer are refused until there are some.";
+        assert!(told(&with(false, Some("no answer"))).ends_with(refused));
+        assert_eq!(keys_fetched(&policy(vec![]), &with(true, None)), None);
+    }
+}
