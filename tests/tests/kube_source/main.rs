@@ -5,6 +5,7 @@
 mod controller;
 mod routes;
 mod traffic;
+mod users;
 
 use std::{fs, path::Path, time::Duration};
 
@@ -327,6 +328,7 @@ fn a_cluster_is_followed_and_stays_in_force_while_its_api_server_is_away() {
     the_api_server_refuses_what_is_wrong(&cluster);
     routes::are_followed_once_their_kinds_come_and_say_what_became_of_them(&cluster, &controller);
     traffic::policies_are_looked_up_and_say_what_became_of_them(&cluster, &controller);
+    users::policies_on_them_say_what_became_of_them(&cluster, &controller);
     every_example_is_let_in(&cluster);
     a_bad_object_is_refused_alone_and_says_why(&cluster, &controller);
     what_is_in_force_stays_while_the_api_server_is_away(&cluster, &controller);

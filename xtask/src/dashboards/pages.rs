@@ -8,6 +8,8 @@ const GRPC_ERRORS: &str = r#"grpc_status=~"2|4|13|14|15""#;
 const REQUESTS: &str = "nodemesh_requests_total";
 const BUCKETS: &str = "nodemesh_request_duration_seconds_bucket";
 const ATTEMPTS: &str = "nodemesh_request_attempts_total";
+const EJECTIONS: &str = "nodemesh_ejections_total";
+const FAULTS: &str = "nodemesh_faults_total";
 const CONNECTIONS: &str = "nodemesh_connections_total";
 const BYTES: &str = "nodemesh_bytes_total";
 const LIMIT_HITS: &str = "nodemesh_limit_hits_total";
@@ -177,6 +179,15 @@ fn service() -> Dashboard {
                         )],
                     )
                     .about("More than one: requests are made again, which adds to the load of what fails."),
+                    Panel::lines(
+                        "Endpoints left alone, faults on purpose",
+                        PerSecond,
+                        vec![
+                            sum(&["service"], &rate(EJECTIONS, r#"service=~"$service""#)),
+                            sum(&["fault"], &rate(FAULTS, r#"service=~"$service""#)),
+                        ],
+                    )
+                    .about("What its TrafficPolicy does about endpoints that fail, and to requests."),
                     Panel::lines("Calls of gRPC, by status", PerSecond, vec![sum(&["grpc_status"], &rate(REQUESTS, &format!(r#"{asked}, grpc_status!="""#)))]),
                 ],
             ),
