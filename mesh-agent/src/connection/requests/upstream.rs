@@ -143,7 +143,7 @@ pub(in crate::connection) struct Used {
     sender: Option<Sender>,
     key: Key,
     upstreams: Arc<Upstreams>,
-    counted: Option<Counted>,
+    counted: Option<Box<Counted>>,
 }
 
 /// What an answer counts as until it has ended.
@@ -342,12 +342,12 @@ impl Sender {
 impl Used {
     /// The same, which counts until its end.
     pub(super) fn counting(self, counted: Counted) -> Self {
-        Self { counted: Some(counted), ..self }
+        Self { counted: Some(Box::new(counted)), ..self }
     }
 
     /// The answer has ended, as its endpoint's success or failure.
     pub(super) fn ended(&self, failed: bool) {
-        if let Some(Counted { attempt, service, metrics, .. }) = &self.counted
+        if let Some(Counted { attempt, service, metrics, .. }) = self.counted.as_deref()
             && attempt.answered(failed)
         {
             metrics.ejected(service);
