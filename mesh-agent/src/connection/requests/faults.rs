@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use mesh_core::{
     http::{choose::Terms, fault},
@@ -10,7 +10,13 @@ use mesh_core::{
     refusal::Reason,
 };
 
-use super::{Asker, body::Body, empty, exchange::Exchange, heads::Form, said};
+use super::{
+    Asker,
+    answers::{call_ended, said},
+    body::Body,
+    exchange::Exchange,
+    heads::Form,
+};
 use crate::refusal::Refusal;
 
 /// What has become of a request.
@@ -54,13 +60,4 @@ pub(super) async fn befall(
         }
     }
     Befallen::Goes(delayed)
-}
-
-/// The answer to a call that has ended with a status (gRPC over HTTP/2, "Trailers-Only").
-pub(super) fn call_ended(status: u16) -> Response<Body> {
-    let mut response = empty(StatusCode::OK);
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    headers.insert("grpc-status", status.into());
-    response
 }

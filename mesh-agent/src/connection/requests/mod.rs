@@ -8,9 +8,11 @@
 //! | `faults` | what goes wrong with a request on purpose |
 //! | `backends` | the endpoints that a request may be sent to, and by what one is chosen |
 //! | `attempts` | to which of them it is sent, and when it is tried again |
+//! | `answers` | what it is answered with |
 //! | `session` | requests of a session go where its first one went |
 //! | `upstream` | connections to backends |
 //! | `stream` | a lease, or a socket, as a stream of bytes |
+//! | `line` | one that can be cut, whoever has it |
 //! | `exchange` | what is told of a request |
 //!
 //! How a request is taken in where a policy says something of it is told in [`super::inbound`], with the same parts.
@@ -18,20 +20,21 @@
 //! Bytes that are no HTTP get no further than this, but for TLS between the applications, which is carried as it is to the
 //! service that was asked for.
 
+mod answers;
 mod attempts;
 mod backends;
 pub(super) mod body;
 pub(super) mod exchange;
 mod faults;
 pub(super) mod heads;
+mod line;
 mod session;
 pub(super) mod stream;
 pub(super) mod upstream;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Version, header, response};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -53,14 +56,17 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub(super) use self::upstream::Upstreams;
+pub(super) use self::{
+    answers::{Answered, Declined, respond, switched},
+    upstream::Upstreams,
+};
 use self::{
+    answers::empty,
     attempts::Attempts,
     backends::Backends,
     body::{Asking, Body},
     exchange::{Ends, Exchange},
     faults::Befallen,
-    heads::Form,
     stream::Socket,
 };
 use super::{Accepted, Node, wants};
@@ -258,70 +264,12 @@ where
     }
 }
 
-/// Why a request is answered by ourselves.
-#[derive(Debug)]
-pub(super) struct Declined {
-    status: StatusCode,
-    /// What has to be shown instead (RFC 9110, section 11.6.1).
-    challenge: Option<&'static str>,
-    refusal: Refusal,
-}
-
-impl Declined {
-    pub(super) fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
-        Self { status, challenge: None, refusal: refusal.into() }
-    }
-
-    /// Its client has not shown who it is.
-    pub(super) fn unauthorized(challenge: &'static str, refusal: Refusal) -> Self {
-        Self { challenge: Some(challenge), ..Self::new(StatusCode::UNAUTHORIZED, refusal) }
-    }
-}
-
 /// The story of a request. Whatever happens there is an answer, which tells nobody outside why.
 async fn answer(asker: &Arc<Asker>, request: Request<Incoming>) -> Response<Body> {
     let mut exchange = Exchange::begin(asker.ends(), &request);
     let form = heads::form(&request);
     let told = tell(asker, request, &mut exchange).await;
     respond(told, form, exchange)
-}
-
-/// Who answers a request.
-pub(super) enum Answered {
-    /// We do.
-    Here(Response<Body>),
-    /// The backend did; the connection that it came by, if others may use it.
-    Backend(response::Parts, Incoming, Option<upstream::Used>),
-}
-
-/// The answer to a request, which is recorded once that has ended.
-pub(super) fn respond(
-    told: Result<Answered, Declined>,
-    form: Form,
-    mut exchange: Exchange,
-) -> Response<Body> {
-    match told {
-        Ok(Answered::Here(response)) => {
-            exchange.answered(response.status(), response.headers());
-            exchange.complete();
-            response
-        }
-        Ok(Answered::Backend(parts, incoming, used)) => {
-            exchange.answered(parts.status, &parts.headers);
-            Response::from_parts(parts, Body::answer(incoming, used, exchange))
-        }
-        Err(Declined { status, challenge, refusal }) => {
-            let mut response = said(status, form);
-            if let (Some(challenge), false) = (challenge, form == Form::Call) {
-                let challenge = HeaderValue::from_static(challenge);
-                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
-            }
-            exchange.answered(response.status(), response.headers());
-            exchange.refused(refusal);
-            exchange.complete();
-            response
-        }
-    }
 }
 
 async fn tell(
@@ -473,68 +421,4 @@ fn backend<'a>(
     let by_chance = || choose::backend(&rule.backends, rand::random());
     let nobody = || Declined::new(StatusCode::INTERNAL_SERVER_ERROR, Reason::NoBackend);
     of_session.or_else(by_chance).ok_or_else(nobody)
-}
-
-/// Both sides go on in another protocol: their bytes are carried until both have ended, or until the connection has.
-pub(super) fn switched(
-    (upgraded, ended): (&TaskTracker, &CancellationToken),
-    mut parts: response::Parts,
-    incoming: Incoming,
-    from_client: Option<hyper::upgrade::OnUpgrade>,
-) -> Result<Answered, Declined> {
-    let Some(from_client) = from_client else {
-        let unasked =
-            Refusal::new(Reason::BackendReset, "the backend switched to a protocol that nobody asked for");
-        return Err(Declined::new(StatusCode::BAD_GATEWAY, unasked));
-    };
-    let protocol = parts.headers.get(header::UPGRADE).cloned();
-    let mut answered = Response::from_parts(parts.clone(), incoming);
-    let from_backend = hyper::upgrade::on(&mut answered);
-    heads::take_hop(&mut parts.headers, protocol);
-    let ended = ended.clone();
-    upgraded.spawn(async move {
-        let carried = async {
-            let (client, backend) = tokio::try_join!(from_client, from_backend)?;
-            let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
-            // Whichever side broke, the other sees its end.
-            let _ = tokio::io::copy_bidirectional(&mut client, &mut backend).await;
-            Ok::<_, hyper::Error>(())
-        };
-        tokio::select! {
-            carried = carried => if let Err(error) = carried {
-                tracing::debug!(%error, "an upgrade did not come about");
-            },
-            () = ended.cancelled() => {}
-        }
-    });
-    Ok(Answered::Here(Response::from_parts(parts, Body::empty())))
-}
-
-fn empty(status: StatusCode) -> Response<Body> {
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = status;
-    response
-}
-
-/// An answer of ours that is no backend's.
-fn said(status: StatusCode, form: Form) -> Response<Body> {
-    if form == Form::Call {
-        // gRPC, "HTTP to gRPC Status Code Mapping", and DEADLINE_EXCEEDED for a time that is over.
-        let code = match status {
-            StatusCode::BAD_REQUEST => 13,
-            StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
-            StatusCode::GATEWAY_TIMEOUT => 4,
-            StatusCode::FORBIDDEN => 7,
-            StatusCode::UNAUTHORIZED => 16,
-            _ => 14,
-        };
-        return faults::call_ended(code);
-    }
-    let text = status.canonical_reason().unwrap_or_default();
-    let whole = (form != Form::Head).then(|| Bytes::from_static(text.as_bytes()));
-    let mut response = Response::new(Body::Whole(whole));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_LENGTH, text.len().into());
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-    response
 }

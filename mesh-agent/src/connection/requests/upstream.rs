@@ -31,7 +31,8 @@ use mesh_core::{
 use super::{
     super::{Node, outbound},
     body::Body,
-    stream::{Line, Upstream},
+    line::Line,
+    stream::Upstream,
 };
 use crate::{
     balance::Attempt,

@@ -1,0 +1,147 @@
+//! What a request is answered with: what its backend said, or a word of our own, which tells nobody outside why.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header, response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use mesh_core::refusal::Reason;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    body::Body,
+    exchange::Exchange,
+    heads::{self, Form},
+    upstream,
+};
+use crate::refusal::Refusal;
+
+/// Why a request is answered by ourselves.
+#[derive(Debug)]
+pub(in crate::connection) struct Declined {
+    status: StatusCode,
+    /// What has to be shown instead (RFC 9110, section 11.6.1).
+    challenge: Option<&'static str>,
+    refusal: Refusal,
+}
+
+impl Declined {
+    pub(in crate::connection) fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
+        Self { status, challenge: None, refusal: refusal.into() }
+    }
+
+    /// Its client has not shown who it is.
+    pub(in crate::connection) fn unauthorized(challenge: &'static str, refusal: Refusal) -> Self {
+        Self { challenge: Some(challenge), ..Self::new(StatusCode::UNAUTHORIZED, refusal) }
+    }
+}
+
+/// Who answers a request.
+pub(in crate::connection) enum Answered {
+    /// We do.
+    Here(Response<Body>),
+    /// The backend did; the connection that it came by, if others may use it.
+    Backend(response::Parts, Incoming, Option<upstream::Used>),
+}
+
+/// The answer to a request, which is recorded once that has ended.
+pub(in crate::connection) fn respond(
+    told: Result<Answered, Declined>,
+    form: Form,
+    mut exchange: Exchange,
+) -> Response<Body> {
+    match told {
+        Ok(Answered::Here(response)) => {
+            exchange.answered(response.status(), response.headers());
+            exchange.complete();
+            response
+        }
+        Ok(Answered::Backend(parts, incoming, used)) => {
+            exchange.answered(parts.status, &parts.headers);
+            Response::from_parts(parts, Body::answer(incoming, used, exchange))
+        }
+        Err(Declined { status, challenge, refusal }) => {
+            let mut response = said(status, form);
+            if let (Some(challenge), false) = (challenge, form == Form::Call) {
+                let challenge = HeaderValue::from_static(challenge);
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            exchange.answered(response.status(), response.headers());
+            exchange.refused(refusal);
+            exchange.complete();
+            response
+        }
+    }
+}
+
+/// Both sides go on in another protocol: their bytes are carried until both have ended, or until the connection has.
+pub(in crate::connection) fn switched(
+    (upgraded, ended): (&TaskTracker, &CancellationToken),
+    mut parts: response::Parts,
+    incoming: Incoming,
+    from_client: Option<hyper::upgrade::OnUpgrade>,
+) -> Result<Answered, Declined> {
+    let Some(from_client) = from_client else {
+        let unasked =
+            Refusal::new(Reason::BackendReset, "the backend switched to a protocol that nobody asked for");
+        return Err(Declined::new(StatusCode::BAD_GATEWAY, unasked));
+    };
+    let protocol = parts.headers.get(header::UPGRADE).cloned();
+    let mut answered = Response::from_parts(parts.clone(), incoming);
+    let from_backend = hyper::upgrade::on(&mut answered);
+    heads::take_hop(&mut parts.headers, protocol);
+    let ended = ended.clone();
+    upgraded.spawn(async move {
+        let carried = async {
+            let (client, backend) = tokio::try_join!(from_client, from_backend)?;
+            let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));
+            // Whichever side broke, the other sees its end.
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut backend).await;
+            Ok::<_, hyper::Error>(())
+        };
+        tokio::select! {
+            carried = carried => if let Err(error) = carried {
+                tracing::debug!(%error, "an upgrade did not come about");
+            },
+            () = ended.cancelled() => {}
+        }
+    });
+    Ok(Answered::Here(Response::from_parts(parts, Body::empty())))
+}
+
+pub(super) fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    response
+}
+
+/// An answer of ours that is no backend's.
+pub(super) fn said(status: StatusCode, form: Form) -> Response<Body> {
+    if form == Form::Call {
+        // gRPC, "HTTP to gRPC Status Code Mapping", and DEADLINE_EXCEEDED for a time that is over.
+        let code = match status {
+            StatusCode::BAD_REQUEST => 13,
+            StatusCode::NOT_FOUND | StatusCode::NOT_IMPLEMENTED => 12,
+            StatusCode::GATEWAY_TIMEOUT => 4,
+            StatusCode::FORBIDDEN => 7,
+            StatusCode::UNAUTHORIZED => 16,
+            _ => 14,
+        };
+        return call_ended(code);
+    }
+    let text = status.canonical_reason().unwrap_or_default();
+    let whole = (form != Form::Head).then(|| Bytes::from_static(text.as_bytes()));
+    let mut response = Response::new(Body::Whole(whole));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_LENGTH, text.len().into());
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    response
+}
+
+/// The answer to a call that has ended with a status (gRPC over HTTP/2, "Trailers-Only").
+pub(super) fn call_ended(status: u16) -> Response<Body> {
+    let mut response = empty(StatusCode::OK);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", status.into());
+    response
+}
