@@ -41,6 +41,12 @@ fn documents() -> [Value; 10] {
         json!({"apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant", "metadata": metadata(json!({})),
             "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "bank"}],
                 "to": [{"group": "", "kind": "Service", "name": "web"}]}}),
+        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "AuthenticationPolicy", "metadata": metadata(json!({})),
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "ports": [8080], "required": true, "issuers": [
+                {"issuer": "https://id.example", "audiences": ["shop"],
+                    "jwks": {"url": "https://id.example/keys", "caBundle": ROOT},
+                    "from": [{"header": "Authorization", "prefix": "Bearer"}], "forward": "Strip",
+                    "claimsToHeaders": [{"claim": "sub", "header": "x-user"}]}]}}),
         json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "TrafficPolicy", "metadata": metadata(json!({})),
             "spec": {
                 "targetRefs": [{"group": "", "kind": "Service", "name": "web", "sectionName": "http"}],
@@ -51,12 +57,6 @@ fn documents() -> [Value; 10] {
                 "limits": {"connections": 100, "requests": 50, "pending": 10},
                 "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10},
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
-        json!({"apiVersion": "nodemesh.io/v1alpha1", "kind": "AuthenticationPolicy", "metadata": metadata(json!({})),
-            "spec": {"selector": {"matchLabels": {"app": "web"}}, "ports": [8080], "required": true, "issuers": [
-                {"issuer": "https://id.example", "audiences": ["shop"],
-                    "jwks": {"url": "https://id.example/keys", "caBundle": ROOT},
-                    "from": [{"header": "Authorization", "prefix": "Bearer"}], "forward": "Strip",
-                    "claimsToHeaders": [{"claim": "sub", "header": "x-user"}]}]}}),
     ]
 }
 
