@@ -49,6 +49,6 @@ pub mod stalled;
 pub mod surroundings;
 pub mod trust;
 pub mod tunnel;
-pub(crate) mod underway;
+pub mod underway;
 pub mod view;
 pub mod wants;

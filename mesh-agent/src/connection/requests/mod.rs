@@ -56,10 +56,6 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub(super) use self::{
-    answers::{Answered, Declined, respond, switched},
-    upstream::Upstreams,
-};
 use self::{
     answers::empty,
     attempts::Attempts,
@@ -68,6 +64,10 @@ use self::{
     exchange::{Ends, Exchange},
     faults::Befallen,
     stream::Socket,
+};
+pub(super) use self::{
+    answers::{Answered, Declined, respond, switched},
+    upstream::Upstreams,
 };
 use super::{Accepted, Node, wants};
 use crate::{
