@@ -4,40 +4,32 @@
 
 #[path = "data_path/app.rs"]
 mod app;
+#[path = "data_path/guarded.rs"]
+mod guarded;
 #[path = "data_path/world.rs"]
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
 use std::{
-    convert::Infallible,
     net::SocketAddr,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use app::*;
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version};
-use http_body_util::{BodyExt, Full, combinators::BoxBody};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
+use guarded::*;
+use http::{Request, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use mesh_agent::{
-    connection::{Direction, Limits},
-    metrics::RequestLabels,
-};
+use mesh_agent::{connection::Direction, metrics::RequestLabels};
 use mesh_core::model::{
     Action, Asks, Authentication, ClaimHeader, ClaimPattern, KeyMaterial, Policy, Rule, Selector, Target,
     TokenIssuer, TokenPlace, VerifyingKey,
 };
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
 
 const ISSUER: &str = "https://id.example";
@@ -104,39 +96,10 @@ fn staff(action: Action) -> Policy {
     Policy::new(name("staff"), action, vec![Rule { from: vec![], to }])
 }
 
-/// A client, and `web` under these policies.
-struct Bed {
-    world: World,
-    plan: Plan,
-    /// Where the client's connections to `web` are captured.
-    at: SocketAddr,
-    /// Where strangers' arrive.
-    web: SocketAddr,
-    listener: Option<TcpListener>,
-}
-
 impl Bed {
+    /// A client, and `web` under these policies.
     async fn new(authentications: Vec<Authentication>, policies: Vec<Policy>) -> Self {
-        let plan = Plan { authentications, policies, ..Plan::default() };
-        let world = World::with(&plan, Limits { spares: 0, ..Limits::default() }, Limits::default());
-        let (web, listener) = world.web().await;
-        let at = world.outbound(web);
-        Self { world, plan, at, web, listener: Some(listener) }
-    }
-
-    fn app(&mut self) -> App {
-        app("web", self.listener.take().unwrap())
-    }
-
-    async fn client(&self) -> Client {
-        let (sender, connection) = http1::handshake(TokioIo::new(connect(self.at).await)).await.unwrap();
-        tokio::spawn(connection.with_upgrades());
-        Client(sender)
-    }
-
-    /// The destination's line of a request, or of a connection.
-    async fn log(&self, is: impl Fn(&Value) -> bool) -> Value {
-        eventually(async || self.world.destination.log().await.into_iter().find(&is)).await
+        Self::of(Plan { authentications, policies, ..Plan::default() }).await
     }
 
     fn refused(&self, reason: &'static str) -> u64 {
@@ -153,33 +116,16 @@ impl Bed {
     }
 }
 
-struct Client(http1::SendRequest<BoxBody<Bytes, Infallible>>);
-
 impl Client {
-    async fn send(&mut self, request: http::request::Builder) -> Response<Incoming> {
-        let request = request.header("host", "web").body(Full::new(Bytes::new()).boxed()).unwrap();
-        in_time(self.0.ready()).await.unwrap();
-        in_time(self.0.send_request(request)).await.unwrap()
-    }
-
-    async fn ask(&mut self, request: http::request::Builder) -> (StatusCode, Value) {
-        said(self.send(request).await).await
-    }
-
     /// What a client is told that is refused.
     async fn challenge(&mut self, request: http::request::Builder) -> String {
-        let response = self.send(request).await;
+        let response = self.send(request).await.unwrap();
         assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
         let challenge = response.headers()["www-authenticate"].to_str().unwrap().to_owned();
         let body = in_time(response.into_body().collect()).await.unwrap().to_bytes();
         assert_eq!(body, "Unauthorized", "and tells nobody why");
         challenge
     }
-}
-
-fn header<'a>(said: &'a Value, name: &str) -> Vec<&'a str> {
-    let headers = said["headers"].as_array().unwrap().iter();
-    headers.filter(|it| it[0] == name).map(|it| it[1].as_str().unwrap()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -350,24 +296,22 @@ async fn new_keys_count_from_the_next_request_on() {
         bed.world.publish(&bed.plan, version);
     };
     publish(vec![key("a", 1), key("b", 2)], "2");
-    eventually(async || (client_status(&bed.world, bed.at, by("b", 2)).await == 200).then_some(())).await;
+    eventually(async || (client_status(bed.at, by("b", 2)).await == 200).then_some(())).await;
     assert_eq!(client.ask(by("a", 1)).await.0, StatusCode::OK);
     assert_eq!(client.ask(by("b", 2)).await.0, StatusCode::OK, "on the connection that was open");
     publish(vec![key("b", 2)], "3");
-    eventually(async || (client_status(&bed.world, bed.at, by("a", 1)).await == 401).then_some(())).await;
+    eventually(async || (client_status(bed.at, by("a", 1)).await == 401).then_some(())).await;
     client.challenge(by("a", 1)).await;
     assert_eq!(client.ask(by("b", 2)).await.0, StatusCode::OK);
 
     // Without any key nobody can be verified, and nobody is let through.
     publish(vec![], "4");
-    eventually(async || (client_status(&bed.world, bed.at, by("b", 2)).await == 401).then_some(())).await;
+    eventually(async || (client_status(bed.at, by("b", 2)).await == 401).then_some(())).await;
     bed.log(|line| line["reason"] == "token_key_unknown").await;
 }
 
-async fn client_status(_: &World, at: SocketAddr, request: http::request::Builder) -> u16 {
-    let (sender, connection) = http1::handshake(TokioIo::new(connect(at).await)).await.unwrap();
-    tokio::spawn(connection);
-    Client(sender).send(request).await.status().as_u16()
+async fn client_status(at: SocketAddr, request: http::request::Builder) -> u16 {
+    Client::on(connect(at).await).await.send(request).await.unwrap().status().as_u16()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,31 +4,25 @@
 
 #[path = "data_path/app.rs"]
 mod app;
+#[path = "data_path/guarded.rs"]
+mod guarded;
 #[path = "data_path/world.rs"]
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{convert::Infallible, net::SocketAddr};
-
-use app::*;
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version};
-use http_body_util::{BodyExt, Full, combinators::BoxBody};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
+use guarded::*;
+use http::{Request, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_agent::{
-    connection::{Direction, Limits},
+    connection::Direction,
     metrics::{AuditLabels, RequestLabels},
 };
 use mesh_core::model::{Action, Asks, Enforcement, Policy, Rule, Target};
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::*;
 
 /// Requests with these methods to these paths; of an empty text, all.
@@ -49,43 +43,15 @@ fn audited(policy: Policy) -> Policy {
     Policy { enforcement: Enforcement::Audit, ..policy }
 }
 
-/// A client, and `web` under these policies.
-struct Bed {
-    world: World,
-    plan: Plan,
-    /// Where the client's connections to `web` are captured.
-    at: SocketAddr,
-    /// Where strangers' arrive.
-    web: SocketAddr,
-    listener: Option<TcpListener>,
-}
-
 impl Bed {
+    /// A client, and `web` under these policies.
     async fn new(policies: Vec<Policy>) -> Self {
-        let plan = Plan { policies, ..Plan::default() };
-        // Without spares, so that tunnels can be counted.
-        let world = World::with(&plan, Limits { spares: 0, ..Limits::default() }, Limits::default());
-        let (web, listener) = world.web().await;
-        let at = world.outbound(web);
-        Self { world, plan, at, web, listener: Some(listener) }
-    }
-
-    fn app(&mut self) -> App {
-        app("web", self.listener.take().unwrap())
-    }
-
-    async fn client(&self) -> Client {
-        Client::on(connect(self.at).await).await
+        Self::of(Plan { policies, ..Plan::default() }).await
     }
 
     fn publish(&mut self, policies: Vec<Policy>) {
         self.plan.policies = policies;
         self.world.publish(&self.plan, "2");
-    }
-
-    /// The destination's line of a request, or of a connection.
-    async fn log(&self, is: impl Fn(&Value) -> bool) -> Value {
-        eventually(async || self.world.destination.log().await.into_iter().find(&is)).await
     }
 
     async fn log_of_request(&self, path: &str) -> Value {
@@ -95,31 +61,6 @@ impl Bed {
     async fn log_of_connection(&self) -> Value {
         self.log(|line| line["kind"].is_null()).await
     }
-}
-
-struct Client(http1::SendRequest<BoxBody<Bytes, Infallible>>);
-
-impl Client {
-    async fn on(stream: tokio::net::TcpStream) -> Self {
-        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
-        tokio::spawn(connection.with_upgrades());
-        Self(sender)
-    }
-
-    async fn send(&mut self, request: http::request::Builder) -> hyper::Result<Response<Incoming>> {
-        let request = request.header("host", "web").body(Full::new(Bytes::new()).boxed()).unwrap();
-        in_time(self.0.ready()).await?;
-        in_time(self.0.send_request(request)).await
-    }
-
-    async fn ask(&mut self, request: http::request::Builder) -> (StatusCode, Value) {
-        said(self.send(request).await.unwrap()).await
-    }
-}
-
-fn header<'a>(said: &'a Value, name: &str) -> Vec<&'a str> {
-    let headers = said["headers"].as_array().unwrap().iter();
-    headers.filter(|it| it[0] == name).map(|it| it[1].as_str().unwrap()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

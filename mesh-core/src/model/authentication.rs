@@ -97,12 +97,7 @@ pub struct ClaimPattern {
 
 impl fmt::Display for ClaimPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let values: Vec<String> = self.values.iter().map(ToString::to_string).collect();
-        if values.is_empty() {
-            f.write_str(&self.name)
-        } else {
-            write!(f, "{}: {}", self.name, values.join(" or "))
-        }
+        super::request::fmt_named(f, &self.name, &self.values)
     }
 }
 

@@ -61,13 +61,17 @@ pub struct HeaderPattern {
 
 impl fmt::Display for HeaderPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let values: Vec<String> = self.values.iter().map(ToString::to_string).collect();
-        if values.is_empty() {
-            f.write_str(&self.name)
-        } else {
-            write!(f, "{}: {}", self.name, values.join(" or "))
-        }
+        fmt_named(f, &self.name, &self.values)
     }
+}
+
+/// What has a name and one of some values.
+pub(super) fn fmt_named(f: &mut fmt::Formatter<'_>, name: &str, values: &[TextPattern]) -> fmt::Result {
+    f.write_str(name)?;
+    for (index, value) in values.iter().enumerate() {
+        write!(f, "{}{value}", if index == 0 { ": " } else { " or " })?;
+    }
+    Ok(())
 }
 
 /// A text, or what one begins or ends with: `/cart`, `/cart/*`, `*.pdf`, `*`.

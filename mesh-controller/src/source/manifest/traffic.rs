@@ -17,7 +17,7 @@ use serde::Deserialize;
 use super::{
     Raw,
     check::Check,
-    route::{GATEWAY_GROUP, RawTimeouts},
+    route::{GATEWAY_GROUP, MAX_ATTEMPTS, RawTimeouts},
 };
 use crate::{
     model::{Object, TrafficPolicy, TrafficTarget},
@@ -26,10 +26,6 @@ use crate::{
 
 /// Most targets, faults, and headers of a fault.
 const MAX_LIST: usize = 16;
-/// Most statuses of a list.
-const MAX_CODES: usize = 64;
-/// How often a request is tried again at most: with more an outage would feed itself.
-const MAX_ATTEMPTS: u32 = 32;
 /// Most that may be under way, or wait.
 const MAX_UNDERWAY: u32 = 1_000_000;
 /// Longest pause, time to be left alone, slow start or delay.
@@ -388,14 +384,8 @@ impl Check<'_> {
 
     fn retries(&mut self, raw: RawRetries) -> Retries {
         let at = "spec.retries";
-        self.limit(&format!("{at}.codes"), raw.codes.len(), MAX_CODES);
+        self.failures(&format!("{at}.codes"), &raw.codes);
         self.limit(&format!("{at}.grpcCodes"), raw.grpc_codes.len(), MAX_LIST);
-        for (index, code) in raw.codes.iter().take(MAX_CODES).enumerate() {
-            if !(400..600).contains(code) {
-                let cure = "write codes from 400 to 599";
-                self.problem(&format!("{at}.codes[{index}]"), format!("{code} is no failure"), cure);
-            }
-        }
         for (index, code) in raw.grpc_codes.iter().take(MAX_LIST).enumerate() {
             if !(1..=LAST_GRPC_STATUS).contains(code) {
                 let reason = format!("{code} is no failure of gRPC");

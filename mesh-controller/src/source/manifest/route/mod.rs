@@ -25,7 +25,7 @@ use mesh_core::model::{
 };
 use serde::Deserialize;
 
-pub(super) use self::times::RawTimeouts;
+pub(super) use self::times::{MAX_ATTEMPTS, RawTimeouts};
 use self::{
     backends::RawBackend,
     filters::RawFilter,

@@ -17,7 +17,7 @@ use crate::digest::{digest, hex};
 
 /// How often a request is tried again if nobody says it, and at most: with more an outage would feed itself.
 const DEFAULT_ATTEMPTS: u32 = 1;
-const MAX_ATTEMPTS: u32 = 32;
+pub(in crate::source::manifest) const MAX_ATTEMPTS: u32 = 32;
 /// The pause before the first of them if nobody says it.
 const DEFAULT_BACKOFF: Duration = Duration::from_millis(25);
 /// Longest name of a session (Gateway API).
@@ -78,13 +78,7 @@ impl Check<'_> {
     }
 
     pub(super) fn retry(&mut self, at: &str, raw: RawRetry) -> Retry {
-        self.limit(&format!("{at}.codes"), raw.codes.len(), MAX_MATCHES);
-        for (index, code) in raw.codes.iter().take(MAX_MATCHES).enumerate() {
-            if !(400..600).contains(code) {
-                let cure = "write codes from 400 to 599";
-                self.problem(&format!("{at}.codes[{index}]"), format!("{code} is no failure"), cure);
-            }
-        }
+        self.failures(&format!("{at}.codes"), &raw.codes);
         let attempts = raw.attempts.unwrap_or(DEFAULT_ATTEMPTS);
         if attempts > MAX_ATTEMPTS {
             let cure = format!("write at most {MAX_ATTEMPTS}");
@@ -92,6 +86,17 @@ impl Check<'_> {
         }
         let backoff = raw.backoff.and_then(|text| self.duration(&format!("{at}.backoff"), &text));
         Retry { codes: raw.codes, attempts, backoff: backoff.unwrap_or(DEFAULT_BACKOFF) }
+    }
+
+    /// Statuses after which a request is tried again.
+    pub(in crate::source::manifest) fn failures(&mut self, field: &str, codes: &[u16]) {
+        self.limit(field, codes.len(), MAX_MATCHES);
+        for (index, code) in codes.iter().take(MAX_MATCHES).enumerate() {
+            if !(400..600).contains(code) {
+                let cure = "write codes from 400 to 599";
+                self.problem(&format!("{field}[{index}]"), format!("{code} is no failure"), cure);
+            }
+        }
     }
 
     pub(super) fn session(&mut self, at: &str, route: &Name, raw: Option<RawSession>) -> Option<Persistence> {
