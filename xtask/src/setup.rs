@@ -41,8 +41,9 @@ const PROGRAMS: [(&str, &str); 9] = [
 const CPP: [(&str, &str); 1] = [("c++", "g++")];
 
 /// Programs that `bench` runs besides: loads and peers.
-const BENCH_PROGRAMS: [(&str, &str); 6] = [
+const BENCH_PROGRAMS: [(&str, &str); 7] = [
     ("wrk", "wrk"),
+    ("h2load", "nghttp2-client"),
     ("nginx", "nginx-light"),
     ("haproxy", "haproxy"),
     ("setpriv", "util-linux"),

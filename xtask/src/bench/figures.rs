@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::systems::{Kind, System};
+use super::systems::{Kind, Layer, System};
 
 /// Whether more is better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,6 +33,8 @@ pub(super) enum Goal {
     OfNoMesh(f64),
     /// At most this, in the figure's unit.
     AtMost(f64),
+    /// At most this much more than no mesh, in the figure's unit.
+    AtMostMore(f64),
 }
 
 /// All samples.
@@ -44,6 +46,8 @@ pub(super) struct Figures {
     versions: Vec<(String, String)>,
     #[serde(skip)]
     pub(super) systems: Vec<Kind>,
+    #[serde(skip)]
+    pub(super) layer: Layer,
     pub(super) rows: Vec<Row>,
 }
 
@@ -57,7 +61,7 @@ pub(super) struct Row {
 }
 
 impl Figures {
-    pub(super) fn new(systems: &[System], rounds: usize, seconds: u64) -> Result<Self> {
+    pub(super) fn new(systems: &[System], layer: Layer, rounds: usize, seconds: u64) -> Result<Self> {
         let kernel = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
         let processors = std::thread::available_parallelism()?.to_string();
         let model = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -73,6 +77,7 @@ impl Figures {
             seconds,
             versions: systems.iter().map(|s| (s.kind.to_string(), s.version.clone())).collect(),
             systems: systems.iter().map(|s| s.kind).collect(),
+            layer,
             rows: vec![],
         })
     }
@@ -144,11 +149,12 @@ impl Row {
         (values.len() > 1 && median != 0.0).then(|| (high - low) / 2.0 / median)
     }
 
-    /// Whether Nodemesh reached the goal.
-    pub(super) fn reached(&self) -> Option<bool> {
+    /// Whether a system reached the goal.
+    pub(super) fn reached(&self, judged: Kind) -> Option<bool> {
         match self.figure.goal? {
-            Goal::OfNoMesh(share) => Some(self.ratio(Kind::Nodemesh)? >= share),
-            Goal::AtMost(limit) => Some(self.median(Kind::Nodemesh)? <= limit),
+            Goal::OfNoMesh(share) => Some(self.ratio(judged)? >= share),
+            Goal::AtMost(limit) => Some(self.median(judged)? <= limit),
+            Goal::AtMostMore(limit) => Some(self.median(judged)? - self.median(Kind::NoMesh)? <= limit),
         }
     }
 }
@@ -171,7 +177,7 @@ mod tests {
         };
         assert_eq!(row.median(Kind::Nodemesh), Some(10.0));
         assert_eq!(row.ratio(Kind::Nodemesh), Some(0.6));
-        assert_eq!(row.reached(), Some(true));
+        assert_eq!(row.reached(Kind::Nodemesh), Some(true));
         assert_eq!(row.spread(Kind::Nodemesh), Some(0.9));
         assert_eq!(row.median(Kind::Envoy), None);
     }

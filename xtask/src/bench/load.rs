@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use mesh_tests::{Workload, process::Program, wait};
 
-use super::systems::{HTTP, IPERF, SINK};
+use super::systems::{HTTP, HTTP2, IPERF, SINK};
 
 /// How long a program may take until it listens.
 pub(super) const STARTED: Duration = Duration::from_secs(10);
@@ -62,6 +62,10 @@ http {{
     location / {{ return 200 \"{ANSWER}\\n\"; }}
     location /large {{ }}
   }}
+  server {{
+    listen {HTTP2} http2 backlog=8192; http2_max_requests 1000000000; http2_idle_timeout 1d;
+    location / {{ return 200 \"{ANSWER}\\n\"; }}
+  }}
 }}
 ",
             root.display()
@@ -72,7 +76,7 @@ http {{
     };
     let nginx = start("nginx", &["-c", config.to_str().context("a path in UTF-8")?])?;
     let iperf = start("iperf3", &["-s", "-p", &IPERF.to_string()])?;
-    for port in [HTTP, IPERF] {
+    for port in [HTTP, HTTP2, IPERF] {
         await_listener(server, port)?;
     }
     Ok(vec![nginx, iperf])
@@ -124,6 +128,33 @@ pub(super) fn requests(
 pub(super) enum Keep {
     Alive,
     Close,
+}
+
+/// What h2load saw.
+#[derive(Debug)]
+pub(super) struct Streams {
+    pub(super) per_second: f64,
+    pub(super) count: f64,
+}
+
+/// h2load from the client: small requests by HTTP/2 with prior knowledge, 16 at once on each of 8 connections.
+pub(super) fn streams(client: &Workload, to: SocketAddr, duration: Duration) -> Result<Streams> {
+    let mut h2load = client.command("h2load");
+    h2load.args(["-t1", "-c8", "-m16", "-D"]).arg(duration.as_secs().to_string());
+    let said = output(h2load.arg(format!("http://{to}/")))?;
+    parse_h2load(&said).with_context(|| format!("h2load says something else than expected:\n{said}"))
+}
+
+/// `finished in 3.00s, 71234.33 req/s, 1.02MB/s` and `requests: 213703 total, …, 213703 succeeded, 0 failed, 0 errored, …`.
+/// At the end of its time it gives up what is under way, without a word; what failed before is none of ours to measure.
+fn parse_h2load(said: &str) -> Option<Streams> {
+    let line = |begin: &str| said.lines().find_map(|line| line.strip_prefix(begin));
+    let rate = line("finished in ")?.split(", ").find_map(|part| part.strip_suffix(" req/s"))?;
+    let number = |what: &str| {
+        line("requests: ")?.split(", ").find_map(|part| part.strip_suffix(what))?.trim().parse::<f64>().ok()
+    };
+    let failed = number(" failed")? + number(" errored")?;
+    (failed == 0.0).then_some(Streams { per_second: rate.parse().ok()?, count: number(" succeeded")? })
 }
 
 fn parse_wrk(said: &str) -> Option<Requests> {
@@ -264,5 +295,16 @@ Transfer/sec:     11.78MB
         assert_eq!((requests.count, requests.per_second), (189_332.0, 47_331.05));
         assert_eq!((requests.p50_us, requests.p99_us), (1310.0, 2510.0));
         assert!(parse_wrk("unable to connect").is_none());
+    }
+
+    #[test]
+    fn h2load_is_understood() {
+        let said = "finished in 3.00s, 71234.33 req/s, 12.10MB/s
+requests: 213703 total, 213831 started, 213703 done, 213703 succeeded, 0 failed, 0 errored, 0 timeout
+status codes: 213703 2xx, 0 3xx, 0 4xx, 0 5xx
+";
+        let streams = parse_h2load(said).unwrap();
+        assert_eq!((streams.count, streams.per_second), (213_703.0, 71_234.33));
+        assert!(parse_h2load(&said.replace(" 0 failed", " 3 failed")).is_none());
     }
 }

@@ -7,7 +7,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`systems`] | no mesh, Nodemesh, and the peers, each started over a world of its own |
-//! | [`peers`] | Envoy, HAProxy and nginx as pairs of sidecars with mutual TLS |
+//! | [`peers`] | Envoy, HAProxy and nginx as pairs of sidecars with mutual TLS, for connections or for requests |
 //! | [`scenarios`] | what is measured |
 //! | [`load`] | iperf3, wrk and raw connections, and what they say |
 //! | [`cost`] | CPU time, memory and descriptors of the systems' processes |
@@ -34,7 +34,7 @@ use anyhow::{Result, ensure};
 use self::{
     figures::Figures,
     scenarios::Scenario,
-    systems::{Kind, System},
+    systems::{Kind, Layer, System},
 };
 use crate::{
     check, ebpf,
@@ -45,10 +45,13 @@ use crate::{
 /// What to measure.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Systems, besides no mesh.
-    #[arg(long, value_delimiter = ',', default_values = ["nodemesh", "envoy", "haproxy", "nginx"])]
+    /// Read requests, as routes want it, beside peers that read them too.
+    #[arg(long)]
+    http: bool,
+    /// Systems, besides no mesh; all of the layer unless named.
+    #[arg(long, value_delimiter = ',')]
     systems: Vec<Kind>,
-    /// Scenarios; all unless named.
+    /// Scenarios; all of the layer unless named.
     #[arg(long, value_delimiter = ',')]
     scenarios: Vec<Scenario>,
     /// Rounds; figures are medians over them.
@@ -79,7 +82,7 @@ enum Long {
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     setup::everything()?;
     let with_peers = arguments.long.is_none();
-    setup::bench(with_peers && arguments.systems.contains(&Kind::Envoy))?;
+    setup::bench(with_peers && arguments.systems().iter().any(|kind| kind.is_envoy()))?;
     ebpf::build()?;
     let binaries = match &arguments.binaries {
         Some(directory) => directory.clone(),
@@ -99,19 +102,29 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     }
 }
 
+impl Arguments {
+    fn layer(&self) -> Layer {
+        if self.http { Layer::Requests } else { Layer::Connections }
+    }
+
+    fn systems(&self) -> &[Kind] {
+        if self.systems.is_empty() { self.layer().systems() } else { &self.systems }
+    }
+}
+
 fn compare(arguments: &Arguments) -> Result<()> {
     ensure!(arguments.rounds > 0 && arguments.seconds > 0, "at least one round of one second");
     let scenarios: &[Scenario] =
-        if arguments.scenarios.is_empty() { Scenario::ALL } else { &arguments.scenarios };
+        if arguments.scenarios.is_empty() { Scenario::of(arguments.layer()) } else { &arguments.scenarios };
     let directory = arguments.output.clone().unwrap_or_else(|| target().join("bench"));
     let mut kinds = vec![Kind::NoMesh];
-    kinds.extend(arguments.systems.iter().filter(|kind| **kind != Kind::NoMesh));
+    kinds.extend(arguments.systems().iter().filter(|kind| **kind != Kind::NoMesh));
     let systems: Vec<System> = kinds
         .iter()
         .map(|kind| step(&format!("Start {kind}"), || System::start(*kind)))
         .collect::<Result<_>>()?;
     let duration = Duration::from_secs(arguments.seconds);
-    let mut figures = Figures::new(&systems, arguments.rounds, arguments.seconds)?;
+    let mut figures = Figures::new(&systems, arguments.layer(), arguments.rounds, arguments.seconds)?;
     for system in &systems {
         step(&format!("{} at rest", system.kind), || scenarios::at_rest(system, &mut figures))?;
     }

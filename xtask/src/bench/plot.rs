@@ -51,7 +51,8 @@ fn draw(figures: &Figures, row: &Row, file: &Path) -> Result<()> {
     };
     chart.configure_mesh().disable_x_mesh().x_labels(bars.len()).x_label_formatter(&name).draw()?;
     chart.draw_series(bars.iter().enumerate().map(|(place, (system, value))| {
-        let colour = if system == "nodemesh" { RGBColor(200, 80, 40) } else { RGBColor(110, 130, 150) };
+        let colour =
+            if system.starts_with("nodemesh") { RGBColor(200, 80, 40) } else { RGBColor(110, 130, 150) };
         let corners = [(SegmentValue::Exact(place), 0.0), (SegmentValue::Exact(place + 1), *value)];
         let mut bar = Rectangle::new(corners, colour.filled());
         bar.set_margin(0, 0, 14, 14);

@@ -23,7 +23,7 @@ pub(super) fn table(figures: &Figures) -> String {
     for system in &figures.systems {
         text += &format!(" {system} |");
     }
-    text += " wanted of nodemesh |\n|---|";
+    text += &format!(" wanted of {} |\n|---|", figures.layer.judged());
     text += &"---|".repeat(figures.systems.len() + 1);
     text += "\n";
     for row in &figures.rows {
@@ -31,7 +31,7 @@ pub(super) fn table(figures: &Figures) -> String {
         for system in &figures.systems {
             text += &format!(" {} |", cell(row, *system));
         }
-        text += &format!(" {} |\n", wanted(row));
+        text += &format!(" {} |\n", wanted(row, figures.layer.judged()));
     }
     text
 }
@@ -46,13 +46,14 @@ fn cell(row: &Row, system: Kind) -> String {
     format!("{}{ratio}{spread}", number(median))
 }
 
-fn wanted(row: &Row) -> String {
+fn wanted(row: &Row, judged: Kind) -> String {
     let goal = match row.figure.goal {
         None => return String::new(),
         Some(Goal::OfNoMesh(share)) => format!("≥ ({share})"),
         Some(Goal::AtMost(limit)) => format!("≤ {limit}"),
+        Some(Goal::AtMostMore(limit)) => format!("≤ no mesh + {limit}"),
     };
-    match row.reached() {
+    match row.reached(judged) {
         Some(true) => format!("{goal}: reached"),
         Some(false) => format!("{goal}: **missed**"),
         None => goal,

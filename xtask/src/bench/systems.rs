@@ -9,10 +9,33 @@ use super::{load, peers};
 
 /// Where the server pod serves small HTTP/1.1 answers.
 pub(super) const HTTP: u16 = 8080;
+/// Where it serves the same by HTTP/2, with prior knowledge.
+pub(super) const HTTP2: u16 = 8081;
 /// Where it serves iperf3.
 pub(super) const IPERF: u16 = 5201;
 /// Where it takes everything and reads nothing.
 pub(super) const SINK: u16 = 9000;
+
+/// Routes that read all requests, and say so.
+const ROUTES: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: bench, name: http}
+spec:
+  parentRefs: [{group: '', kind: Service, name: http}]
+  rules:
+  - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-by, value: route}]}}]
+    backendRefs: [{name: http, port: 8080}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: bench, name: http2}
+spec:
+  parentRefs: [{group: '', kind: Service, name: http2}]
+  rules: [{backendRefs: [{name: http2, port: 8081}]}]
+";
+/// What they say.
+const BY_A_ROUTE: &str = "x-by: route";
 
 /// Which system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
@@ -27,6 +50,55 @@ pub(crate) enum Kind {
     Haproxy,
     /// Two sidecars of nginx, stream module.
     Nginx,
+    /// Two agents, and a route for the service: the client's agent reads requests.
+    NodemeshHttp,
+    /// Two sidecars of Envoy that read requests.
+    EnvoyHttp,
+    /// Two of HAProxy.
+    HaproxyHttp,
+    /// Two of nginx.
+    NginxHttp,
+}
+
+/// What is between client and server looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layer {
+    /// Connections: bytes pass as they are.
+    Connections,
+    /// Requests.
+    Requests,
+}
+
+impl Layer {
+    /// What is compared, besides no mesh.
+    pub(super) fn systems(self) -> &'static [Kind] {
+        match self {
+            Self::Connections => &[Kind::Nodemesh, Kind::Envoy, Kind::Haproxy, Kind::Nginx],
+            Self::Requests => {
+                &[Kind::Nodemesh, Kind::NodemeshHttp, Kind::EnvoyHttp, Kind::HaproxyHttp, Kind::NginxHttp]
+            }
+        }
+    }
+
+    /// Whose figures the goals are for.
+    pub(super) fn judged(self) -> Kind {
+        match self {
+            Self::Connections => Kind::Nodemesh,
+            Self::Requests => Kind::NodemeshHttp,
+        }
+    }
+}
+
+impl Kind {
+    /// Whether it is the mesh.
+    pub(super) fn is_mesh(self) -> bool {
+        matches!(self, Self::Nodemesh | Self::NodemeshHttp)
+    }
+
+    /// Whether it needs Envoy.
+    pub(super) fn is_envoy(self) -> bool {
+        matches!(self, Self::Envoy | Self::EnvoyHttp)
+    }
 }
 
 impl fmt::Display for Kind {
@@ -37,6 +109,10 @@ impl fmt::Display for Kind {
             Self::Envoy => "envoy",
             Self::Haproxy => "haproxy",
             Self::Nginx => "nginx",
+            Self::NodemeshHttp => "nodemesh http",
+            Self::EnvoyHttp => "envoy http",
+            Self::HaproxyHttp => "haproxy http",
+            Self::NginxHttp => "nginx http",
         })
     }
 }
@@ -61,7 +137,20 @@ impl System {
     pub(super) fn start(kind: Kind) -> Result<Self> {
         let world =
             World::builder().node("a").node("b").workload("bench/client", "a").workload("bench/server", "b");
-        let world = if kind == Kind::Nodemesh { world } else { world.without_mesh() }.build()?;
+        let world = match kind {
+            Kind::Nodemesh => world,
+            Kind::NodemeshHttp => world.service("bench/http", "server", HTTP, HTTP).service(
+                "bench/http2",
+                "server",
+                HTTP2,
+                HTTP2,
+            ),
+            _ => world.without_mesh(),
+        }
+        .build()?;
+        if kind == Kind::NodemeshHttp {
+            world.yaml.write("routes.yaml", ROUTES)?;
+        }
         let (client, server) = (world.workload("client"), world.workload("server"));
         for workload in [&client, &server] {
             // New connections at tens of thousands a second use up the ports of one client otherwise.
@@ -73,19 +162,20 @@ impl System {
         let sink = load::Sink::start(&server)?;
         let (sidecars, version) = match kind {
             Kind::NoMesh => (vec![], String::new()),
-            Kind::Nodemesh => (vec![], env!("CARGO_PKG_VERSION").to_owned()),
-            Kind::Envoy => peers::envoy(&client, &server, &directory)?,
-            Kind::Haproxy => peers::haproxy(&client, &server, &directory)?,
-            Kind::Nginx => peers::nginx(&client, &server, &directory)?,
+            Kind::Nodemesh | Kind::NodemeshHttp => (vec![], env!("CARGO_PKG_VERSION").to_owned()),
+            Kind::Envoy => peers::envoy(&client, &server, &directory, Layer::Connections)?,
+            Kind::EnvoyHttp => peers::envoy(&client, &server, &directory, Layer::Requests)?,
+            Kind::Haproxy => peers::haproxy(&client, &server, &directory, Layer::Connections)?,
+            Kind::HaproxyHttp => peers::haproxy(&client, &server, &directory, Layer::Requests)?,
+            Kind::Nginx => peers::nginx(&client, &server, &directory, Layer::Connections)?,
+            Kind::NginxHttp => peers::nginx(&client, &server, &directory, Layer::Requests)?,
         };
         let system =
             Self { kind, client, server, version, sidecars, _applications: applications, _sink: sink, world };
-        for port in [HTTP, IPERF] {
-            wait::try_until(load::STARTED, || {
-                system.client.connect(system.server.v4(port)).map_err(|e| e.to_string())
-            })
-            .map_err(anyhow::Error::msg)
-            .with_context(|| format!("{kind}: port {port} does not answer"))?;
+        for port in [system.http(), system.http2(), system.server.v4(IPERF)] {
+            wait::try_until(load::STARTED, || system.client.connect(port).map_err(|e| e.to_string()))
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("{kind}: {port} does not answer"))?;
         }
         // A sidecar that listens may still be about to read its certificates.
         wait::try_until(load::STARTED, || system.one_request().map_err(|e| format!("{e:#}"))).map_err(
@@ -97,23 +187,40 @@ impl System {
         Ok(system)
     }
 
-    /// Where the HTTP server is.
+    /// Where the HTTP server is, to its client.
     pub(super) fn http(&self) -> SocketAddr {
-        self.server.v4(HTTP)
+        self.at("bench/http", HTTP)
+    }
+
+    /// And that of HTTP/2.
+    pub(super) fn http2(&self) -> SocketAddr {
+        self.at("bench/http2", HTTP2)
+    }
+
+    /// Routes are a service's: with them the client asks for that.
+    fn at(&self, service: &str, port: u16) -> SocketAddr {
+        if self.kind == Kind::NodemeshHttp {
+            (self.world.service(service).v4, port).into()
+        } else {
+            self.server.v4(port)
+        }
     }
 
     /// The processes whose cost is the system's, children included.
     pub(super) fn processes(&self) -> Vec<u32> {
-        let agents = self.world.nodes().iter().filter(|_| self.kind == Kind::Nodemesh);
+        let agents = self.world.nodes().iter().filter(|_| self.kind.is_mesh());
         let agents = agents.filter_map(|node| self.world.agent(&node.name).pid());
         super::cost::with_children(agents.chain(self.sidecars.iter().map(Program::pid)))
     }
 
     fn one_request(&self) -> Result<()> {
         let mut curl = self.client.command("curl");
-        curl.args(["-sSf", "-m", "5", "-o", "/dev/null"]).arg(format!("http://{}/", self.http()));
-        let status = curl.stdin(Stdio::null()).status().context("starting curl")?;
-        anyhow::ensure!(status.success(), "{}: the first request failed: {status}", self.kind);
+        curl.args(["-sSf", "-m", "5", "-o", "/dev/null", "-D", "-"]).arg(format!("http://{}/", self.http()));
+        let said = curl.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting curl")?;
+        anyhow::ensure!(said.status.success(), "{}: the first request failed: {}", self.kind, said.status);
+        let head = String::from_utf8_lossy(&said.stdout).to_lowercase();
+        let is_routed = self.kind != Kind::NodemeshHttp || head.contains(BY_A_ROUTE);
+        anyhow::ensure!(is_routed, "the route is not in force yet: {head}");
         Ok(())
     }
 }
