@@ -8,11 +8,13 @@
 //! | [`edit`] | headers, paths, redirects, what is told to browsers |
 //! | [`choose`] | which backend gets it, and when it is tried again |
 //! | [`fault`] | what goes wrong with it on purpose |
+//! | [`trace`] | which trace it is of |
 
 pub mod choose;
 pub mod edit;
 pub mod fault;
 pub mod matches;
 pub mod table;
+pub mod trace;
 
 pub use table::{Chosen, Table};
