@@ -37,9 +37,10 @@ use crate::{
     net::{cgroup, netns::Namespace, sysctl},
     ownership::{self, Ownership},
     privileges,
-    record::AccessLog,
+    record::{AccessLog, Seen},
     rpc::Connection,
     run_dir::RunDir,
+    spans::{Spans, Tracing},
     surroundings::Surroundings,
     view::{Enrolment, ReportHandle, Role},
     wants::{Known, Wants},
@@ -92,7 +93,13 @@ async fn serve(
         () = told.next_word() => return Ok(()),
     };
     let log = AccessLog::open(&config.access_log, metrics.clone())
-        .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?;
+        .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?
+        .of(config.access_log_mode);
+    let spans = {
+        let _inside = data.enter();
+        let tracing = tracing(config);
+        tracing.map(|tracing| Spans::start(&tracing, &config.node, metrics.clone())).transpose()?
+    };
     let node = {
         let _inside = data.enter();
         let known = Known { view: control.snapshots.clone(), wants: control.wants.clone() };
@@ -101,7 +108,7 @@ async fn serve(
             known,
             identities.clone(),
             metrics.clone(),
-            log.clone(),
+            Seen { log: log.clone(), spans: spans.clone() },
             limits(config.stalled_memory),
             Drain::new(),
         )
@@ -185,7 +192,19 @@ async fn serve(
     }
     control.stop().await;
     log.flush().await;
+    if let Some(spans) = spans {
+        spans.flush(LAST_SPANS).await;
+    }
     Ok(())
+}
+
+/// How long the collector may take for the last spans.
+const LAST_SPANS: Duration = Duration::from_secs(3);
+
+/// What is traced, if anything is.
+fn tracing(config: &Config) -> Option<Tracing> {
+    let endpoint = config.tracing_endpoint.clone()?;
+    Some(Tracing { endpoint, roots: config.tracing_roots.clone(), share: config.tracing_sample })
 }
 
 /// Takes the node over from its present agent, once there is a view to serve it with. Returns the veths from before: what

@@ -5,7 +5,10 @@
 use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Command, FromArgMatches};
-use mesh_core::view::MAX_ASKED;
+use mesh_core::{
+    http::trace::{Share, ShareError},
+    view::MAX_ASKED,
+};
 use mesh_settings::{InForce, Settings};
 
 /// What the variables of the agent's settings begin with.
@@ -140,6 +143,21 @@ pub struct Config {
     /// One JSON object a line for every connection; `-` is standard output.
     #[arg(long, value_name = "PATH|-", default_value = "-")]
     pub access_log: PathBuf,
+    /// What of that is logged: `on`, all; `5%`, what was refused or failed, and so many of those that went well; `errors`, none
+    /// of these; `off`, nothing.
+    #[arg(long, value_name = "on|N%|errors|off", default_value = "on")]
+    pub access_log_mode: LogMode,
+    /// The collector of spans of requests, by OTLP over gRPC: `http://HOST:PORT`, or `https://HOST:PORT`. Without it nothing is
+    /// traced.
+    #[arg(long, value_name = "URL")]
+    pub tracing_endpoint: Option<String>,
+    /// The roots, PEM, of which the collector has to lead to one, for https; without it those that the system trusts.
+    #[arg(long, value_name = "FILE", requires = "tracing_endpoint")]
+    pub tracing_roots: Option<PathBuf>,
+    /// How many of the requests are traced of which nobody has said so yet: those that bring a context are traced as it says.
+    /// `0%` begins no traces.
+    #[arg(long, value_name = "N%", default_value = "1%")]
+    pub tracing_sample: Share,
     /// How long an agent that was told to stop serves on for want of a successor, and how long connections may take to
     /// finish once there is one. A supervisor has to grant both, one after the other.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
@@ -169,6 +187,42 @@ pub struct Config {
 fn at_least_one(text: &str) -> Result<usize, String> {
     let found = text.parse().ok().filter(|count| (1..=MAX_ASKED).contains(count));
     found.ok_or_else(|| format!("'{text}' is not a number from 1 to {MAX_ASKED}"))
+}
+
+/// What the access log has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogMode {
+    /// What was refused or failed, and this part of what went well.
+    Part(Share),
+    /// Nothing at all.
+    Off,
+}
+
+/// A text is no mode.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "'{0}' is not what can be logged: write on, errors, off, or how many of those that went well, as in 5%"
+)]
+pub struct LogModeError(String, #[source] ShareError);
+
+impl LogMode {
+    /// Everything.
+    pub const ON: Self = Self::Part(Share::ALL);
+}
+
+impl FromStr for LogMode {
+    type Err = LogModeError;
+
+    /// Reads `on`, `errors`, `off`, `5%`.
+    fn from_str(text: &str) -> Result<Self, LogModeError> {
+        let part = match text {
+            "on" => Ok(Share::ALL),
+            "off" => return Ok(Self::Off),
+            "errors" => "0%".parse(),
+            part => part.parse(),
+        };
+        part.map(Self::Part).map_err(|error| LogModeError(text.to_owned(), error))
+    }
 }
 
 /// A host, by name or address, and a port.

@@ -11,7 +11,7 @@
 //! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
-//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`] | what the steps stand on; how near limits are; the connections that live now |
+//! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`], [`spans`] | what the steps stand on; how near limits are; the connections that live now; spans of requests |
 //! | 8 | [`wants`] | the addresses that connections use, and what the controller is asked for |
 //! | 9 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`trust`], [`stalled`], [`underway`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; to which root a peer's certificate led; what waits for readers; what is under way to services |
 //! | 10 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`], [`secrets`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from |
@@ -45,6 +45,7 @@ pub mod relay;
 pub mod rpc;
 pub mod run_dir;
 pub mod secrets;
+pub mod spans;
 pub mod stalled;
 pub mod surroundings;
 pub mod trust;

@@ -3,6 +3,7 @@
 //! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
 
 mod sending;
+mod spans;
 
 use std::{
     sync::{
@@ -19,8 +20,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::sending::Sending;
-pub use self::sending::{FaultLabels, ServiceLabels};
+use self::{sending::Sending, spans::Spans};
+pub use self::{
+    sending::{FaultLabels, ServiceLabels},
+    spans::SpanLabels,
+};
 use crate::health::{Condition, Kept};
 
 /// Which way a connection goes, seen from this node's workload.
@@ -220,6 +224,7 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
     sending: Sending,
+    spans: Spans,
     request_attempts: Family<AttemptLabels, Counter>,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
@@ -266,6 +271,7 @@ impl Metrics {
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
             sending: Sending::default(),
+            spans: Spans::default(),
             request_attempts: Family::default(),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
@@ -314,6 +320,7 @@ impl Metrics {
             m.request_seconds.clone(),
         );
         m.sending.register(&mut registry);
+        m.spans.register(&mut registry);
         registry.register(
             "request_attempts",
             "Endpoints at which requests of this node's workloads were tried: more than requests that ended, where some \
@@ -751,6 +758,7 @@ mod tests {
         metrics.ejected(&pay);
         metrics.tried_again(&pay);
         metrics.fault(&pay, "delay");
+        metrics.spans_dropped("queue", 1);
         let RequestTimeLabels { workload, service, backend, .. } = labels;
         metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);
         let mut text = String::new();

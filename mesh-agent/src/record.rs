@@ -23,10 +23,12 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
+    config::LogMode,
     live::{Connections, Live, Party, Registered, Told, transport_label},
     metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics},
     quota::Share,
     refusal::{Failure, Stop},
+    spans::Spans,
 };
 
 /// Lines that wait for the writer at most: about 4 MiB.
@@ -42,6 +44,7 @@ const GATHER: Duration = Duration::from_millis(10);
 #[derive(Debug, Clone)]
 pub struct AccessLog {
     lines: mpsc::Sender<Line>,
+    mode: LogMode,
 }
 
 #[derive(Debug)]
@@ -65,7 +68,21 @@ impl AccessLog {
         std::thread::Builder::new()
             .name("access-log".into())
             .spawn(move || write(queue, Lines::new(out), &metrics))?;
-        Ok(Self { lines })
+        Ok(Self { lines, mode: LogMode::ON })
+    }
+
+    /// The same, of which not everything is logged.
+    #[must_use]
+    pub fn of(self, mode: LogMode) -> Self {
+        Self { mode, ..self }
+    }
+
+    /// Whether something is logged. `usual`: nothing of it was refused, nor would have been, nor failed.
+    pub(crate) fn wants(&self, usual: bool) -> bool {
+        match self.mode {
+            LogMode::Off => false,
+            LogMode::Part(part) => !usual || part.takes(rand::random()),
+        }
     }
 
     /// Done when every line so far is written.
@@ -159,6 +176,8 @@ pub(crate) struct Recorder {
     pub(crate) node: Arc<str>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) log: AccessLog,
+    /// Where spans of requests go, if they are traced.
+    pub(crate) spans: Option<Spans>,
     pub(crate) connections: Arc<Connections>,
 }
 
@@ -328,8 +347,20 @@ impl Drop for Entry {
             reason: reason(&self.result).unwrap_or(""),
             transport: transport_label(self.told().transport),
         });
-        self.write();
+        let usual = self.result.is_ok() && self.would_refuse.get().is_none() && !self.unanswered;
+        if self.recorder.log.wants(usual) {
+            self.write();
+        }
     }
+}
+
+/// Where a node tells what it sees.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// The access log.
+    pub log: AccessLog,
+    /// Where spans of requests go, if they are traced.
+    pub spans: Option<Spans>,
 }
 
 fn outcome(result: &Result<(), Stop>) -> &'static str {
@@ -374,6 +405,25 @@ struct Event<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_did_not_go_well_is_logged_unless_nothing_is() {
+        let (metrics, _) = Metrics::new();
+        let wants = |mode: &str| {
+            let log = AccessLog::to(io::sink(), metrics.clone()).unwrap().of(mode.parse().unwrap());
+            (log.wants(true), log.wants(false))
+        };
+        assert_eq!(wants("on"), (true, true));
+        assert_eq!(wants("100%"), (true, true));
+        assert_eq!(wants("errors"), (false, true));
+        assert_eq!(wants("off"), (false, false));
+        let half: LogMode = "50%".parse().unwrap();
+        let log = AccessLog::to(io::sink(), metrics.clone()).unwrap().of(half);
+        let logged = (0..10_000).filter(|_| log.wants(true)).count();
+        // By 20 standard deviations.
+        assert!((4_000..6_000).contains(&logged), "{logged}");
+        assert!("some".parse::<LogMode>().unwrap_err().to_string().contains("on, errors, off"));
+    }
 
     #[tokio::test]
     async fn lines_that_a_full_disk_takes_are_counted() {

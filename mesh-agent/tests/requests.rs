@@ -142,7 +142,7 @@ async fn what_filters_say_is_done_on_the_way() {
     assert_eq!(response.headers()["location"], "https://elsewhere/there?q=1");
 }
 
-/// By which applications say which requests belong together (W3C Trace Context, B3): an agent makes no spans, and spoils none.
+/// By which applications say which requests belong together (W3C Trace Context, B3): an agent that makes no spans spoils none.
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_of_tracing_pass_unchanged() {
     let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;

@@ -31,7 +31,7 @@ use crate::{
     metrics::Metrics,
     net::socket,
     quota::{Quota, Share},
-    record::{AccessLog, Entry, Recorder},
+    record::{Entry, Recorder, Seen},
     refusal::{Refusal, Stop},
     relay::Carried,
     stalled::Stalled,
@@ -101,7 +101,7 @@ impl Node {
         Known { view, wants }: Known,
         identities: Arc<Identities>,
         metrics: Arc<Metrics>,
-        log: AccessLog,
+        Seen { log, spans }: Seen,
         limits: Limits,
         drain: Drain,
     ) -> Self {
@@ -119,7 +119,7 @@ impl Node {
             }
         });
         let connections = Arc::default();
-        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, connections };
+        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, spans, connections };
         let (balancer, underway) = (Balancer::new(), Arc::default());
         let connector = Connector { identities, pool, balancer, underway, limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());

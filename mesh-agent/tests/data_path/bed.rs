@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::{
     app::{App, app, said},
-    world::{Plan, VIP, World, connect, eventually, in_time, name},
+    world::{Plan, Sees, VIP, World, connect, eventually, in_time, name},
 };
 
 pub(crate) fn to(account: &str, weight: u32) -> Backend {
@@ -49,9 +49,14 @@ pub(crate) struct Bed {
 
 impl Bed {
     pub(crate) async fn new(rules: Vec<RouteRule>) -> Self {
+        Self::seeing(rules, &Sees::default()).await
+    }
+
+    /// The same, with agents that see what this says.
+    pub(crate) async fn seeing(rules: Vec<RouteRule>, sees: &Sees) -> Self {
         let mut plan = Plan::default();
         plan.service(&[]);
-        let world = World::new(&plan);
+        let world = World::seeing(&plan, sees);
         let ((web_at, web), (api_at, api)) = (world.web().await, world.api().await);
         plan.service(&[("web", web_at), ("api", api_at)]);
         plan.backend("web", "web", &[web_at]);

@@ -17,12 +17,14 @@ use std::{
 };
 
 use mesh_agent::{
+    config::LogMode,
     connection::{Accepted, Direction, Limits, Local, Node, spawn},
     drain::Drain,
     identity::store::Identities,
     metrics::{ConnectionLabels, Metrics},
     net::netns::Namespace,
-    record::AccessLog,
+    record::{AccessLog, Seen},
+    spans::{Spans, Tracing},
     wants::{Known, Wants},
 };
 use mesh_core::{
@@ -211,6 +213,13 @@ impl Plan {
     }
 }
 
+/// What agents tell of what they see.
+#[derive(Default)]
+pub(crate) struct Sees {
+    pub(crate) tracing: Option<Tracing>,
+    pub(crate) log: Option<LogMode>,
+}
+
 /// One agent.
 pub(crate) struct Agent {
     pub(crate) node: Node,
@@ -218,28 +227,33 @@ pub(crate) struct Agent {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) drain: Drain,
     pub(crate) wants: Arc<Wants>,
+    #[allow(dead_code, reason = "for the tests of what is seen")]
+    pub(crate) spans: Option<Spans>,
     log: AccessLog,
     log_path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl Agent {
-    fn new(name: &str, view: watch::Receiver<Option<Arc<Snapshot>>>, limits: Limits) -> Self {
+    fn new(name: &str, view: watch::Receiver<Option<Arc<Snapshot>>>, limits: Limits, sees: &Sees) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let log_path = dir.path().join("access.log");
         let (identities, (metrics, _), drain) = (Arc::new(Identities::new()), Metrics::new(), Drain::new());
         let log = AccessLog::open(&log_path, metrics.clone()).expect("a log");
+        let log = sees.log.map_or(log.clone(), |mode| log.of(mode));
+        let started = |tracing| Spans::start(tracing, name, metrics.clone()).expect("a collector");
+        let spans = sees.tracing.as_ref().map(started);
         let wants = Wants::new(64);
         let node = Node::new(
             name.into(),
             Known { view, wants: wants.clone() },
             identities.clone(),
             metrics.clone(),
-            log.clone(),
+            Seen { log: log.clone(), spans: spans.clone() },
             limits,
             drain.clone(),
         );
-        Self { node, identities, metrics, drain, wants, log, log_path, _dir: dir }
+        Self { node, identities, metrics, drain, wants, spans, log, log_path, _dir: dir }
     }
 
     /// The access log's lines so far.
@@ -292,12 +306,22 @@ impl World {
         Self::with(plan, Limits::default(), Limits::default())
     }
 
+    /// Agents that see what this says.
+    #[allow(dead_code, reason = "for the tests of what is seen")]
+    pub(crate) fn seeing(plan: &Plan, sees: &Sees) -> Self {
+        Self::of(plan, Limits::default(), Limits::default(), sees)
+    }
+
     pub(crate) fn with(plan: &Plan, at_source: Limits, at_destination: Limits) -> Self {
+        Self::of(plan, at_source, at_destination, &Sees::default())
+    }
+
+    fn of(plan: &Plan, at_source: Limits, at_destination: Limits, sees: &Sees) -> Self {
         let ca = Ca::new();
         let (view, watched) = watch::channel(Some(plan.snapshot("1", &ca)));
-        let source = Agent::new("node-a", watched, at_source);
+        let source = Agent::new("node-a", watched, at_source, sees);
         let (view_b, watched) = watch::channel(view.borrow().clone());
-        let destination = Agent::new("node-b", watched, at_destination);
+        let destination = Agent::new("node-b", watched, at_destination, sees);
         ca.install(&source.identities, &identity("client"), &identity("client"));
         for account in ["web", "api"] {
             ca.install(&destination.identities, &identity(account), &identity(account));

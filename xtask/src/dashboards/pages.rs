@@ -474,6 +474,17 @@ fn agent() -> Dashboard {
                         ],
                     ),
                     Panel::lines(
+                        "Spans",
+                        PerSecond,
+                        vec![
+                            called(
+                                "taken by the collector",
+                                &format!("sum({})", rate("nodemesh_spans_exported_total", here)),
+                            ),
+                            sum(&["why"], &rate("nodemesh_spans_dropped_total", here)),
+                        ],
+                    ),
+                    Panel::lines(
                         "View in force",
                         Count,
                         vec![each("count", &["version"], &of("nodemesh_view_info"))],

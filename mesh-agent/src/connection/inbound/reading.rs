@@ -266,6 +266,7 @@ async fn tell(
     heads::take_hop(request.headers_mut(), upgrade);
     // What a client says to be of its connection alone is none of what we say.
     user.tell(request.headers_mut());
+    exchange.goes_on(request.headers_mut());
     request.headers_mut().remove(CLIENT_CERT);
     if let Some(proved) = &guest.proved {
         let own = view.identity(&guest.at.workload.name).map(ToString::to_string).unwrap_or_default();

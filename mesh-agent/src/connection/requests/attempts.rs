@@ -79,6 +79,7 @@ impl Attempts<'_> {
             let (status, refusal) = match self.once(&endpoint, &attempt, deadline).await {
                 Tried::Answered(answered) => {
                     let (response, used) = *answered;
+                    exchange.attempt_ended(&endpoint, Ok(response.status().as_u16()));
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
                     if !self.wants_other(&response) || !self.may_again(&mut again) {
                         let (service, metrics) = (self.backends.service().clone(), connector.metrics.clone());
@@ -89,6 +90,7 @@ impl Attempts<'_> {
                     continue;
                 }
                 Tried::NotSent(refusal) => {
+                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
                     attempt.failed();
                     unsent += 1;
                     if unsent < connector.limits.endpoint_attempts && unsent < self.backends.count() {
@@ -97,11 +99,13 @@ impl Attempts<'_> {
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
                 }
                 Tried::Broke(refusal) => {
+                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
                     attempt.failed();
                     self.ended(&attempt, true);
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
                 }
                 Tried::Late => {
+                    exchange.attempt_ended(&endpoint, Err(Reason::RequestTimeout));
                     self.ended(&attempt, true);
                     if is_over(deadline) {
                         return Err(late());

@@ -1,11 +1,16 @@
 //! What is told of a request: one line of the access log and one count, exactly once, when its answer has ended or the
-//! client has gone.
+//! client has gone; and its span, if it is of a trace that is recorded.
+
+mod span;
 
 use std::time::{Instant, SystemTime};
 
 use http::{HeaderMap, Method, Version};
 use mesh_core::{
-    http::Chosen,
+    http::{
+        Chosen,
+        trace::{self, TraceId},
+    },
     model::Name,
     policy::{RuleRef, WouldRefuse},
     refusal::Reason,
@@ -13,7 +18,8 @@ use mesh_core::{
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::body::grpc_status;
+use self::span::Traced;
+use super::{attempts::has_failed, body::grpc_status};
 use crate::{
     live::Party,
     metrics::{AttemptLabels, AuditLabels, Direction, RequestLabels, RequestTimeLabels},
@@ -60,12 +66,18 @@ struct Told {
     refusal: Option<Refusal>,
     view: Option<std::sync::Arc<str>>,
     complete: bool,
+    /// The trace that it is of.
+    trace: Option<TraceId>,
+    traced: Option<Box<Traced>>,
 }
 
 impl Exchange {
     /// A request has arrived.
     pub(in crate::connection) fn begin<B>(ends: Ends, request: &http::Request<B>) -> Self {
         let path = request.uri().path();
+        let said = trace::read(request.headers());
+        let share = ends.recorder.spans.as_ref().map(|spans| spans.share());
+        let traced = share.and_then(|share| Traced::begin(&said, share, request)).map(Box::new);
         let cut = (0..=path.len().min(MAX_PATH)).rev().find(|at| path.is_char_boundary(*at)).unwrap_or(0);
         Self(Some(Box::new(Told {
             ends,
@@ -85,6 +97,8 @@ impl Exchange {
             refusal: None,
             view: None,
             complete: false,
+            trace: traced.as_ref().map(|traced| traced.place.trace).or(said.trace()),
+            traced,
         })))
     }
 
@@ -131,6 +145,26 @@ impl Exchange {
     pub(super) fn goes_to(&mut self, backend: &Name) {
         if let Some(told) = self.told() {
             told.backend = Some(backend.clone());
+        }
+    }
+
+    /// It goes on: whoever is asked next is told of our span, as of its parent.
+    pub(in crate::connection) fn goes_on(&mut self, headers: &mut HeaderMap) {
+        if let Some(traced) = self.told().and_then(|told| told.traced.as_ref()) {
+            traced.place.write(headers);
+        }
+    }
+
+    /// An attempt at an endpoint has ended: with an answer of this status, or with none for this reason.
+    pub(super) fn attempt_ended(
+        &mut self,
+        endpoint: &mesh_core::model::Endpoint,
+        ended: Result<u16, Reason>,
+    ) {
+        if let Some(told) = self.told()
+            && let Some(traced) = &mut told.traced
+        {
+            traced.tried(told.attempts, endpoint, ended);
         }
     }
 
@@ -200,10 +234,24 @@ impl Told {
             (None, false) => "cut_short",
         }
     }
+
+    fn detail(&self) -> Option<String> {
+        self.refusal.as_ref().map(ToString::to_string)
+    }
+
+    /// Whether it is one of many that went well.
+    fn is_usual(&self) -> bool {
+        let status = self.status.and_then(|status| http::StatusCode::from_u16(status).ok());
+        let failed = status.is_some_and(|status| has_failed(status, self.grpc_status));
+        self.outcome() == "ok" && !failed && self.would_refuse.is_none()
+    }
 }
 
 impl Drop for Told {
     fn drop(&mut self) {
+        let took = self.began.elapsed();
+        let own_span = self.traced.as_ref().filter(|it| it.place.sampled).map(|it| it.place.span);
+        let span = self.span(took);
         let Ends { recorder, direction, source, destination, port } = &self.ends;
         let direction = *direction;
         let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -212,7 +260,6 @@ impl Drop for Told {
             Direction::Inbound => text(&destination.workload),
         };
         let (service, backend) = (text(&destination.service), text(&self.backend));
-        let took = self.began.elapsed();
         let metrics = &recorder.metrics;
         if let Some(found) = &self.would_refuse {
             let (policy, reason) = (found.policy.to_string(), found.reason.label());
@@ -233,6 +280,12 @@ impl Drop for Told {
             metrics.request_attempted(&AttemptLabels { workload, service, backend }, self.attempts);
         }
         metrics.request_took(&RequestTimeLabels { direction, workload, service, backend }, took);
+        if let (Some(spans), Some(span)) = (&recorder.spans, span) {
+            spans.tell(span);
+        }
+        if !recorder.log.wants(self.is_usual()) {
+            return;
+        }
         recorder.write(&Event {
             time: OffsetDateTime::from(self.time).format(&Rfc3339).unwrap_or_default(),
             kind: "request",
@@ -260,8 +313,10 @@ impl Drop for Told {
             outcome: self.outcome(),
             step: self.refusal.as_ref().map(|refusal| Reason::step(refusal.reason)),
             reason: Some(self.reason()).filter(|reason| !reason.is_empty()),
-            detail: self.refusal.as_ref().map(ToString::to_string),
+            detail: self.detail(),
             view: self.view.as_deref(),
+            trace_id: self.trace.map(|trace| trace.to_string()),
+            span_id: own_span.map(|span| span.to_string()),
         });
     }
 }
@@ -294,4 +349,8 @@ struct Event<'a> {
     reason: Option<&'static str>,
     detail: Option<String>,
     view: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    span_id: Option<String>,
 }

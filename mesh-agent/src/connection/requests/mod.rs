@@ -346,6 +346,8 @@ async fn tell(
         heads::take_hop(&mut parts.headers, upgrade);
         (Request::from_parts(parts, ()), body)
     };
+    // Before the rule's filters, which may say something else of these headers.
+    exchange.goes_on(head.headers_mut());
     for filters in [&rule.filters, &backend.filters] {
         if let Some(rewrite) = &filters.rewrite {
             heads::rewrite(rewrite, matched, &mut head);

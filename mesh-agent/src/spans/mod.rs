@@ -1,0 +1,168 @@
+//! Spans of requests, and the collector that they are handed to, over OTLP/gRPC.
+//!
+//! Stands apart, as no request waits for any of it: spans go through a bounded queue to one task, which hands them over many at a
+//! time. What does not fit is dropped and counted. A collector that is away costs what the queue takes, and nothing else.
+//!
+//! Neither OpenTelemetry's SDK nor its exporter are used: the SDK keeps to itself how many spans it drops, makes a thread of its own,
+//! and wants a span to be known by its context when it begins, which is not how a request is told here.
+//!
+//! | file | what |
+//! |---|---|
+//! | `collector` | the way there |
+//! | `otlp` | the messages |
+
+mod collector;
+pub(crate) mod otlp;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use mesh_core::http::trace::Share;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, timeout, timeout_at},
+};
+use tonic::Code;
+
+use self::collector::Collector;
+pub use self::collector::CollectorError;
+use crate::{metrics::Metrics, rpc};
+
+/// Spans that wait at most: about 8 MiB.
+const QUEUE: usize = 4096;
+/// Spans that are handed over at once, at most.
+const TOGETHER: usize = 512;
+/// How long they gather.
+const GATHER: Duration = Duration::from_secs(1);
+/// How long the collector may take for them.
+const EXPORT_TIME: Duration = Duration::from_secs(10);
+/// The longest pause after it has failed.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+/// What of requests is traced, and who is told.
+#[derive(Debug, Clone)]
+pub struct Tracing {
+    /// The collector, `http://HOST:PORT` or `https://HOST:PORT`.
+    pub endpoint: String,
+    /// The roots that it has to lead to, PEM; without them those of the system.
+    pub roots: Option<PathBuf>,
+    /// Which part of the requests of which nobody has said whether they are traced.
+    pub share: Share,
+}
+
+/// Where spans go; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Spans {
+    share: Share,
+    queue: mpsc::Sender<Item>,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Debug)]
+enum Item {
+    Span(Box<otlp::Span>),
+    Flush(oneshot::Sender<()>),
+}
+
+impl Spans {
+    /// Must be called on a runtime: it starts the task that hands spans over, which ends with the last clone.
+    pub fn start(tracing: &Tracing, node: &str, metrics: Arc<Metrics>) -> Result<Self, CollectorError> {
+        let collector = Collector::new(tracing, node)?;
+        let (queue, waiting) = mpsc::channel(QUEUE);
+        tokio::spawn(hand_over(waiting, collector, metrics.clone()));
+        Ok(Self { share: tracing.share, queue, metrics })
+    }
+
+    pub(crate) fn share(&self) -> Share {
+        self.share
+    }
+
+    /// Hands a span over, sooner or later.
+    pub(crate) fn tell(&self, span: otlp::Span) {
+        if self.queue.try_send(Item::Span(Box::new(span))).is_err() {
+            self.metrics.spans_dropped("queue", 1);
+        }
+    }
+
+    /// Done when every span so far was handed over, or when this has taken too long.
+    pub async fn flush(&self, limit: Duration) {
+        let (done, wait) = oneshot::channel();
+        let flushed = async {
+            if self.queue.send(Item::Flush(done)).await.is_ok() {
+                let _ = wait.await;
+            }
+        };
+        if timeout(limit, flushed).await.is_err() {
+            tracing::warn!(?limit, "the collector of spans has not taken the last ones in time");
+        }
+    }
+}
+
+async fn hand_over(mut queue: mpsc::Receiver<Item>, collector: Collector, metrics: Arc<Metrics>) {
+    while let Some(first) = queue.recv().await {
+        let (mut spans, mut flushed) = (vec![], None);
+        let deadline = Instant::now() + GATHER;
+        let mut next = Some(first);
+        while let Some(item) = next {
+            match item {
+                Item::Span(span) => spans.push(*span),
+                Item::Flush(done) => flushed = Some(done),
+            }
+            if spans.len() >= TOGETHER || flushed.is_some() {
+                break;
+            }
+            next = timeout_at(deadline, queue.recv()).await.ok().flatten();
+        }
+        if !spans.is_empty() {
+            export(spans, &collector, &metrics).await;
+        }
+        // A closed receiver has stopped waiting.
+        let _ = flushed.map(|done| done.send(()));
+    }
+}
+
+/// Until the collector has taken them, or said that it never will.
+async fn export(spans: Vec<otlp::Span>, collector: &Collector, metrics: &Metrics) {
+    let count = spans.len() as u64;
+    let request = collector.request(spans);
+    for failures in 1.. {
+        let answer = timeout(EXPORT_TIME, collector.export(request.clone())).await;
+        let status = match answer {
+            Ok(Ok(answer)) => {
+                let partial = answer.partial_success.unwrap_or_default();
+                let rejected = u64::try_from(partial.rejected_spans).unwrap_or(0).min(count);
+                metrics.spans_exported(count - rejected);
+                if rejected > 0 {
+                    tracing::warn!(rejected, error = partial.error_message, "the collector rejects spans");
+                    metrics.spans_dropped("collector", rejected);
+                }
+                return;
+            }
+            Ok(Err(status)) => status,
+            Err(_) => tonic::Status::deadline_exceeded("no answer in time"),
+        };
+        if !may_again(status.code()) {
+            tracing::warn!(%status, spans = count, "the collector refuses spans");
+            return metrics.spans_dropped("collector", count);
+        }
+        // Once, not as often as it is tried.
+        if failures == 1 {
+            tracing::warn!(%status, "the collector of spans cannot be reached: spans wait, and are dropped when they are too many");
+        }
+        tokio::time::sleep(rpc::backoff(failures, rand::random(), MAX_BACKOFF)).await;
+    }
+}
+
+/// What OTLP says may be tried again ("OTLP/gRPC Response", failures), and what tonic makes of a lost connection.
+fn may_again(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Aborted
+            | Code::OutOfRange
+            | Code::Unavailable
+            | Code::DataLoss
+            | Code::ResourceExhausted
+            | Code::Unknown
+    )
+}

@@ -1,0 +1,325 @@
+//! What is seen of requests by traces and by the access log, through two agents and a collector that reads spans by
+//! OpenTelemetry's own types. Needs root, as the data path does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+#[path = "data_path/app.rs"]
+#[allow(dead_code, reason = "the tests of requests use the rest of it")]
+mod app;
+#[path = "data_path/bed.rs"]
+#[allow(dead_code, reason = "the tests of requests use the rest of it")]
+mod bed;
+#[path = "data_path/world.rs"]
+#[allow(dead_code, reason = "the tests of bytes use the rest of it")]
+mod world;
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use bed::*;
+use http::{Request, StatusCode};
+use mesh_agent::spans::Tracing;
+use mesh_core::model::{
+    Action, Asks, Policy, Rule, Target,
+    http::{Backend, BackendTarget, Filters},
+    traffic::{Retries, RetryBudget, Traffic},
+};
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::{
+        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        trace_service_server::{TraceService, TraceServiceServer},
+    },
+    common::v1::{KeyValue, any_value::Value},
+    trace::v1::{Span, span::SpanKind, status::StatusCode as SpanStatus},
+};
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_stream::wrappers::TcpListenerStream;
+use world::*;
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const PARENT: &str = "00f067aa0ba902b7";
+
+/// A collector that remembers.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: tonic::Request<ExportTraceServiceRequest>,
+    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
+        self.0.lock().unwrap().push(request.into_inner());
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+impl Collector {
+    async fn start() -> (Self, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (collector, at) = (Self::default(), listener.local_addr().unwrap());
+        let serving = tonic::transport::Server::builder()
+            .add_service(TraceServiceServer::new(collector.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(serving);
+        (collector, at)
+    }
+
+    /// All spans so far, of both agents.
+    async fn spans(&self, world: &World) -> Vec<Span> {
+        for agent in [&world.source, &world.destination] {
+            in_time(agent.spans.as_ref().unwrap().flush(PATIENCE)).await;
+        }
+        let requests = self.0.lock().unwrap();
+        let resources = requests.iter().flat_map(|it| &it.resource_spans);
+        resources.flat_map(|it| &it.scope_spans).flat_map(|it| it.spans.clone()).collect()
+    }
+}
+
+fn traced_by(at: SocketAddr, share: &str) -> Sees {
+    let tracing = Tracing { endpoint: format!("http://{at}"), roots: None, share: share.parse().unwrap() };
+    Sees { tracing: Some(tracing), log: None }
+}
+
+fn to_web() -> Vec<mesh_core::model::http::RouteRule> {
+    vec![rule(vec![], vec![to("web", 1)])]
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn attributes(all: &[KeyValue]) -> BTreeMap<String, serde_json::Value> {
+    let value = |it: &KeyValue| match it.value.clone().unwrap().value.unwrap() {
+        Value::StringValue(text) => json!(text),
+        Value::IntValue(number) => json!(number),
+        other => panic!("{other:?}"),
+    };
+    all.iter().map(|it| (it.key.clone(), value(it))).collect()
+}
+
+/// What the application says that it has seen of a header.
+fn seen(said: &serde_json::Value, name: &str) -> Option<String> {
+    let headers: Vec<(String, String)> = serde_json::from_value(said["headers"].clone()).unwrap();
+    headers.into_iter().find(|it| it.0 == name).map(|it| it.1)
+}
+
+/// A request that both agents read.
+async fn read_by_both(sees: &Sees) -> Bed {
+    let mut bed = Bed::seeing(to_web(), sees).await;
+    let any_of = Asks { methods: vec!["GET".to_owned()], ..Asks::default() };
+    let rules = vec![Rule { from: vec![], to: vec![Target { any_of, ..Target::default() }] }];
+    bed.plan.policies = vec![Policy::new(name("requests"), Action::Allow, rules)];
+    bed.world.publish(&bed.plan, "guarded");
+    bed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_of_both_agents_stand_between_the_clients_and_the_applications() {
+    let (collector, at) = Collector::start().await;
+    let bed = read_by_both(&traced_by(at, "0%")).await;
+    let request = Request::get("/cart?secret=1")
+        .header("traceparent", format!("00-{TRACE}-{PARENT}-01"))
+        .header("tracestate", "a=1,b=2");
+    let (status, said) = bed.client().await.ask(request).await;
+    assert_eq!((status, seen(&said, "tracestate").as_deref()), (StatusCode::OK, Some("a=1,b=2")));
+    let line = bed.log("/cart").await;
+    assert_eq!(line["trace_id"], TRACE);
+
+    let spans = collector.spans(&bed.world).await;
+    let of = |kind: SpanKind| spans.iter().find(|span| span.kind == kind as i32).unwrap();
+    let (client, server) = (of(SpanKind::Client), of(SpanKind::Server));
+    assert_eq!(spans.len(), 2);
+    assert_eq!((hex(&client.trace_id), hex(&server.trace_id)), (TRACE.to_owned(), TRACE.to_owned()));
+    assert_eq!(hex(&client.parent_span_id), PARENT);
+    assert_eq!(server.parent_span_id, client.span_id);
+    let expected = format!("00-{TRACE}-{}-01", hex(&server.span_id));
+    assert_eq!(seen(&said, "traceparent"), Some(expected), "the application's parent is the nearest agent");
+    assert_eq!(line["span_id"], hex(&client.span_id));
+    assert!(client.start_time_unix_nano <= server.start_time_unix_nano && client.name == "GET");
+
+    let all = attributes(&client.attributes);
+    for (key, value) in [
+        ("http.request.method", json!("GET")),
+        ("url.path", json!("/cart")),
+        ("http.response.status_code", json!(200)),
+        ("server.address", json!("service")),
+        ("network.protocol.version", json!("1.1")),
+        ("nodemesh.source.workload", json!("shop/client")),
+        ("nodemesh.destination.workload", json!("shop/web")),
+        ("nodemesh.backend", json!("shop/web")),
+        ("nodemesh.route", json!("HTTPRoute/shop/route")),
+    ] {
+        assert_eq!(all.get(key), Some(&value), "{key} in {all:?}");
+    }
+    assert!(!format!("{spans:?}").contains("secret"));
+    let all = attributes(&server.attributes);
+    assert_eq!(all["nodemesh.source.identity"], identity("client").to_string());
+
+    // One that the destination's agent refuses.
+    let refused = Request::delete("/cart/1").header("traceparent", format!("00-{TRACE}-{PARENT}-01"));
+    assert_eq!(bed.client().await.ask(refused).await.0, StatusCode::FORBIDDEN);
+    let spans = collector.spans(&bed.world).await;
+    let refused = spans.iter().find(|it| it.kind == SpanKind::Server as i32 && it.name == "DELETE").unwrap();
+    assert_eq!(attributes(&refused.attributes)["nodemesh.refusal.reason"], "policy_not_allowed");
+    assert_eq!(refused.status.as_ref().unwrap().code, SpanStatus::Error as i32);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_recorded_is_what_the_parent_says_or_else_the_share() {
+    let (collector, at) = Collector::start().await;
+    let none = Bed::seeing(to_web(), &traced_by(at, "0%")).await;
+    let mut client = none.client().await;
+    let unsampled = format!("00-{TRACE}-{PARENT}-00");
+    for (header, value) in [("traceparent", unsampled.as_str()), ("traceparent", "nonsense"), ("b3", "0")] {
+        let (_, said) = client.ask(Request::get("/").header(header, value)).await;
+        assert_eq!(seen(&said, header).as_deref(), Some(value), "it goes on as it came");
+    }
+    assert_eq!(seen(&client.get("/").await.1, "traceparent"), None);
+    assert_eq!(collector.spans(&none.world).await, []);
+
+    let all = Bed::seeing(to_web(), &traced_by(at, "100%")).await;
+    let mut client = all.client().await;
+    let (_, said) = client.ask(Request::get("/").header("traceparent", &unsampled)).await;
+    assert_eq!(seen(&said, "traceparent"), Some(unsampled), "what is decided is respected");
+    let odd = Request::get("/odd").header("traceparent", "nonsense").header("tracestate", "a=1");
+    let (_, said) = client.ask(odd).await;
+    let spans = collector.spans(&all.world).await;
+    let [span] = spans.as_slice() else { panic!("{spans:?}") };
+    assert!(span.parent_span_id.is_empty(), "it begins a new trace");
+    let expected = format!("00-{}-{}-01", hex(&span.trace_id), hex(&span.span_id));
+    assert_eq!((seen(&said, "traceparent"), seen(&said, "tracestate")), (Some(expected), None));
+    let b3 = Request::get("/b3").header("b3", format!("{TRACE}-{PARENT}-1"));
+    let (_, said) = client.ask(b3).await;
+    let spans = collector.spans(&all.world).await;
+    let span = spans.iter().find(|it| hex(&it.parent_span_id) == PARENT).unwrap();
+    assert_eq!(seen(&said, "b3"), Some(format!("{TRACE}-{}-1-{PARENT}", hex(&span.span_id))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_are_events_and_calls_are_told_as_calls() {
+    let (collector, at) = Collector::start().await;
+    let mut bed = Bed::seeing(vec![], &traced_by(at, "100%")).await;
+    bed.plan.routes = vec![];
+    let retries = Retries {
+        attempts: 4,
+        codes: vec![503],
+        grpc_codes: vec![],
+        every_method: false,
+        backoff: Duration::from_millis(1),
+        budget: RetryBudget::default(),
+    };
+    let traffic = Traffic { retries: Some(retries), reads_requests: true, ..Traffic::default() };
+    bed.plan.services[0].ports[0].traffic = traffic;
+    bed.world.publish(&bed.plan, "retried");
+    assert_eq!(bed.client().await.get("/unready").await.0, StatusCode::OK);
+    let spans = collector.spans(&bed.world).await;
+    let [span] = spans.as_slice() else { panic!("{spans:?}") };
+    let statuses: Vec<_> = span
+        .events
+        .iter()
+        .map(|event| attributes(&event.attributes)["http.response.status_code"].clone())
+        .collect();
+    let last = statuses.len() - 1;
+    assert!(
+        last >= 2 && statuses[..last].iter().all(|it| *it == 503) && statuses[last] == 200,
+        "{statuses:?}"
+    );
+    assert_eq!(attributes(&span.attributes)["http.request.resend_count"], last);
+    let attempts: Vec<_> =
+        span.events.iter().map(|event| attributes(&event.attributes)["nodemesh.attempt"].clone()).collect();
+    assert_eq!(attempts, (1..=last + 1).map(|attempt| json!(attempt)).collect::<Vec<_>>());
+
+    let answer = bed.caller().await.call("/trailers/fail").await;
+    in_time(http_body_util::BodyExt::collect(answer.into_body())).await.unwrap();
+    let spans = collector.spans(&bed.world).await;
+    let call = attributes(&spans.last().unwrap().attributes);
+    assert_eq!((&call["rpc.system.name"], &call["rpc.method"]), (&json!("grpc"), &json!("trailers/fail")));
+    assert_eq!(
+        (&call["rpc.response.status_code"], &call["error.type"]),
+        (&json!("INTERNAL"), &json!("INTERNAL"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_is_known_by_its_certificate() {
+    let (collector, at) = Collector::start().await;
+    let certified = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
+    let builder =
+        rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
+    let mut config = builder.with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let by_tls = listener.local_addr().unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut on = TcpStream::connect(at).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut on).await;
+            });
+        }
+    });
+    let roots = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(roots.path(), certified.cert.pem()).unwrap();
+    let tracing = Tracing {
+        endpoint: format!("https://{by_tls}"),
+        roots: Some(roots.path().to_owned()),
+        share: "100%".parse().unwrap(),
+    };
+    let bed = Bed::seeing(to_web(), &Sees { tracing: Some(tracing), log: None }).await;
+    assert_eq!(bed.client().await.get("/").await.0, StatusCode::OK);
+    assert_eq!(collector.spans(&bed.world).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_is_away_disturbs_no_request_and_costs_so_much_and_no_more() {
+    // It takes connections and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let bed = Bed::seeing(to_web(), &traced_by(silent.local_addr().unwrap(), "100%")).await;
+    let mut client = bed.client().await;
+    let lost = || bed.world.source.metrics.spans_lost("queue");
+    let mut asked = 0;
+    while lost() == 0 {
+        assert_eq!(client.get("/").await.0, StatusCode::OK);
+        asked += 1;
+        // What waits, and what is on its way.
+        assert!(asked <= 4096 + 512 + 1);
+    }
+    let began = Instant::now();
+    bed.world.source.spans.as_ref().unwrap().flush(Duration::from_millis(50)).await;
+    assert!(began.elapsed() < Duration::from_secs(5), "the end of an agent does not wait for it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_access_log_of_errors_has_what_went_wrong_and_nothing_else() {
+    let nowhere = Backend { to: BackendTarget::Nowhere, weight: 1, filters: Filters::default() };
+    let rules =
+        || vec![rule(vec![prefix("/nowhere")], vec![nowhere.clone()]), rule(vec![], vec![to("web", 1)])];
+    let sees = |mode: &str| Sees { tracing: None, log: Some(mode.parse().unwrap()) };
+    let ask = async |bed: &Bed| {
+        let mut client = bed.client().await;
+        for path in ["/fine", "/broken/all", "/nowhere"] {
+            client.get(path).await;
+        }
+        // Of a request the line is there before its answer's end is.
+        let lines = bed.world.source.log().await;
+        lines
+            .into_iter()
+            .map(|line| line["path"].as_str().unwrap_or("a connection").to_owned())
+            .collect::<Vec<_>>()
+    };
+    let bed = Bed::seeing(rules(), &sees("errors")).await;
+    assert_eq!(ask(&bed).await, ["/broken/all", "/nowhere"]);
+    let bed = Bed::seeing(rules(), &sees("off")).await;
+    assert_eq!(ask(&bed).await, [""; 0]);
+    assert_eq!(bed.world.source.metrics.log_dropped().get(), 0, "what is not wanted is not lost");
+}
