@@ -48,6 +48,9 @@ pub(crate) struct Arguments {
     /// Read requests, as routes want it, beside peers that read them too.
     #[arg(long)]
     http: bool,
+    /// With `--http`: rules of the mesh's route by other paths, beside the one that all requests fall under.
+    #[arg(long, default_value_t = 0)]
+    rules: usize,
     /// Systems, besides no mesh; all of the layer unless named.
     #[arg(long, value_delimiter = ',')]
     systems: Vec<Kind>,
@@ -121,7 +124,7 @@ fn compare(arguments: &Arguments) -> Result<()> {
     kinds.extend(arguments.systems().iter().filter(|kind| **kind != Kind::NoMesh));
     let systems: Vec<System> = kinds
         .iter()
-        .map(|kind| step(&format!("Start {kind}"), || System::start(*kind)))
+        .map(|kind| step(&format!("Start {kind}"), || System::start(*kind, arguments.rules)))
         .collect::<Result<_>>()?;
     let duration = Duration::from_secs(arguments.seconds);
     let mut figures = Figures::new(&systems, arguments.layer(), arguments.rounds, arguments.seconds)?;

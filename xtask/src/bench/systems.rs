@@ -16,7 +16,7 @@ pub(super) const IPERF: u16 = 5201;
 /// Where it takes everything and reads nothing.
 pub(super) const SINK: u16 = 9000;
 
-/// Routes that read all requests, and say so.
+/// Routes that read all requests; those of HTTP/1.1 say so.
 const ROUTES: &str = "
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -36,6 +36,31 @@ spec:
 ";
 /// What they say.
 const BY_A_ROUTE: &str = "x-by: route";
+/// Most rules of a route (Gateway API, `HTTPRoute.spec.rules`).
+const RULES_OF_A_ROUTE: usize = 16;
+
+/// Routes of the same service for paths that nobody asks for, with so many rules together.
+fn other_routes(rules: usize) -> String {
+    let route = |first: usize| {
+        let mut text = format!(
+            "---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{namespace: bench, name: other-{first}}}
+spec:
+  parentRefs: [{{group: '', kind: Service, name: http}}]
+  rules:
+"
+        );
+        for rule in first..rules.min(first + RULES_OF_A_ROUTE) {
+            text += &format!(
+                "  - {{matches: [{{path: {{type: PathPrefix, value: /other/{rule}}}}}], backendRefs: [{{name: http, port: {HTTP}}}]}}\n"
+            );
+        }
+        text
+    };
+    (0..rules).step_by(RULES_OF_A_ROUTE).map(route).collect()
+}
 
 /// Which system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
@@ -134,7 +159,7 @@ pub(super) struct System {
 
 impl System {
     /// Starts its world, the applications, and what is between them; returns once a request gets through.
-    pub(super) fn start(kind: Kind) -> Result<Self> {
+    pub(super) fn start(kind: Kind, rules: usize) -> Result<Self> {
         let world =
             World::builder().node("a").node("b").workload("bench/client", "a").workload("bench/server", "b");
         let world = match kind {
@@ -149,7 +174,7 @@ impl System {
         }
         .build()?;
         if kind == Kind::NodemeshHttp {
-            world.yaml.write("routes.yaml", ROUTES)?;
+            world.yaml.write("routes.yaml", &(ROUTES.to_owned() + &other_routes(rules)))?;
         }
         let (client, server) = (world.workload("client"), world.workload("server"));
         for workload in [&client, &server] {
