@@ -1,5 +1,5 @@
 //! Programs of others that speak what the agent reads: client and server of gRPC's own interoperability tests, and h2spec,
-//! which tries what RFC 9113 and RFC 7541 say.
+//! which tries what RFC 9113 and RFC 7541 say. And one of ours, made of nothing but Go's own net/http.
 //!
 //! They are built as they are, from source, once, into `target/peers`, under names that tests know.
 
@@ -20,10 +20,11 @@ const MODULE: Module = Module("tests/peers");
 /// What the build is named after.
 const GRPC: &str = "google.golang.org/grpc";
 /// The programs, each with its package.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 4] = [
     ("h2spec", "github.com/summerwind/h2spec/cmd/h2spec"),
     ("interop-client", "google.golang.org/grpc/interop/client"),
     ("interop-server", "google.golang.org/grpc/interop/server"),
+    ("web", "nodemesh.io/test-peers/web"),
 ];
 /// Says which build the programs are of.
 const BUILT: &str = "built";
@@ -33,7 +34,7 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     let directory = target().join("peers");
     let wanted = MODULE.build_name(GRPC)?;
     if fs::read_to_string(directory.join(BUILT)).ok().as_ref() != Some(&wanted) {
-        step("Set up: gRPC's interoperability tests, h2spec", || build(&directory, &wanted))?;
+        step("Set up: gRPC's interoperability tests, h2spec, Go's net/http", || build(&directory, &wanted))?;
     }
     Ok(directory)
 }

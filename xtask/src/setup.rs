@@ -25,7 +25,7 @@ const CARGO_DENY: &str = "0.20.2";
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Programs that worlds, tests and demo run, each with its Debian package.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("ss", "iproute2"),
     ("iptables", "iptables"),
@@ -35,6 +35,9 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("ncat", "ncat"),
     ("prometheus", "prometheus"),
     ("promtool", "prometheus"),
+    ("python3", "python3"),
+    ("wrk", "wrk"),
+    ("h2load", "nghttp2-client"),
 ];
 
 /// Compiles libFuzzer.

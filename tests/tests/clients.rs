@@ -1,0 +1,275 @@
+//! Clients and servers that everybody has, unchanged, through agents that read requests at both ends: what they were answered
+//! and what arrived; and that a server which goes away, as in every roll-out, is not seen by requests that may be sent again.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use mesh_tests::{
+    Workload, WorkloadSpec, World, apps,
+    manifests::{Enrolment, Mode},
+    netns::run,
+    process::{Program, tail},
+    until,
+    wait::{holds, scaled},
+    workload::TIMEOUT,
+};
+
+/// `shop/site` leads to the servers, which are no endpoints of it.
+const ROUTE: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: shop, name: site}
+spec:
+  parentRefs: [{group: '', kind: Service, name: site, port: 80}]
+  rules:
+    - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-by, value: mesh}]}}]
+      backendRefs: [{name: servers, port: 80}]
+";
+
+/// Has the servers' agents read requests, too.
+const POLICY: &str = "
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {namespace: shop, name: site}
+spec:
+  selector: {matchLabels: {app: server}}
+  action: Allow
+  rules: [{to: [{methods: [GET, HEAD, PUT, POST], paths: [/*]}]}]
+";
+
+/// Answers three requests on one connection, the second of which has no length, and one of urllib's.
+const PYTHON: &str = "
+import http.client, sys, urllib.request
+host = sys.argv[1]
+client = http.client.HTTPConnection(host, timeout=10)
+sockets = set()
+def said():
+    answer = client.getresponse()
+    print(answer.status, answer.getheader('x-by'), answer.read().decode())
+    sockets.add(client.sock)
+client.request('GET', '/name')
+said()
+client.request('POST', '/upload', body=iter([b'one', b'two' * 50000, b'three']))
+said()
+client.request('POST', '/name', body=b'last')
+said()
+print(len(sockets), None in sockets)
+print(urllib.request.urlopen('http://' + host + '/name', data=b'by urllib', timeout=10).read().decode())
+";
+
+/// How much curl uploads: 100 MiB.
+const UPLOADED: usize = 100 << 20;
+
+fn shop() -> World {
+    let world = World::shop()
+        .namespace("shop", Enrolment::Enrolled, Mode::Strict)
+        .with(WorkloadSpec::new("shop/near", "a").app("server"))
+        .with(WorkloadSpec::new("shop/far", "b").app("server"))
+        .service("shop/site", "nobody", 80, 8080)
+        .service("shop/servers", "server", 80, 8080)
+        .build()
+        .unwrap();
+    world.yaml.write("route.yaml", ROUTE).unwrap();
+    world
+}
+
+#[test]
+fn clients_work_unchanged_where_requests_are_read() {
+    let world = shop();
+    world.yaml.write("policy.yaml", POLICY).unwrap();
+    let _far = WebServer::start(&world, "far");
+    let _near = WebServer::start(&world, "near");
+    until("both agents read requests", TIMEOUT, || {
+        let answer = curl(&world, &["-i", "URL/name"])?;
+        let lines = world.agent("b").access_log().map_err(|error| error.to_string())?;
+        let read = lines.iter().any(|line| line["direction"] == "inbound" && line["rule"] == "shop/site[0]");
+        holds(read && answer.contains("x-by: mesh"), || answer)
+    });
+    of_curl(&world);
+    of_python(&world);
+    of_go(&world);
+    of_loads(&world);
+}
+
+fn of_curl(world: &World) {
+    let wrote = ["-w", "\n%{http_code} %{http_version} %{num_connects}\n"];
+    let curl = |arguments: &[&str]| curl(world, &[&wrote, arguments].concat()).unwrap();
+    let said = curl(&["URL/file", "URL/file"]);
+    let letters = "abcdefghijklmnopqrstuvwxyz";
+    assert_eq!(said, format!("{letters}\n200 1.1 1\n{letters}\n200 1.1 0\n"), "one connection for both");
+    // One: with HTTP/2 by prior knowledge curl 7.88 fails on its second, whoever it asks.
+    let said = curl(&["--http2-prior-knowledge", "URL/file"]);
+    assert_eq!(said, format!("{letters}\n200 2 1\n"));
+
+    let said = curl(&["-r", "2-5", "URL/file"]);
+    assert_eq!(said, "cdef\n206 1.1 1\n");
+    for protocol in ["--http1.1", "--http2-prior-knowledge"] {
+        let said = curl(&[protocol, "-I", "URL/file"]).to_lowercase();
+        assert!(said.contains("content-length: 26\r\n") && said.contains("\n200 "), "{said}");
+        assert!(!said.contains("abc"), "{said}");
+    }
+
+    let file = world.directory().join("upload");
+    fs::write(&file, apps::noise(UPLOADED / 100).repeat(100)).unwrap();
+    let sum = run(Command::new("sha256sum").arg(&file), None).unwrap();
+    let sum = sum.split(' ').next().unwrap();
+    let file = file.to_str().unwrap();
+    let heads = world.directory().join("upload.heads");
+    let dump = heads.to_str().unwrap();
+    let said = curl(&["-D", dump, "-H", "Expect: 100-continue", "-T", file, "URL/upload"]);
+    assert_eq!(said, format!("HTTP/1.1 [] {UPLOADED} {sum}\n200 1.1 1\n"));
+    let said = fs::read_to_string(heads).unwrap();
+    assert!(said.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"), "{said}");
+    let said = curl(&["--http2-prior-knowledge", "-T", file, "URL/upload"]);
+    assert_eq!(said, format!("HTTP/2.0 [] {UPLOADED} {sum}\n200 2 1\n"));
+}
+
+fn of_python(world: &World) {
+    let host = world.service("shop/site").v4.to_string();
+    let mut python = world.workload("web").command("python3");
+    let said = run(without_proxy(python.args(["-c", PYTHON, &host])), None).unwrap();
+    let lines: Vec<&str> = said.lines().collect();
+    let [get, chunked, post, sockets, urllib] = lines[..] else { panic!("{said}") };
+    assert!(get.starts_with("200 mesh ") && get.ends_with(" GET HTTP/1.1 "), "{said}");
+    assert!(chunked.starts_with("200 mesh HTTP/1.1 [chunked] 150008 "), "{said}");
+    assert!(post.ends_with(" POST HTTP/1.1 last"), "{said}");
+    assert_eq!(sockets, "1 False", "one connection for all three");
+    assert!(urllib.ends_with(" POST HTTP/1.1 by urllib"), "{said}");
+}
+
+fn of_go(world: &World) {
+    for protocol in ["http1", "http2"] {
+        let (log, client) = ask(world, protocol, "GET,POST", 2000);
+        let ended = client.await_end(scaled(TIMEOUT)).unwrap();
+        assert!(ended.success(), "{protocol}: {}", tail(&log));
+        assert_eq!(tail(&log), "succeeded 2000 failed 0");
+    }
+}
+
+fn of_loads(world: &World) {
+    let url = format!("http://{}/name", world.service("shop/site").v4);
+    let web = world.workload("web");
+    let said = run(web.command("wrk").args(["-t", "2", "-c", "8", "-d", "2s", &url]), None).unwrap();
+    assert!(said.contains(" requests in "), "{said}");
+    assert!(!said.contains("Socket errors") && !said.contains("Non-2xx"), "{said}");
+    let said = run(web.command("h2load").args(["-c", "8", "-m", "16", "-n", "4000", &url]), None).unwrap();
+    assert!(said.contains("4000 done, 4000 succeeded, 0 failed, 0 errored, 0 timeout"), "{said}");
+    assert!(said.contains("status codes: 4000 2xx, "), "{said}");
+}
+
+#[test]
+fn a_server_that_goes_away_is_not_seen_by_safe_requests() {
+    let world = shop();
+    let mut far = WebServer::start(&world, "far");
+    let mut near = WebServer::start(&world, "near");
+    until("the route is in force", TIMEOUT, || {
+        let answer = curl(&world, &["-i", "URL/name"])?;
+        holds(answer.contains("x-by: mesh"), || answer)
+    });
+    let (log, client) = ask(&world, "http2", "GET", usize::MAX >> 1);
+    let mut answered = 0;
+    for _ in 0..4 {
+        for server in [&mut far, &mut near] {
+            await_load(&world);
+            answered += server.restart();
+        }
+    }
+    await_load(&world);
+    client.terminate().unwrap();
+    let ended = client.await_end(scaled(TIMEOUT)).unwrap();
+    assert!(ended.success(), "{}", tail(&log));
+    answered += far.restart() + near.restart();
+    let said = tail(&log);
+    let succeeded: u64 = said.split(' ').nth(1).unwrap().parse().unwrap();
+    assert!(said.ends_with(" failed 0") && answered >= succeeded, "{answered} were answered: {said}");
+}
+
+/// Waits until two hundred more requests were answered.
+fn await_load(world: &World) {
+    let answered = || {
+        let metrics = world.agent("a").metrics().unwrap();
+        metrics.sum("nodemesh_requests_total", &[("service", "shop/site"), ("status", "200")])
+    };
+    let before = answered();
+    until("there are more answers", TIMEOUT, || {
+        let more = answered() - before;
+        holds(more >= 200.0, || format!("{more} more"))
+    });
+}
+
+/// Go's server on a workload.
+struct WebServer {
+    workload: Workload,
+    log: PathBuf,
+    program: Option<Program>,
+}
+
+impl WebServer {
+    /// Returns once it listens.
+    fn start(world: &World, name: &str) -> Self {
+        let log = world.directory().join(format!("server-{name}.log"));
+        let mut server = Self { workload: world.workload(name), log, program: None };
+        server.begin();
+        server
+    }
+
+    fn begin(&mut self) {
+        let before = self.said("ready").len();
+        let mut start = self.workload.command(&web());
+        let program = Program::start("web", start.args(["serve", &self.workload.name]), &self.log).unwrap();
+        self.program = Some(program);
+        until("it listens", TIMEOUT, || holds(self.said("ready").len() > before, || tail(&self.log)));
+    }
+
+    /// Ends it as it is ended in a roll-out, and starts it anew. Returns how many requests the old one got.
+    fn restart(&mut self) -> u64 {
+        let program = self.program.take().unwrap();
+        program.terminate().unwrap();
+        let ended = program.await_end(scaled(TIMEOUT)).unwrap();
+        assert!(ended.success(), "{}", tail(&self.log));
+        let answered = self.said("answered ").last().unwrap().parse().unwrap();
+        self.begin();
+        answered
+    }
+
+    /// What follows these words, in each line that begins with them.
+    fn said(&self, words: &str) -> Vec<String> {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.lines().filter_map(|line| line.strip_prefix(words)).map(str::to_owned).collect()
+    }
+}
+
+/// Go's client, and what it says.
+fn ask(world: &World, protocol: &str, methods: &str, requests: usize) -> (PathBuf, Program) {
+    let url = format!("http://{}/name", world.service("shop/site").v4);
+    let mut client = world.workload("web").command(&web());
+    client.args(["ask", &url, protocol, methods, "32", &requests.to_string()]);
+    let log = world.directory().join(format!("ask-{protocol}.log"));
+    let client = Program::start("ask", &mut client, &log).unwrap();
+    (log, client)
+}
+
+/// What curl says, of addresses of the service.
+fn curl(world: &World, arguments: &[&str]) -> Result<String, String> {
+    let url = format!("http://{}", world.service("shop/site").v4);
+    let mut curl = world.workload("web").command("curl");
+    curl.args(["-sS", "--max-time", "20"]);
+    curl.args(arguments.iter().map(|argument| argument.replace("URL", &url)));
+    run(without_proxy(&mut curl), None).map_err(|error| format!("{error:#}"))
+}
+
+/// Asks the service itself, whatever whoever runs the tests has in their environment.
+fn without_proxy(command: &mut Command) -> &mut Command {
+    command.env("no_proxy", "*").env("NO_PROXY", "*")
+}
+
+/// A program that `cargo xtask peers` builds, which is part of `cargo xtask test`.
+fn web() -> String {
+    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/web");
+    assert!(path.is_file(), "{} is not there: cargo xtask peers", path.display());
+    path.display().to_string()
+}
