@@ -63,7 +63,7 @@ fn retries() -> Retries {
 /// Half of the endpoints, for longer than a test takes.
 fn ejection(failures: u32) -> Option<Ejection> {
     let (base, most) = (Duration::from_secs(30), Duration::from_secs(60));
-    Some(Ejection { failures, base, most, most_percent: 50, panic_percent: 0 })
+    Some(Ejection { failures, base, most, most_percent: 50, panic_percent: 0, share: None })
 }
 
 #[tokio::test(flavor = "multi_thread")]

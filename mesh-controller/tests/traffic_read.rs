@@ -15,7 +15,8 @@ use mesh_controller::{
 use mesh_core::model::{
     http::{RouteKind, TextMatch, Timeouts},
     traffic::{
-        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        RetryBudget, Traffic,
     },
 };
 
@@ -127,11 +128,33 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
         read("limits: {connections: 1, requests: 2, pending: 3}").limits,
         Some(Limits { connections: Some(1), requests: Some(2), pending: 3 })
     );
-    let usual = Ejection { failures: 5, base: secs(10), most: secs(300), most_percent: 50, panic_percent: 0 };
+    let usual = Ejection {
+        failures: 5,
+        base: secs(10),
+        most: secs(300),
+        most_percent: 50,
+        panic_percent: 0,
+        share: None,
+    };
     assert_eq!(read("ejection: {}").ejection, Some(usual));
     assert_eq!(
         read("ejection: {failures: 1, time: 10m, maxPercent: 100, panicPercent: 5}").ejection,
-        Some(Ejection { failures: 1, base: secs(600), most: secs(600), most_percent: 100, panic_percent: 5 })
+        Some(Ejection {
+            failures: 1,
+            base: secs(600),
+            most: secs(600),
+            most_percent: 100,
+            panic_percent: 5,
+            share: None
+        })
+    );
+    let share = |percent, minimum, window| {
+        Some(Ejection { share: Some(FailureShare { percent, minimum, window }), ..usual })
+    };
+    assert_eq!(read("ejection: {failurePercent: 50}").ejection, share(50, 20, secs(30)));
+    assert_eq!(
+        read("ejection: {failurePercent: 1, minimumRequests: 1, window: 1s}").ejection,
+        share(1, 1, secs(1))
     );
     let fault = |of_ten_thousand, effect| Fault { of_ten_thousand, headers: vec![], effect };
     let with_header = Fault {
@@ -186,6 +209,17 @@ fn what_means_nothing_is_refused_by_its_field() {
         ("ejection: {failures: 0}", "spec.ejection.failures", "has not failed"),
         ("ejection: {time: 2m, maxTime: 1m}", "spec.ejection.maxTime", "less than the first"),
         ("ejection: {maxPercent: 101}", "spec.ejection.maxPercent", "too much"),
+        ("ejection: {failurePercent: 0}", "spec.ejection.failurePercent", "fails at nothing"),
+        ("ejection: {failurePercent: 101}", "spec.ejection.failurePercent", "too much"),
+        ("ejection: {minimumRequests: 5}", "spec.ejection.minimumRequests", "in a row need none"),
+        ("ejection: {window: 5s}", "spec.ejection.window", "in a row need none"),
+        (
+            "ejection: {failurePercent: 5, minimumRequests: 0}",
+            "spec.ejection.minimumRequests",
+            "there is no share",
+        ),
+        ("ejection: {failurePercent: 5, window: 999ms}", "spec.ejection.window", "too short"),
+        ("ejection: {failurePercent: 5, window: 2h}", "spec.ejection.window", "too long"),
         ("faults: [{percent: 101, delay: 1s}]", "spec.faults[0].percent", "no share"),
         ("faults: [{delay: 1s, abort: {status: 503}}]", "spec.faults[0].delay", "one of"),
         ("faults: [{abort: {}}]", "spec.faults[0].abort", "one answer"),

@@ -11,9 +11,11 @@
 //! |---|---|
 //! | [`load`] | what is known of an endpoint, and whether it is passed over |
 //! | [`budget`] | how many requests may be tried again |
+//! | [`window`] | how many of those that an endpoint took of late have failed |
 
 pub mod budget;
 pub mod load;
+pub mod window;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -154,6 +156,7 @@ mod tests {
         most: Duration::from_millis(8),
         most_percent: 50,
         panic_percent: 0,
+        share: None,
     };
 
     fn candidates(loads: &[Load]) -> Vec<Candidate> {

@@ -48,9 +48,16 @@ pub(super) fn words(traffic: &Traffic) -> Vec<String> {
         words.extend(connections.into_iter().chain(requests));
     }
     if let Some(ejection) = ejection {
+        let share = ejection.share.map(|it| {
+            format!(", or {} percent of at least {} requests within {:?},", it.percent, it.minimum, it.window)
+        });
         words.push(format!(
-            "who fails {} times in a row is left alone for {:?} to {:?}, at most {} percent of them",
-            ejection.failures, ejection.base, ejection.most, ejection.most_percent
+            "who fails {} times in a row{} is left alone for {:?} to {:?}, at most {} percent of them",
+            ejection.failures,
+            share.unwrap_or_default(),
+            ejection.base,
+            ejection.most,
+            ejection.most_percent
         ));
     }
     words.extend(faults.iter().flatten().map(fault));

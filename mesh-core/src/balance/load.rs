@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::window::Window;
 use crate::model::traffic::Ejection;
 
 /// How fast the average forgets: after this long without a sample, about a third of the old value is left.
@@ -27,6 +28,8 @@ pub struct Load {
     ejected: u32,
     failing_until: Option<Duration>,
     since: Option<Duration>,
+    /// What it took of late, since it was last ejected, where a share of it counts.
+    window: Window,
 }
 
 impl Load {
@@ -64,16 +67,31 @@ impl Load {
         self.refusing_until = Some(now + (REFUSING_BASE * factor).min(REFUSING_MAX));
     }
 
-    /// What it took has ended well or not, where a policy ejects those that fail. Whether it is ejected now.
+    /// What it took has ended well or not, seen at `now`, where a policy ejects those that fail. Whether it is ejected now.
     pub fn answered(&mut self, failed: bool, ejection: &Ejection, now: Duration) -> bool {
+        let too_many = match &ejection.share {
+            // What it took before it was ejected says nothing of it afterwards.
+            Some(_) if self.is_failing(now) => return false,
+            Some(share) => self.window.ended(failed, share, now),
+            None => false,
+        };
         if !failed {
-            (self.failures, self.ejected, self.failing_until) = (0, 0, None);
+            self.failures = 0;
+            if ejection.share.is_none() {
+                (self.ejected, self.failing_until) = (0, None);
+            }
             return false;
         }
         self.failures = self.failures.saturating_add(1);
-        if self.failures < ejection.failures {
+        if self.failures < ejection.failures && !too_many {
             return false;
         }
+        // Among successes one of them says nothing: only a whole window without being ejected does.
+        let well_since = ejection.share.zip(self.failing_until);
+        if well_since.is_some_and(|(share, until)| until.saturating_add(share.window) <= now) {
+            self.ejected = 0;
+        }
+        self.window = Window::default();
         let factor = 1u32 << self.ejected.min(16);
         self.failures = 0;
         self.ejected = self.ejected.saturating_add(1);
@@ -104,6 +122,7 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::traffic::FailureShare;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -118,8 +137,14 @@ mod tests {
 
     #[test]
     fn who_fails_often_enough_in_a_row_is_ejected_for_longer_each_time_until_a_success() {
-        let ejection =
-            Ejection { failures: 3, base: MS * 10, most: MS * 35, most_percent: 100, panic_percent: 0 };
+        let ejection = Ejection {
+            failures: 3,
+            base: MS * 10,
+            most: MS * 35,
+            most_percent: 100,
+            panic_percent: 0,
+            share: None,
+        };
         let mut load = Load::default();
         let fail = |load: &mut Load, now| (0..3).map(|_| load.answered(true, &ejection, now)).last();
         load.answered(true, &ejection, MS);
@@ -135,5 +160,31 @@ mod tests {
         load.answered(false, &ejection, MS * 400);
         fail(&mut load, MS * 500);
         assert!(!load.is_failing(MS * 510), "it is as at first");
+    }
+
+    #[test]
+    fn who_fails_too_often_among_successes_is_ejected_for_longer_until_a_window_without_that() {
+        let share = Some(FailureShare { percent: 50, minimum: 4, window: MS * 600 });
+        let ejection = Ejection {
+            failures: 9,
+            base: MS * 10,
+            most: MS * 35,
+            most_percent: 100,
+            panic_percent: 0,
+            share,
+        };
+        let mut load = Load::default();
+        let mut every_other = |now| {
+            let ended = [false, true, false, true].map(|failed| load.answered(failed, &ejection, MS * now));
+            assert_eq!(ended, [false, false, false, true], "at {now}");
+            assert!(!load.answered(false, &ejection, MS * now), "it was sent before");
+            load
+        };
+        for (now, long) in [(0, 10), (100, 20), (200, 35), (300, 35), (934, 35), (1569, 10)] {
+            let load = every_other(now);
+            assert!(load.is_failing(MS * (now + long - 1)) && !load.is_failing(MS * (now + long)), "{now}");
+        }
+        let in_a_row = (0..9).map(|at| load.answered(true, &ejection, MS * (2000 + at * 200))).last();
+        assert_eq!(in_a_row, Some(true), "failures in a row count beside it");
     }
 }

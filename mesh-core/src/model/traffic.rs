@@ -161,6 +161,19 @@ pub struct Ejection {
     pub most_percent: u32,
     /// If fewer than this serve, percent, all are asked again.
     pub panic_percent: u32,
+    /// Or after too many failures among all that it took of late.
+    pub share: Option<FailureShare>,
+}
+
+/// How many failures are too many among all that an endpoint took of late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureShare {
+    /// From this many on, percent; from 1 to 100.
+    pub percent: u32,
+    /// Of at least so many requests: of fewer ones a share means little. Never 0.
+    pub minimum: u32,
+    /// Within this time. Never 0.
+    pub window: Duration,
 }
 
 /// What goes wrong on purpose.

@@ -9,7 +9,8 @@ use super::{
 use crate::model::{
     http::Timeouts,
     traffic::{
-        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        RetryBudget, Traffic,
     },
 };
 
@@ -45,6 +46,9 @@ pub(super) fn to_proto(traffic: &Traffic) -> Option<proto::Traffic> {
             most_ms: millis(Some(it.most)),
             most_percent: it.most_percent,
             panic_percent: it.panic_percent,
+            failure_percent: it.share.map_or(0, |share| share.percent),
+            failure_minimum: it.share.map_or(0, |share| share.minimum),
+            failure_window_ms: millis(it.share.map(|share| share.window)),
         }),
         faults: traffic.faults.as_ref().map(faults),
         reads_requests: traffic.reads_requests,
@@ -161,7 +165,15 @@ fn ejection_from_proto(key: &str, ejection: &proto::Ejection) -> Result<Ejection
         most: Duration::from_millis(ejection.most_ms),
         most_percent: ejection.most_percent.min(100),
         panic_percent: ejection.panic_percent.min(100),
+        share: share_from_proto(key, ejection)?,
     })
+}
+
+fn share_from_proto(key: &str, ejection: &proto::Ejection) -> Result<Option<FailureShare>, WireError> {
+    let Some(percent) = some(ejection.failure_percent) else { return Ok(None) };
+    let field = "traffic.ejection.failure_window_ms";
+    let window = some_time(ejection.failure_window_ms).ok_or_else(|| error(key, field, "within no time"))?;
+    Ok(Some(FailureShare { percent: percent.min(100), minimum: ejection.failure_minimum.max(1), window }))
 }
 
 fn fault_from_proto(key: &str, fault: &proto::Fault) -> Result<Fault, WireError> {

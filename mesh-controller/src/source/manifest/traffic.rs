@@ -9,7 +9,8 @@ use std::time::Duration;
 use mesh_core::model::{
     http::{RouteKind, TextMatch},
     traffic::{
-        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        RetryBudget, Traffic,
     },
 };
 use serde::Deserialize;
@@ -30,6 +31,8 @@ const MAX_LIST: usize = 16;
 const MAX_UNDERWAY: u32 = 1_000_000;
 /// Longest pause, time to be left alone, slow start or delay.
 const MAX_TIME: Duration = Duration::from_secs(3600);
+/// Shortest time to count failures in.
+const LEAST_WINDOW: Duration = Duration::from_secs(1);
 /// The highest status of gRPC.
 const LAST_GRPC_STATUS: u16 = 16;
 /// Longest value of a header.
@@ -174,6 +177,10 @@ struct RawLimits {
 /// Which endpoints are left alone for a while.
 #[derive(Debug, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.failurePercent) || !(has(self.minimumRequests) || has(self.window))",
+    "message": "minimumRequests and window are of a share: say which one with failurePercent",
+}])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawEjection {
     /// After so many failures in a row: 5, if it is not said.
@@ -191,6 +198,15 @@ struct RawEjection {
     /// If fewer than this serve, percent, all are asked again: 0, if it is not said, is never.
     #[cfg_attr(test, schemars(range(max = 100)))]
     panic_percent: Option<u32>,
+    /// Or when so many of its requests fail within the window, percent; left out: failures in a row alone count.
+    #[cfg_attr(test, schemars(range(min = 1, max = 100)))]
+    failure_percent: Option<u32>,
+    /// Of at least so many requests within the window: 20, if it is not said.
+    #[cfg_attr(test, schemars(range(min = 1, max = 1_000_000)))]
+    minimum_requests: Option<u32>,
+    /// The time within which they are counted: 30s, if it is not said; at least 1s.
+    #[cfg_attr(test, schemars(length(max = 32)))]
+    window: Option<String>,
 }
 
 /// What goes wrong on purpose.
@@ -451,6 +467,7 @@ impl Check<'_> {
             let cure = "write at least 1, or remove ejection";
             self.problem(&format!("{at}.failures"), "who has not failed cannot be left alone", cure);
         }
+        let share = self.failure_share(at, &raw);
         let base = raw.time.and_then(|text| self.time(&format!("{at}.time"), &text));
         let base = base.unwrap_or(Duration::from_secs(10));
         let most = raw.max_time.and_then(|text| self.time(&format!("{at}.maxTime"), &text));
@@ -463,7 +480,38 @@ impl Check<'_> {
         self.at_most(&format!("{at}.maxPercent"), most_percent, 100);
         let panic_percent = raw.panic_percent.unwrap_or(0);
         self.at_most(&format!("{at}.panicPercent"), panic_percent, 100);
-        Ejection { failures, base, most, most_percent, panic_percent }
+        Ejection { failures, base, most, most_percent, panic_percent, share }
+    }
+
+    fn failure_share(&mut self, at: &str, raw: &RawEjection) -> Option<FailureShare> {
+        let Some(percent) = raw.failure_percent else {
+            let of_share =
+                [("minimumRequests", raw.minimum_requests.is_some()), ("window", raw.window.is_some())];
+            for (field, _) in of_share.iter().filter(|(_, says)| *says) {
+                let cure =
+                    "write failurePercent, from which share on an endpoint is left alone, or remove it";
+                self.problem(&format!("{at}.{field}"), "failures in a row need none", cure);
+            }
+            return None;
+        };
+        if percent == 0 {
+            let cure = "write a number from 1 to 100, or remove it";
+            self.problem(&format!("{at}.failurePercent"), "whoever fails at nothing has this share", cure);
+        }
+        self.at_most(&format!("{at}.failurePercent"), percent, 100);
+        let minimum = raw.minimum_requests.unwrap_or(20);
+        if minimum == 0 {
+            let cure = "write at least 1";
+            self.problem(&format!("{at}.minimumRequests"), "of no requests there is no share", cure);
+        }
+        self.at_most(&format!("{at}.minimumRequests"), minimum, MAX_UNDERWAY);
+        let field = format!("{at}.window");
+        let window = raw.window.as_ref().and_then(|text| self.time(&field, text));
+        let window = window.unwrap_or(Duration::from_secs(30));
+        if window < LEAST_WINDOW {
+            self.problem(&field, format!("{window:?} is too short to count in"), "write at least 1s");
+        }
+        Some(FailureShare { percent, minimum, window })
     }
 
     fn faults(&mut self, raw: Vec<RawFault>) -> Vec<Fault> {

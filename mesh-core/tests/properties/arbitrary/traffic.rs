@@ -5,7 +5,8 @@ use std::time::Duration;
 use mesh_core::model::{
     http::Timeouts,
     traffic::{
-        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        RetryBudget, Traffic,
     },
 };
 use proptest::{collection::vec, option, prelude::*, sample::select};
@@ -47,13 +48,19 @@ fn retries() -> impl Strategy<Value = Retries> {
 }
 
 fn ejection() -> impl Strategy<Value = Ejection> {
-    (1u32..9, time(), time(), 0u32..=100, 0u32..=100).prop_map(
-        |(failures, base, most, most_percent, panic_percent)| Ejection {
+    let share = (1u32..=100, 1u32..9, time()).prop_map(|(percent, minimum, window)| FailureShare {
+        percent,
+        minimum,
+        window,
+    });
+    (1u32..9, time(), time(), 0u32..=100, 0u32..=100, option::of(share)).prop_map(
+        |(failures, base, most, most_percent, panic_percent, share)| Ejection {
             failures,
             base,
             most,
             most_percent,
             panic_percent,
+            share,
         },
     )
 }
