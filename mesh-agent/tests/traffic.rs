@@ -24,7 +24,8 @@ use http_body_util::BodyExt;
 use mesh_core::model::{
     http::{RouteRule, TextMatch, Timeouts},
     traffic::{
-        Algorithm, Balancing, Ejection, Fault, FaultEffect, HashBy, Limits, Retries, RetryBudget, Traffic,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        RetryBudget, Traffic,
     },
 };
 use serde_json::json;
@@ -204,6 +205,29 @@ async fn an_endpoint_that_fails_is_left_alone_until_its_time_is_over() {
         assert_eq!(client.get("/broken/api").await.0.as_u16(), expected);
     }
     assert_eq!((bed.web.served(), bed.world.source.metrics.ejections(&name("service"))), (5, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_fails_among_successes_is_left_alone_for_its_share() {
+    let share = FailureShare { percent: 40, minimum: 10, window: Duration::from_secs(3600) };
+    let ejection = ejection(3).map(|it| Ejection { share: Some(share), ..it });
+    let bed = service(Traffic { ejection, ..balancing(Algorithm::RoundRobin) }).await;
+    let mut client = bed.client().await;
+    let mut ask = async |path: &str| client.get(path).await.0.as_u16();
+    // Two of each five that it takes fail, never three in a row: it has ten of twenty before there is a share of them.
+    for _ in 0..2 {
+        let mut said = vec![];
+        for path in ["/", "/", "/", "/broken/web", "/broken/web"] {
+            // To both, whoever has the turn.
+            said.extend([ask(path).await, ask(path).await]);
+        }
+        assert_eq!(said.iter().filter(|status| **status == 500).count(), 2, "{said:?}");
+    }
+    assert_eq!((bed.web.served(), bed.world.source.metrics.ejections(&name("service"))), (10, 1));
+    for _ in 0..6 {
+        assert_eq!(ask("/broken/web").await, 200);
+    }
+    assert_eq!(bed.web.served(), 10);
 }
 
 #[tokio::test(flavor = "multi_thread")]

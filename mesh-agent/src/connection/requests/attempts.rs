@@ -48,6 +48,8 @@ pub(super) struct Attempts<'a> {
 enum Tried {
     Answered(Box<(Response<Incoming>, Used)>),
     NotSent(Refusal),
+    /// By a server that goes away, or has no room: no failure of its own, and its connection takes no more.
+    Declined(Refusal),
     Broke(Refusal),
     Late,
 }
@@ -94,6 +96,14 @@ impl Attempts<'_> {
                     attempt.failed();
                     unsent += 1;
                     if unsent < connector.limits.endpoint_attempts && unsent < self.backends.count() {
+                        continue;
+                    }
+                    (StatusCode::SERVICE_UNAVAILABLE, refusal)
+                }
+                Tried::Declined(refusal) => {
+                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
+                    unsent += 1;
+                    if unsent < connector.limits.endpoint_attempts && self.body.is_kept() {
                         continue;
                     }
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
@@ -146,6 +156,7 @@ impl Attempts<'_> {
                 self.body.put_back(request.into_body());
                 Tried::NotSent(refusal)
             }
+            Err(Unanswered::Declined(refusal)) => Tried::Declined(refusal),
             Err(Unanswered::Broke(refusal)) => Tried::Broke(refusal),
         }
     }

@@ -176,6 +176,8 @@ pub(super) struct Asking<'a> {
 pub(super) enum Unanswered {
     /// The backend took nothing; the request.
     NotSent(Box<Request<Body>>, Refusal),
+    /// The backend said that it has not looked at the request, and never will; what was sent of it is gone.
+    Declined(Refusal),
     /// The connection broke, and the backend may have taken the request.
     Broke(Refusal),
 }
@@ -218,6 +220,9 @@ impl Upstreams {
                 Err((Some(unsent), _)) if !fresh => request = *unsent,
                 Err((Some(unsent), error)) => {
                     return Err(Unanswered::NotSent(unsent, broke(to, &error)));
+                }
+                Err((None, error)) if is_declined(&error) => {
+                    return Err(Unanswered::Declined(broke(to, &error)));
                 }
                 Err((None, error)) => return Err(Unanswered::Broke(broke(to, &error))),
             }
@@ -490,6 +495,17 @@ pub(in crate::connection) fn http2<E: Clone>(executor: E) -> http2::Builder<E> {
 /// The other end does not speak it.
 pub(in crate::connection) fn unspoken(error: hyper::Error) -> Refusal {
     Refusal::new(Reason::BackendReset, error.to_string())
+}
+
+/// Whether a server has said of a stream that it was not processed in any way: by a GOAWAY without an error, which ends the
+/// streams above the last one that it names and no others, or by REFUSED_STREAM (RFC 9113, sections 6.8 and 8.7).
+fn is_declined(error: &hyper::Error) -> bool {
+    let mut causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).is_some_and(|error| {
+        let leaves = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+        let refuses = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        error.is_remote() && (leaves || refuses)
+    })
 }
 
 fn broke(to: SocketAddr, error: &hyper::Error) -> Refusal {
