@@ -8,7 +8,7 @@ use std::{
 };
 
 use mesh_core::{
-    balance::{self, Candidate, How, Load},
+    balance::{self, Candidate, Cause, How, Load},
     model::{Endpoint, traffic::Ejection},
 };
 
@@ -169,11 +169,10 @@ impl Attempt {
         self.balancer.with(self.address, Load::failed);
     }
 
-    /// What it took has ended well or not. Whether it is ejected for that.
-    pub fn answered(&self, failed: bool) -> bool {
-        let Some(ejection) = &self.ejection else { return false };
-        let ejected = self.balancer.with(self.address, |load, now| load.answered(failed, ejection, now));
-        ejected.unwrap_or(false)
+    /// What it took has ended well or not. Why it is ejected for that, if it is.
+    pub fn answered(&self, failed: bool) -> Option<Cause> {
+        let ejection = self.ejection.as_ref()?;
+        self.balancer.with(self.address, |load, now| load.answered(failed, ejection, now))?
     }
 }
 

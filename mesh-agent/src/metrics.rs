@@ -755,7 +755,7 @@ mod tests {
         let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
         metrics.request_took(&labels, Duration::from_millis(3));
         let pay = mesh_core::model::Name::new("shop", "pay");
-        metrics.ejected(&pay);
+        metrics.ejected(&pay, mesh_core::balance::Cause::Consecutive);
         metrics.tried_again(&pay);
         metrics.fault(&pay, "delay");
         metrics.spans_dropped("queue", 1);

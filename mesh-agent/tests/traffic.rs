@@ -21,11 +21,14 @@ use std::{
 use bed::*;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
-use mesh_core::model::{
-    http::{RouteRule, TextMatch, Timeouts},
-    traffic::{
-        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
-        RetryBudget, Traffic,
+use mesh_core::{
+    balance::Cause,
+    model::{
+        http::{RouteRule, TextMatch, Timeouts},
+        traffic::{
+            Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+            RetryBudget, Traffic,
+        },
     },
 };
 use serde_json::json;
@@ -65,6 +68,10 @@ fn retries() -> Retries {
 fn ejection(failures: u32) -> Option<Ejection> {
     let (base, most) = (Duration::from_secs(30), Duration::from_secs(60));
     Some(Ejection { failures, base, most, most_percent: 50, panic_percent: 0, share: None })
+}
+
+fn ejections(bed: &Bed, cause: Cause) -> u64 {
+    bed.world.source.metrics.ejections(&name("service"), cause)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -199,12 +206,12 @@ async fn an_endpoint_that_fails_is_left_alone_until_its_time_is_over() {
         failed += u32::from(client.get("/broken/web").await.0 == StatusCode::INTERNAL_SERVER_ERROR);
     }
     assert_eq!((failed, bed.web.served()), (3, 3));
-    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 1);
+    assert_eq!(ejections(&bed, Cause::Consecutive), 1);
     // Half of two is one: when the other one fails too, it is the one that has failed for longer that serves again.
     for expected in [500, 500, 500, 200, 200] {
         assert_eq!(client.get("/broken/api").await.0.as_u16(), expected);
     }
-    assert_eq!((bed.web.served(), bed.world.source.metrics.ejections(&name("service"))), (5, 2));
+    assert_eq!((bed.web.served(), ejections(&bed, Cause::Consecutive)), (5, 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,7 +230,8 @@ async fn an_endpoint_that_fails_among_successes_is_left_alone_for_its_share() {
         }
         assert_eq!(said.iter().filter(|status| **status == 500).count(), 2, "{said:?}");
     }
-    assert_eq!((bed.web.served(), bed.world.source.metrics.ejections(&name("service"))), (10, 1));
+    assert_eq!((bed.web.served(), ejections(&bed, Cause::Percent)), (10, 1));
+    assert_eq!(ejections(&bed, Cause::Consecutive), 0, "it is told why");
     for _ in 0..6 {
         assert_eq!(ask("/broken/web").await, 200);
     }
@@ -236,7 +244,7 @@ async fn an_endpoint_that_takes_all_of_a_requests_time_has_failed() {
     let bed = service(Traffic { ejection: ejection(1), timeouts, ..Traffic::default() }).await;
     let mut client = bed.client().await;
     assert_eq!(client.get("/never").await.0, StatusCode::GATEWAY_TIMEOUT);
-    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 1);
+    assert_eq!(ejections(&bed, Cause::Consecutive), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,9 +257,9 @@ async fn a_call_that_fails_in_its_trailers_is_a_failure_too() {
     };
     // PERMISSION_DENIED is the caller's fault, INTERNAL is not.
     assert_eq!(call("/trailers/say").await, "7");
-    assert_eq!(bed.world.source.metrics.ejections(&name("service")), 0);
+    assert_eq!(ejections(&bed, Cause::Consecutive), 0);
     assert_eq!(call("/trailers/fail").await, "13");
-    eventually(async || (bed.world.source.metrics.ejections(&name("service")) == 1).then_some(())).await;
+    eventually(async || (ejections(&bed, Cause::Consecutive) == 1).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

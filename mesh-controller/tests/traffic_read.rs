@@ -211,8 +211,8 @@ fn what_means_nothing_is_refused_by_its_field() {
         ("ejection: {maxPercent: 101}", "spec.ejection.maxPercent", "too much"),
         ("ejection: {failurePercent: 0}", "spec.ejection.failurePercent", "fails at nothing"),
         ("ejection: {failurePercent: 101}", "spec.ejection.failurePercent", "too much"),
-        ("ejection: {minimumRequests: 5}", "spec.ejection.minimumRequests", "in a row need none"),
-        ("ejection: {window: 5s}", "spec.ejection.window", "in a row need none"),
+        ("ejection: {minimumRequests: 5}", "spec.ejection.failurePercent", "in a row need none"),
+        ("ejection: {window: 5s}", "spec.ejection.failurePercent", "in a row need none"),
         (
             "ejection: {failurePercent: 5, minimumRequests: 0}",
             "spec.ejection.minimumRequests",

@@ -55,7 +55,8 @@ fn documents() -> [Value; 10] {
                 "retries": {"attempts": 2, "codes": [503], "grpcCodes": [14], "methods": "Every", "backoff": "10ms",
                     "budget": {"percent": 10, "perSecond": 5}},
                 "limits": {"connections": 100, "requests": 50, "pending": 10},
-                "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10},
+                "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10,
+                    "failurePercent": 50, "minimumRequests": 10, "window": "10s"},
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
     ]
 }
@@ -149,6 +150,7 @@ const REQUIRED: &[&str] = &[
     "spec.balancing.hashBy.type",
     "spec.balancing.hashBy.name",
     "spec.limits.requests",
+    "spec.ejection.failurePercent",
     "spec.faults[0].delay",
     "spec.faults[0].headers[0].name",
     "spec.faults[0].headers[0].value",
@@ -519,6 +521,9 @@ fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
         (8, "/spec/issuers/0/claimsToHeaders/0/claim", json!(""), "is empty"),
         (8, "/spec/issuers/0/claimsToHeaders/0/header", json!("host"), "for something else"),
         (8, "/spec/issuers/0/claimsToHeaders/0/header", json!("x_user"), "not a header that a claim"),
+        (9, "/spec/ejection/failurePercent", json!(101), "too much"),
+        (9, "/spec/ejection/minimumRequests", json!(0), "there is no share"),
+        (9, "/spec/ejection/window", json!("2h"), "too long"),
         (3, "/spec/rules/0/to/0", json!({"claims": []}), "is empty"),
         (3, "/spec/rules/0/to/0", json!({"claims": [{"name": ""}]}), "is empty"),
         (

@@ -23,7 +23,10 @@ use std::{
     time::Duration,
 };
 
-pub use self::{budget::Budget, load::Load};
+pub use self::{
+    budget::Budget,
+    load::{Cause, Load},
+};
 use crate::model::traffic::{Algorithm, Balancing, Ejection};
 
 /// The part of its share that an endpoint gets when it has just come, with a slow start.

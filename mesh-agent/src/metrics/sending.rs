@@ -1,17 +1,26 @@
 //! What policies make of requests on their way: endpoints left alone, attempts made again, faults.
 
-use mesh_core::model::Name;
+use mesh_core::{balance::Cause, model::Name};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
 
-/// Labels of `nodemesh_ejections_total` and `nodemesh_retries_total`.
+/// Labels of `nodemesh_retries_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ServiceLabels {
     /// The service, `namespace/name`.
     pub service: String,
+}
+
+/// Labels of `nodemesh_ejections_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EjectionLabels {
+    /// The service, `namespace/name`.
+    pub service: String,
+    /// Why: a word of [`Cause`].
+    pub cause: &'static str,
 }
 
 /// Labels of `nodemesh_faults_total`.
@@ -26,7 +35,7 @@ pub struct FaultLabels {
 /// Its counters.
 #[derive(Debug, Default)]
 pub(super) struct Sending {
-    ejections: Family<ServiceLabels, Counter>,
+    ejections: Family<EjectionLabels, Counter>,
     retries: Family<ServiceLabels, Counter>,
     faults: Family<FaultLabels, Counter>,
 }
@@ -53,13 +62,15 @@ fn of(service: &Name) -> ServiceLabels {
 
 impl super::Metrics {
     /// An endpoint of a service is left alone for a while.
-    pub fn ejected(&self, service: &Name) {
-        self.sending.ejections.get_or_create(&of(service)).inc();
+    pub fn ejected(&self, service: &Name, cause: Cause) {
+        let labels = EjectionLabels { service: service.to_string(), cause: cause.label() };
+        self.sending.ejections.get_or_create(&labels).inc();
     }
 
     /// How often that was.
-    pub fn ejections(&self, service: &Name) -> u64 {
-        self.sending.ejections.get_or_create(&of(service)).get()
+    pub fn ejections(&self, service: &Name, cause: Cause) -> u64 {
+        let labels = EjectionLabels { service: service.to_string(), cause: cause.label() };
+        self.sending.ejections.get_or_create(&labels).get()
     }
 
     /// A request to a service is tried again.

@@ -14,6 +14,25 @@ pub const REFUSING_BASE: Duration = Duration::from_secs(1);
 /// And at most.
 pub const REFUSING_MAX: Duration = Duration::from_secs(30);
 
+/// Why an endpoint is ejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// Too many failures in a row.
+    Consecutive,
+    /// Too many among all that it took of late.
+    Percent,
+}
+
+impl Cause {
+    /// In one word.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Consecutive => "consecutive",
+            Self::Percent => "percent",
+        }
+    }
+}
+
 /// What is known of one endpoint. Times are since an epoch that the caller chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Load {
@@ -67,11 +86,12 @@ impl Load {
         self.refusing_until = Some(now + (REFUSING_BASE * factor).min(REFUSING_MAX));
     }
 
-    /// What it took has ended well or not, seen at `now`, where a policy ejects those that fail. Whether it is ejected now.
-    pub fn answered(&mut self, failed: bool, ejection: &Ejection, now: Duration) -> bool {
+    /// What it took has ended well or not, seen at `now`, where a policy ejects those that fail. Why it is ejected
+    /// now, if it is.
+    pub fn answered(&mut self, failed: bool, ejection: &Ejection, now: Duration) -> Option<Cause> {
         let too_many = match &ejection.share {
             // What it took before it was ejected says nothing of it afterwards.
-            Some(_) if self.is_failing(now) => return false,
+            Some(_) if self.is_failing(now) => return None,
             Some(share) => self.window.ended(failed, share, now),
             None => false,
         };
@@ -80,12 +100,16 @@ impl Load {
             if ejection.share.is_none() {
                 (self.ejected, self.failing_until) = (0, None);
             }
-            return false;
+            return None;
         }
         self.failures = self.failures.saturating_add(1);
-        if self.failures < ejection.failures && !too_many {
-            return false;
-        }
+        let cause = if self.failures >= ejection.failures {
+            Cause::Consecutive
+        } else if too_many {
+            Cause::Percent
+        } else {
+            return None;
+        };
         // Among successes one of them says nothing: only a whole window without being ejected does.
         let well_since = ejection.share.zip(self.failing_until);
         if well_since.is_some_and(|(share, until)| until.saturating_add(share.window) <= now) {
@@ -96,7 +120,7 @@ impl Load {
         self.failures = 0;
         self.ejected = self.ejected.saturating_add(1);
         self.failing_until = Some(now + ejection.base.saturating_mul(factor).min(ejection.most));
-        true
+        Some(cause)
     }
 
     /// Whether it takes no connections, as far as is known at `now`.
@@ -154,7 +178,7 @@ mod tests {
         assert!(!load.is_failing(MS), "never three in a row");
         load.answered(false, &ejection, MS);
         for (now, long) in [(0, 10), (100, 20), (200, 35), (300, 35)] {
-            assert_eq!(fail(&mut load, MS * now), Some(true));
+            assert_eq!(fail(&mut load, MS * now), Some(Some(Cause::Consecutive)));
             assert!(load.is_failing(MS * (now + long - 1)) && !load.is_failing(MS * (now + long)));
         }
         load.answered(false, &ejection, MS * 400);
@@ -176,8 +200,8 @@ mod tests {
         let mut load = Load::default();
         let mut every_other = |now| {
             let ended = [false, true, false, true].map(|failed| load.answered(failed, &ejection, MS * now));
-            assert_eq!(ended, [false, false, false, true], "at {now}");
-            assert!(!load.answered(false, &ejection, MS * now), "it was sent before");
+            assert_eq!(ended, [None, None, None, Some(Cause::Percent)], "at {now}");
+            assert_eq!(load.answered(false, &ejection, MS * now), None, "it was sent before");
             load
         };
         for (now, long) in [(0, 10), (100, 20), (200, 35), (300, 35), (934, 35), (1569, 10)] {
@@ -185,6 +209,6 @@ mod tests {
             assert!(load.is_failing(MS * (now + long - 1)) && !load.is_failing(MS * (now + long)), "{now}");
         }
         let in_a_row = (0..9).map(|at| load.answered(true, &ejection, MS * (2000 + at * 200))).last();
-        assert_eq!(in_a_row, Some(true), "failures in a row count beside it");
+        assert_eq!(in_a_row, Some(Some(Cause::Consecutive)), "failures in a row count beside it");
     }
 }

@@ -183,7 +183,7 @@ fn service() -> Dashboard {
                         "Endpoints left alone, faults on purpose",
                         PerSecond,
                         vec![
-                            sum(&["service"], &rate(EJECTIONS, r#"service=~"$service""#)),
+                            sum(&["service", "cause"], &rate(EJECTIONS, r#"service=~"$service""#)),
                             sum(&["fault"], &rate(FAULTS, r#"service=~"$service""#)),
                         ],
                     )

@@ -163,8 +163,8 @@ impl Attempts<'_> {
 
     /// What an endpoint took has ended.
     fn ended(&self, attempt: &Attempt, failed: bool) {
-        if attempt.answered(failed) {
-            self.asker.node.inner.connector.metrics.ejected(self.backends.service());
+        if let Some(cause) = attempt.answered(failed) {
+            self.asker.node.inner.connector.metrics.ejected(self.backends.service(), cause);
         }
     }
 

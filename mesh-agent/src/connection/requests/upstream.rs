@@ -354,9 +354,9 @@ impl Used {
     /// The answer has ended, as its endpoint's success or failure.
     pub(super) fn ended(&self, failed: bool) {
         if let Some(Counted { attempt, service, metrics, .. }) = self.counted.as_deref()
-            && attempt.answered(failed)
+            && let Some(cause) = attempt.answered(failed)
         {
-            metrics.ejected(service);
+            metrics.ejected(service, cause);
         }
     }
 

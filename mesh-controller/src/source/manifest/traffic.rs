@@ -485,12 +485,10 @@ impl Check<'_> {
 
     fn failure_share(&mut self, at: &str, raw: &RawEjection) -> Option<FailureShare> {
         let Some(percent) = raw.failure_percent else {
-            let of_share =
-                [("minimumRequests", raw.minimum_requests.is_some()), ("window", raw.window.is_some())];
-            for (field, _) in of_share.iter().filter(|(_, says)| *says) {
-                let cure =
-                    "write failurePercent, from which share on an endpoint is left alone, or remove it";
-                self.problem(&format!("{at}.{field}"), "failures in a row need none", cure);
+            if raw.minimum_requests.is_some() || raw.window.is_some() {
+                let reason = "minimumRequests and window are of a share: failures in a row need none";
+                let cure = "write from which share on an endpoint is left alone, or remove them";
+                self.problem(&format!("{at}.failurePercent"), reason, cure);
             }
             return None;
         };
