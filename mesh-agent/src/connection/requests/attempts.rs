@@ -47,11 +47,21 @@ pub(super) struct Attempts<'a> {
 /// How one attempt ended.
 enum Tried {
     Answered(Box<(Response<Incoming>, Used)>),
-    NotSent(Refusal),
-    /// By a server that goes away, or has no room: no failure of its own, and its connection takes no more.
-    Declined(Refusal),
+    /// Certainly not by its endpoint: in so many tries at most it is worth another one.
+    Untaken(Refusal, usize),
     Broke(Refusal),
     Late,
+}
+
+impl Tried {
+    /// The status of its answer, or why there is none.
+    fn told(&self) -> Result<u16, Reason> {
+        match self {
+            Self::Answered(answered) => Ok(answered.0.status().as_u16()),
+            Self::Untaken(refusal, _) | Self::Broke(refusal) => Err(refusal.reason),
+            Self::Late => Err(Reason::RequestTimeout),
+        }
+    }
 }
 
 impl Attempts<'_> {
@@ -78,10 +88,11 @@ impl Attempts<'_> {
                 return Err(Declined::new(StatusCode::SERVICE_UNAVAILABLE, Reason::NoEndpoint));
             };
             exchange.tried(&endpoint);
-            let (status, refusal) = match self.once(&endpoint, &attempt, deadline).await {
+            let tried = self.once(&endpoint, &attempt, deadline).await;
+            exchange.attempt_ended(&endpoint, tried.told());
+            let (status, refusal) = match tried {
                 Tried::Answered(answered) => {
                     let (response, used) = *answered;
-                    exchange.attempt_ended(&endpoint, Ok(response.status().as_u16()));
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
                     if !self.wants_other(&response) || !self.may_again(&mut again) {
                         let (service, metrics) = (self.backends.service().clone(), connector.metrics.clone());
@@ -91,37 +102,16 @@ impl Attempts<'_> {
                     within(deadline, self.pause(again)).await?;
                     continue;
                 }
-                Tried::NotSent(refusal) => {
-                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
-                    attempt.failed();
+                Tried::Untaken(refusal, tries) => {
                     unsent += 1;
-                    if unsent < connector.limits.endpoint_attempts && unsent < self.backends.count() {
+                    if unsent < connector.limits.endpoint_attempts.min(tries) && self.body.is_left() {
                         continue;
                     }
                     (StatusCode::SERVICE_UNAVAILABLE, refusal)
                 }
-                Tried::Declined(refusal) => {
-                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
-                    unsent += 1;
-                    if unsent < connector.limits.endpoint_attempts && self.body.is_kept() {
-                        continue;
-                    }
-                    (StatusCode::SERVICE_UNAVAILABLE, refusal)
-                }
-                Tried::Broke(refusal) => {
-                    exchange.attempt_ended(&endpoint, Err(refusal.reason));
-                    attempt.failed();
-                    self.ended(&attempt, true);
-                    (StatusCode::SERVICE_UNAVAILABLE, refusal)
-                }
-                Tried::Late => {
-                    exchange.attempt_ended(&endpoint, Err(Reason::RequestTimeout));
-                    self.ended(&attempt, true);
-                    if is_over(deadline) {
-                        return Err(late());
-                    }
-                    (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into())
-                }
+                Tried::Broke(refusal) => (StatusCode::SERVICE_UNAVAILABLE, refusal),
+                Tried::Late if is_over(deadline) => return Err(late()),
+                Tried::Late => (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into()),
             };
             if !self.may_again(&mut again) {
                 return Err(Declined::new(status, refusal));
@@ -130,7 +120,7 @@ impl Attempts<'_> {
         }
     }
 
-    /// One attempt.
+    /// One attempt, and what its end says of its endpoint.
     async fn once(&mut self, endpoint: &Endpoint, attempt: &Attempt, deadline: Option<Instant>) -> Tried {
         let Some(body) = self.body.next() else {
             return Tried::Broke(Refusal::new(Reason::BackendReset, "its body was sent already"));
@@ -140,6 +130,7 @@ impl Attempts<'_> {
         let sent = self.asker.node.inner.upstreams.send(asking, endpoint, request);
         let own = self.terms.timeouts.backend.map(|limit| Instant::now() + limit);
         let Ok(sent) = within(own.into_iter().chain(deadline).min(), Box::pin(sent)).await else {
+            self.ended(attempt, true);
             return Tried::Late;
         };
         match sent {
@@ -153,11 +144,17 @@ impl Attempts<'_> {
                 Tried::Answered(Box::new((response, used)))
             }
             Err(Unanswered::NotSent(request, refusal)) => {
+                attempt.failed();
                 self.body.put_back(request.into_body());
-                Tried::NotSent(refusal)
+                Tried::Untaken(refusal, self.backends.count())
             }
-            Err(Unanswered::Declined(refusal)) => Tried::Declined(refusal),
-            Err(Unanswered::Broke(refusal)) => Tried::Broke(refusal),
+            // By a server that goes away, or has no room: no failure of its own. Its connection takes no more, another may.
+            Err(Unanswered::Declined(refusal)) => Tried::Untaken(refusal, usize::MAX),
+            Err(Unanswered::Broke(refusal)) => {
+                attempt.failed();
+                self.ended(attempt, true);
+                Tried::Broke(refusal)
+            }
         }
     }
 

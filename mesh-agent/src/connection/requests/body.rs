@@ -166,6 +166,11 @@ impl Asking {
         matches!(self, Self::Kept(_))
     }
 
+    /// Whether it can be sent still.
+    pub(super) fn is_left(&self) -> bool {
+        matches!(self, Self::Kept(_) | Self::Once(_))
+    }
+
     /// The body to send now; `None` if it was sent and not kept.
     pub(super) fn next(&mut self) -> Option<Body> {
         match self {
