@@ -60,6 +60,12 @@ impl Balancer {
         Some((index, self.attempt(known[index].address, how.ejection)))
     }
 
+    /// Whether one of these endpoints has not said that it wants nothing for a while.
+    pub fn has_one_awake(&self, endpoints: &[Endpoint]) -> bool {
+        let (now, loads) = (self.epoch.elapsed(), self.loads());
+        endpoints.iter().any(|it| loads.get(&address_of(it)).is_none_or(|load| !load.is_resting(now)))
+    }
+
     /// The same for a client that stays with its endpoint: the one that it has, or else the one that is settled.
     /// Endpoints that refused or failed lately are passed over, if there are others.
     pub fn pick_for(
@@ -167,6 +173,13 @@ impl Attempt {
     /// It did not: it is passed over for a while.
     pub fn failed(&self) {
         self.balancer.with(self.address, Load::failed);
+    }
+
+    /// It says that it wants nothing for so long. Why it is ejected for that, if it is.
+    pub fn rests(&self, long: Duration) -> Option<Cause> {
+        let long = long.min(self.ejection.as_ref()?.retry_after?);
+        let is_new = self.balancer.with(self.address, |load, now| load.rests(long, now))?;
+        (is_new && !long.is_zero()).then_some(Cause::RetryAfter)
     }
 
     /// What it took has ended well or not. Why it is ejected for that, if it is.

@@ -22,7 +22,7 @@ use prometheus_client::{
 
 use self::{sending::Sending, spans::Spans};
 pub use self::{
-    sending::{FaultLabels, ServiceLabels},
+    sending::{EjectionLabels, FaultLabels, ServiceLabels},
     spans::SpanLabels,
 };
 use crate::health::{Condition, Kept};

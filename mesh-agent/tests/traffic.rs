@@ -67,7 +67,15 @@ fn retries() -> Retries {
 /// Half of the endpoints, for longer than a test takes.
 fn ejection(failures: u32) -> Option<Ejection> {
     let (base, most) = (Duration::from_secs(30), Duration::from_secs(60));
-    Some(Ejection { failures, base, most, most_percent: 50, panic_percent: 0, share: None })
+    Some(Ejection {
+        failures,
+        base,
+        most,
+        most_percent: 50,
+        panic_percent: 0,
+        share: None,
+        retry_after: None,
+    })
 }
 
 fn ejections(bed: &Bed, cause: Cause) -> u64 {
@@ -236,6 +244,74 @@ async fn an_endpoint_that_fails_among_successes_is_left_alone_for_its_share() {
         assert_eq!(ask("/broken/web").await, 200);
     }
     assert_eq!(bed.web.served(), 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_tried_again_no_sooner_than_its_server_wants_and_not_if_that_is_too_late() {
+    let again = Some(Retries { codes: vec![429], ..retries() });
+    let traffic = Traffic { retries: again.clone(), ..balancing(Algorithm::RoundRobin) };
+    let mut bed = service(traffic.clone()).await;
+    let mut client = bed.client().await;
+    // Each of the two has the first turn once.
+    let mut ask = async |path: &str| [client.get(path).await.0.as_u16(), client.get(path).await.0.as_u16()];
+    let began = Instant::now();
+    assert_eq!(ask("/busy/web/429/1").await, [200; 2]);
+    assert!(began.elapsed() >= Duration::from_secs(1));
+    assert_eq!((bed.web.served(), bed.api.served()), (1, 2));
+
+    let some = |statuses: [u16; 2]| BTreeSet::from(statuses) == BTreeSet::from([200, 429]);
+    assert!(some(ask("/busy/web/429/3600").await), "nobody waits for an hour");
+    assert_eq!(bed.world.source.metrics.limit_hits("retry_pause"), 1);
+    let timeouts = Some(Timeouts { request: Some(Duration::from_millis(900)), backend: None });
+    says(&mut bed, Traffic { timeouts, reads_requests: true, ..traffic });
+    assert!(some(ask("/busy/web/429/1").await), "it would be too late");
+    assert_eq!(bed.world.source.metrics.retries(&name("service")), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_asks_for_time_is_left_alone_until_then() {
+    let hour = Duration::from_secs(3600);
+    let of = |most| ejection(1000).map(|it| Ejection { retry_after: Some(most), ..it });
+    let traffic = Traffic { retries: Some(retries()), ..balancing(Algorithm::RoundRobin) };
+    let bed = service(Traffic { ejection: of(hour), ..traffic.clone() }).await;
+    let mut client = bed.client().await;
+    for _ in 0..10 {
+        let began = Instant::now();
+        assert_eq!(client.get("/busy/web/503/9").await.0, StatusCode::OK);
+        assert!(began.elapsed() < Duration::from_secs(9), "the other one is asked at once");
+    }
+    assert_eq!((bed.web.served(), bed.api.served()), (1, 10));
+    assert_eq!((ejections(&bed, Cause::RetryAfter), ejections(&bed, Cause::Consecutive)), (1, 0));
+
+    // It is believed for no longer than the policy says.
+    let bed = service(Traffic { ejection: of(Duration::from_millis(1)), ..traffic }).await;
+    let mut client = bed.client().await;
+    in_time(async {
+        while bed.web.served() < 3 {
+            assert_eq!(client.get("/busy/web/503/3600").await.0, StatusCode::OK);
+        }
+    })
+    .await;
+    assert_eq!(ejections(&bed, Cause::RetryAfter), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_is_tried_again_when_its_server_says_and_never_if_it_says_never() {
+    let again = Retries { grpc_codes: vec![14], every_method: true, ..retries() };
+    let bed = service(Traffic { retries: Some(again), ..balancing(Algorithm::RoundRobin) }).await;
+    let caller = bed.caller().await;
+    let calls = async |path: &str| {
+        let statuses = [caller.call(path).await, caller.call(path).await];
+        statuses.iter().filter(|it| it.headers().contains_key("grpc-status")).count()
+    };
+    let began = Instant::now();
+    assert_eq!(calls("/pushback/web/300").await, 0);
+    assert!(began.elapsed() >= Duration::from_millis(300));
+    assert_eq!(bed.world.source.metrics.retries(&name("service")), 1);
+    for said in ["-1", "never"] {
+        assert_eq!(calls(&format!("/pushback/web/{said}")).await, 1, "{said}");
+    }
+    assert_eq!(bed.world.source.metrics.retries(&name("service")), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

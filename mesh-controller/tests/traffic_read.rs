@@ -135,6 +135,7 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
         most_percent: 50,
         panic_percent: 0,
         share: None,
+        retry_after: None,
     };
     assert_eq!(read("ejection: {}").ejection, Some(usual));
     assert_eq!(
@@ -145,7 +146,8 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
             most: secs(600),
             most_percent: 100,
             panic_percent: 5,
-            share: None
+            share: None,
+            retry_after: None,
         })
     );
     let share = |percent, minimum, window| {
@@ -155,6 +157,10 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
     assert_eq!(
         read("ejection: {failurePercent: 1, minimumRequests: 1, window: 1s}").ejection,
         share(1, 1, secs(1))
+    );
+    assert_eq!(
+        read("ejection: {retryAfter: 30s}").ejection,
+        Some(Ejection { retry_after: Some(secs(30)), ..usual })
     );
     let fault = |of_ten_thousand, effect| Fault { of_ten_thousand, headers: vec![], effect };
     let with_header = Fault {
@@ -218,6 +224,8 @@ fn what_means_nothing_is_refused_by_its_field() {
             "spec.ejection.minimumRequests",
             "there is no share",
         ),
+        ("ejection: {retryAfter: 0s}", "spec.ejection.retryAfter", "for no time"),
+        ("ejection: {retryAfter: 61m}", "spec.ejection.retryAfter", "too long"),
         ("ejection: {failurePercent: 5, window: 999ms}", "spec.ejection.window", "too short"),
         ("ejection: {failurePercent: 5, window: 2h}", "spec.ejection.window", "too long"),
         ("faults: [{percent: 101, delay: 1s}]", "spec.faults[0].percent", "no share"),

@@ -56,7 +56,7 @@ fn documents() -> [Value; 10] {
                     "budget": {"percent": 10, "perSecond": 5}},
                 "limits": {"connections": 100, "requests": 50, "pending": 10},
                 "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10,
-                    "failurePercent": 50, "minimumRequests": 10, "window": "10s"},
+                    "failurePercent": 50, "minimumRequests": 10, "window": "10s", "retryAfter": "30s"},
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
     ]
 }

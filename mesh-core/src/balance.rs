@@ -160,6 +160,7 @@ mod tests {
         most_percent: 50,
         panic_percent: 0,
         share: None,
+        retry_after: None,
     };
 
     fn candidates(loads: &[Load]) -> Vec<Candidate> {
@@ -270,6 +271,14 @@ mod tests {
         assert_eq!(serving(&candidates, Some(&none_left), MS), [3]);
         let least = Ejection { most_percent: 1, ..EJECTION };
         assert_eq!(serving(&candidates, Some(&least), MS), [0, 1, 3], "one may always be");
+
+        // Who rests by its own word counts among them.
+        let mut loads = [Load::default(); 4];
+        (0..3).for_each(|at| assert!(loads[at].rests(MS * (at as u32 + 2), MS)));
+        let candidates = super::tests::candidates(&loads);
+        assert_eq!(serving(&candidates, Some(&EJECTION), MS), [0, 3]);
+        assert_eq!(serving(&candidates, Some(&panic), MS), [0, 1, 2, 3]);
+        assert_eq!(serving(&candidates, Some(&EJECTION), MS * 5), [0, 1, 2, 3]);
     }
 
     #[test]

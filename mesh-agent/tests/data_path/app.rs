@@ -69,6 +69,9 @@ async fn respond(
     let path = request.uri().path().to_owned();
     let mut response = Response::new(Full::new(Bytes::new()).boxed());
     response.headers_mut().insert("x-app", says.parse().unwrap());
+    if wants_time(says, &path, &mut response) {
+        return response;
+    }
     match path.as_str() {
         "/never" => std::future::pending().await,
         "/late" if count == 0 => std::future::pending().await,
@@ -119,6 +122,26 @@ async fn respond(
         }
     }
     response
+}
+
+/// `/busy/APP/STATUS/SECONDS` and, of calls, `/pushback/APP/MS`: that application wants to be asked later.
+fn wants_time(says: &str, path: &str, response: &mut Response<BoxBody<Bytes, Infallible>>) -> bool {
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    match parts[..] {
+        ["busy", app, status, seconds] if app == says => {
+            *response.status_mut() = status.parse().unwrap();
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.parse().unwrap());
+        }
+        ["pushback", app, ms] if app == says => {
+            for (name, value) in
+                [("content-type", "application/grpc"), ("grpc-status", "14"), ("grpc-retry-pushback-ms", ms)]
+            {
+                response.headers_mut().insert(name, value.parse().unwrap());
+            }
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// The status, and what the application said.

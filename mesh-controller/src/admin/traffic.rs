@@ -59,6 +59,10 @@ pub(super) fn words(traffic: &Traffic) -> Vec<String> {
             ejection.most,
             ejection.most_percent
         ));
+        let asked = |most| {
+            format!("who answers 429 or 503 with Retry-After is left alone until then, for {most:?} at most")
+        };
+        words.extend(ejection.retry_after.map(asked));
     }
     words.extend(faults.iter().flatten().map(fault));
     words

@@ -21,6 +21,8 @@ pub enum Cause {
     Consecutive,
     /// Too many among all that it took of late.
     Percent,
+    /// It has said that it wants nothing for a while.
+    RetryAfter,
 }
 
 impl Cause {
@@ -29,6 +31,7 @@ impl Cause {
         match self {
             Self::Consecutive => "consecutive",
             Self::Percent => "percent",
+            Self::RetryAfter => "retry_after",
         }
     }
 }
@@ -46,6 +49,8 @@ pub struct Load {
     /// How often in a row it was.
     ejected: u32,
     failing_until: Option<Duration>,
+    /// Until when it wants nothing, by its own word.
+    resting_until: Option<Duration>,
     since: Option<Duration>,
     /// What it took of late, since it was last ejected, where a share of it counts.
     window: Window,
@@ -91,7 +96,7 @@ impl Load {
     pub fn answered(&mut self, failed: bool, ejection: &Ejection, now: Duration) -> Option<Cause> {
         let too_many = match &ejection.share {
             // What it took before it was ejected says nothing of it afterwards.
-            Some(_) if self.is_failing(now) => return None,
+            Some(_) if self.failing_until.is_some_and(|until| now < until) => return None,
             Some(share) => self.window.ended(failed, share, now),
             None => false,
         };
@@ -123,18 +128,31 @@ impl Load {
         Some(cause)
     }
 
+    /// It wants nothing for so long, said at `now`; of several such words the longest counts, whatever it answers meanwhile.
+    /// Whether it has not said so before.
+    pub fn rests(&mut self, long: Duration, now: Duration) -> bool {
+        let is_new = !self.is_resting(now);
+        self.resting_until = self.resting_until.max(Some(now.saturating_add(long)));
+        is_new
+    }
+
+    /// Whether it wants nothing at `now`, by its own word.
+    pub fn is_resting(&self, now: Duration) -> bool {
+        self.resting_until.is_some_and(|until| now < until)
+    }
+
     /// Whether it takes no connections, as far as is known at `now`.
     pub fn is_refusing(&self, now: Duration) -> bool {
         self.refusing_until.is_some_and(|until| now < until)
     }
 
-    /// Whether it is ejected at `now` for its answers.
+    /// Whether it is ejected at `now` for its answers, or by its own word.
     pub fn is_failing(&self, now: Duration) -> bool {
-        self.failing_until.is_some_and(|until| now < until)
+        self.failing_until().is_some_and(|until| now < until)
     }
 
     pub(super) fn failing_until(&self) -> Option<Duration> {
-        self.failing_until
+        self.failing_until.max(self.resting_until)
     }
 
     pub(super) fn cost(&self) -> f64 {
@@ -168,6 +186,7 @@ mod tests {
             most_percent: 100,
             panic_percent: 0,
             share: None,
+            retry_after: None,
         };
         let mut load = Load::default();
         let fail = |load: &mut Load, now| (0..3).map(|_| load.answered(true, &ejection, now)).last();
@@ -187,6 +206,28 @@ mod tests {
     }
 
     #[test]
+    fn who_wants_nothing_for_a_while_rests_for_the_longest_time_that_it_said_whatever_it_answers() {
+        let ejection = Ejection {
+            failures: 2,
+            base: MS,
+            most: MS,
+            most_percent: 100,
+            panic_percent: 0,
+            share: None,
+            retry_after: Some(MS * 100),
+        };
+        let mut load = Load::default();
+        assert!(load.rests(MS * 50, MS));
+        assert!(!load.rests(MS * 20, MS * 2), "it is known already");
+        assert_eq!(load.answered(false, &ejection, MS * 3), None);
+        assert!(load.is_failing(MS * 50) && load.is_resting(MS * 50));
+        assert!(!load.is_failing(MS * 51) && !load.is_resting(MS * 51));
+        assert!(load.rests(MS * 5, MS * 60), "it is said anew");
+        assert_eq!([true; 2].map(|it| load.answered(it, &ejection, MS * 70))[1], Some(Cause::Consecutive));
+        assert!(load.is_failing(MS * 70) && !load.is_resting(MS * 70));
+    }
+
+    #[test]
     fn who_fails_too_often_among_successes_is_ejected_for_longer_until_a_window_without_that() {
         let share = Some(FailureShare { percent: 50, minimum: 4, window: MS * 600 });
         let ejection = Ejection {
@@ -196,6 +237,7 @@ mod tests {
             most_percent: 100,
             panic_percent: 0,
             share,
+            retry_after: None,
         };
         let mut load = Load::default();
         let mut every_other = |now| {

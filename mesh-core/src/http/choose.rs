@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, time::Duration};
 
+use super::later::Later;
 use crate::model::{
     http::{Backend, Mirror, RouteRule, Timeouts},
     traffic::{Fault, Retries, RetryBudget, Traffic},
@@ -80,6 +81,19 @@ pub fn pause(backoff: Duration, attempt: u32, chance: u32) -> Duration {
     whole + (whole / 2).mul_f64(f64::from(chance) / f64::from(u32::MAX))
 }
 
+/// The same where the server has said when it wants to be asked again; `None`: not at all, or later than anybody waits for
+/// who has so much time `left`. What is no exact time varies by chance after it, too.
+pub fn pause_for(pause: Duration, said: Option<Later>, left: Option<Duration>) -> Option<Duration> {
+    let said = match said {
+        None => return Some(pause),
+        Some(Later::Never) => return None,
+        Some(Later::NotBefore(time)) => (time, time.saturating_add(pause)),
+        Some(Later::Exactly(time)) => (time, time),
+    };
+    let (asked_for, pause) = said;
+    (asked_for <= MAX_PAUSE && left.is_none_or(|left| pause < left)).then_some(pause)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +120,21 @@ mod tests {
         assert_eq!(pause(backoff, 1, u32::MAX), Duration::from_millis(150));
         assert_eq!(pause(backoff, 3, u32::MAX), Duration::from_millis(600));
         assert_eq!(pause(backoff, 40, 0), MAX_PAUSE);
+    }
+
+    #[test]
+    fn a_server_is_not_asked_before_it_wants_to_be_and_nobody_waits_for_ever() {
+        let ms = Duration::from_millis;
+        let pause = |said, left| pause_for(ms(20), said, left);
+        assert_eq!(pause(None, Some(ms(1))), Some(ms(20)));
+        assert_eq!(pause(Some(Later::Never), None), None);
+        assert_eq!(pause(Some(Later::NotBefore(ms(1000))), None), Some(ms(1020)));
+        assert_eq!(pause(Some(Later::Exactly(ms(5))), None), Some(ms(5)));
+        assert_eq!(pause(Some(Later::NotBefore(ms(1000))), Some(ms(1020))), None);
+        assert_eq!(pause(Some(Later::Exactly(ms(1000))), Some(ms(1001))), Some(ms(1000)));
+        assert_eq!(pause(Some(Later::NotBefore(MAX_PAUSE)), None), Some(MAX_PAUSE + ms(20)));
+        assert_eq!(pause(Some(Later::Exactly(MAX_PAUSE + ms(1))), None), None);
+        assert_eq!(pause(Some(Later::NotBefore(Duration::MAX)), None), None);
     }
 
     #[test]

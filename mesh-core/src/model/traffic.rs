@@ -163,6 +163,8 @@ pub struct Ejection {
     pub panic_percent: u32,
     /// Or after too many failures among all that it took of late.
     pub share: Option<FailureShare>,
+    /// Or when it answers 429 or 503 with `Retry-After`: until then, for so long at most. Never 0; none: for nobody's word.
+    pub retry_after: Option<Duration>,
 }
 
 /// How many failures are too many among all that an endpoint took of late.

@@ -49,6 +49,7 @@ pub(super) fn to_proto(traffic: &Traffic) -> Option<proto::Traffic> {
             failure_percent: it.share.map_or(0, |share| share.percent),
             failure_minimum: it.share.map_or(0, |share| share.minimum),
             failure_window_ms: millis(it.share.map(|share| share.window)),
+            retry_after_ms: millis(it.retry_after),
         }),
         faults: traffic.faults.as_ref().map(faults),
         reads_requests: traffic.reads_requests,
@@ -166,6 +167,7 @@ fn ejection_from_proto(key: &str, ejection: &proto::Ejection) -> Result<Ejection
         most_percent: ejection.most_percent.min(100),
         panic_percent: ejection.panic_percent.min(100),
         share: share_from_proto(key, ejection)?,
+        retry_after: some_time(ejection.retry_after_ms),
     })
 }
 

@@ -5,12 +5,19 @@
 //! only as long as such attempts are few beside all requests to the service ([`mesh_core::balance::Budget`]): when
 //! everything fails, trying again makes it worse.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use mesh_core::{
-    http::choose::{self, Terms},
+    http::{
+        choose::{self, Terms},
+        later::{self, Later},
+    },
     identity::SpiffeId,
     model::{
         Endpoint,
@@ -94,12 +101,16 @@ impl Attempts<'_> {
                 Tried::Answered(answered) => {
                     let (response, used) = *answered;
                     let to = SocketAddr::new(endpoint.address, endpoint.port);
-                    if !self.wants_other(&response) || !self.may_again(&mut again) {
+                    let pause = match self.wants_other(&response) {
+                        true => self.may_again(&mut again, self.later(&response), deadline),
+                        false => None,
+                    };
+                    let Some(pause) = pause else {
                         let (service, metrics) = (self.backends.service().clone(), connector.metrics.clone());
                         let counted = Counted { attempt, _place: place, service, metrics };
                         return Ok((response, used.counting(counted), to));
-                    }
-                    within(deadline, self.pause(again)).await?;
+                    };
+                    within(deadline, tokio::time::sleep(pause)).await?;
                     continue;
                 }
                 Tried::Untaken(refusal, tries) => {
@@ -113,10 +124,10 @@ impl Attempts<'_> {
                 Tried::Late if is_over(deadline) => return Err(late()),
                 Tried::Late => (StatusCode::GATEWAY_TIMEOUT, Reason::RequestTimeout.into()),
             };
-            if !self.may_again(&mut again) {
+            let Some(pause) = self.may_again(&mut again, None, deadline) else {
                 return Err(Declined::new(status, refusal));
-            }
-            within(deadline, self.pause(again)).await?;
+            };
+            within(deadline, tokio::time::sleep(pause)).await?;
         }
     }
 
@@ -141,6 +152,7 @@ impl Attempts<'_> {
                 if status.is_some() || !heads::is_grpc(response.headers()) {
                     self.ended(attempt, has_failed(response.status(), status));
                 }
+                self.rests(attempt, &response);
                 Tried::Answered(Box::new((response, used)))
             }
             Err(Unanswered::NotSent(request, refusal)) => {
@@ -165,6 +177,24 @@ impl Attempts<'_> {
         }
     }
 
+    /// An endpoint has answered: perhaps that it wants nothing for a while.
+    fn rests(&self, attempt: &Attempt, response: &Response<Incoming>) {
+        if later::is_too_much(response.status())
+            && let Some(long) = later::retry_after(response.headers(), SystemTime::now())
+            && let Some(cause) = attempt.rests(long)
+        {
+            self.asker.node.inner.connector.metrics.ejected(self.backends.service(), cause);
+        }
+    }
+
+    /// When an answer's server wants to be asked again, or its service, if no other endpoint is there for it.
+    fn later(&self, response: &Response<Incoming>) -> Option<Later> {
+        let said = later::of(response.headers(), SystemTime::now())?;
+        let elsewhere = || self.backends.has_one_awake(&self.asker.node.inner.connector.balancer);
+        let of_endpoint = matches!(said, Later::NotBefore(_)) && later::is_too_much(response.status());
+        (!of_endpoint || !elsewhere()).then_some(said)
+    }
+
     /// Whether another answer than this one is wanted.
     fn wants_other(&self, response: &Response<Incoming>) -> bool {
         let retries = &self.terms.retries;
@@ -173,26 +203,28 @@ impl Attempts<'_> {
             || said.is_some_and(|status| retries.grpc_codes.contains(&status))
     }
 
-    /// Whether the request may be sent once more, which is counted.
-    fn may_again(&self, again: &mut u32) -> bool {
+    /// After which pause the request may be sent once more, which is counted, if it may.
+    fn may_again(&self, again: &mut u32, said: Option<Later>, deadline: Option<Instant>) -> Option<Duration> {
         let retries = &self.terms.retries;
         // PUT and DELETE are idempotent by the book, and not in every server.
         let may = retries.every_method || self.head.method().is_safe();
         if !may || !self.body.is_kept() || *again >= retries.attempts {
-            return false;
+            return None;
         }
         let connector = &self.asker.node.inner.connector;
+        let pause = choose::pause(retries.backoff, *again + 1, rand::random());
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let Some(pause) = choose::pause_for(pause, said, left) else {
+            connector.metrics.limit_hit("retry_pause");
+            return None;
+        };
         if !connector.underway.may_again(self.backends.to(), &retries.budget) {
             connector.metrics.limit_hit("retries");
-            return false;
+            return None;
         }
         connector.metrics.tried_again(self.backends.service());
         *again += 1;
-        true
-    }
-
-    async fn pause(&self, attempt: u32) {
-        tokio::time::sleep(choose::pause(self.terms.retries.backoff, attempt, rand::random())).await;
+        Some(pause)
     }
 
     /// Sends copies where the rule wants them, and throws their answers away. Only what is kept can be copied.

@@ -79,6 +79,13 @@ impl<'a> Backends<'a> {
         self.all.len()
     }
 
+    /// Whether another endpoint may be asked though this one has said that it wants nothing for a while. Where nobody says that
+    /// such a word is of one endpoint, it is of all.
+    pub(super) fn has_one_awake(&self, balancer: &Balancer) -> bool {
+        let of_one = self.traffic.ejection.as_ref().is_some_and(|it| it.retry_after.is_some());
+        of_one && balancer.has_one_awake(&self.all)
+    }
+
     /// A place among the requests to the service, where a policy says how many there may be.
     pub(super) async fn place(&self) -> Result<Option<Place>, Refusal> {
         match &self.traffic.limits {

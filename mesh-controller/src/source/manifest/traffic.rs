@@ -207,6 +207,10 @@ struct RawEjection {
     /// The time within which they are counted: 30s, if it is not said; at least 1s.
     #[cfg_attr(test, schemars(length(max = 32)))]
     window: Option<String>,
+    /// Or when it answers 429 or 503 with Retry-After: until then, for so long at most, such as 30s; left out: for nobody's
+    /// word.
+    #[cfg_attr(test, schemars(length(max = 32)))]
+    retry_after: Option<String>,
 }
 
 /// What goes wrong on purpose.
@@ -480,7 +484,13 @@ impl Check<'_> {
         self.at_most(&format!("{at}.maxPercent"), most_percent, 100);
         let panic_percent = raw.panic_percent.unwrap_or(0);
         self.at_most(&format!("{at}.panicPercent"), panic_percent, 100);
-        Ejection { failures, base, most, most_percent, panic_percent, share }
+        let field = format!("{at}.retryAfter");
+        let retry_after = raw.retry_after.and_then(|text| self.time(&field, &text));
+        if retry_after.is_some_and(|time| time.is_zero()) {
+            let cure = "write how long at most, or remove it";
+            self.problem(&field, "it would be left alone for no time", cure);
+        }
+        Ejection { failures, base, most, most_percent, panic_percent, share, retry_after }
     }
 
     fn failure_share(&mut self, at: &str, raw: &RawEjection) -> Option<FailureShare> {

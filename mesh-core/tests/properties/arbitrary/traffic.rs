@@ -53,14 +53,15 @@ fn ejection() -> impl Strategy<Value = Ejection> {
         minimum,
         window,
     });
-    (1u32..9, time(), time(), 0u32..=100, 0u32..=100, option::of(share)).prop_map(
-        |(failures, base, most, most_percent, panic_percent, share)| Ejection {
+    (1u32..9, time(), time(), 0u32..=100, 0u32..=100, option::of(share), option::of(time())).prop_map(
+        |(failures, base, most, most_percent, panic_percent, share, retry_after)| Ejection {
             failures,
             base,
             most,
             most_percent,
             panic_percent,
             share,
+            retry_after,
         },
     )
 }
