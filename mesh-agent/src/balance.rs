@@ -170,6 +170,12 @@ impl Attempt {
         self.balancer.with(self.address, |load, now| load.connected(took, now));
     }
 
+    /// It is given up, though it might have answered: it would have taken longer than this.
+    pub fn outlasted(&self) {
+        let waited = self.began.elapsed();
+        self.balancer.with(self.address, |load, now| load.outlasted(waited, now));
+    }
+
     /// It did not: it is passed over for a while.
     pub fn failed(&self) {
         self.balancer.with(self.address, Load::failed);

@@ -22,7 +22,7 @@ use prometheus_client::{
 
 use self::{sending::Sending, spans::Spans};
 pub use self::{
-    sending::{EjectionLabels, FaultLabels, ServiceLabels},
+    sending::{EjectionLabels, FaultLabels, HedgeLabels, HedgeOutcome, ServiceLabels},
     spans::SpanLabels,
 };
 use crate::health::{Condition, Kept};
@@ -758,6 +758,7 @@ mod tests {
         metrics.ejected(&pay, mesh_core::balance::Cause::Consecutive);
         metrics.tried_again(&pay);
         metrics.fault(&pay, "delay");
+        metrics.hedged(&pay, HedgeOutcome::Won);
         metrics.spans_dropped("queue", 1);
         let RequestTimeLabels { workload, service, backend, .. } = labels;
         metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);

@@ -41,6 +41,7 @@ pub(crate) struct ToPort {
     turn: AtomicU64,
     connections: AtomicU32,
     budget: Mutex<Budget>,
+    hedges: Mutex<Budget>,
     requests: Mutex<Requests>,
 }
 
@@ -66,9 +67,17 @@ impl Underway {
         to.entry((service.clone(), port)).or_default().clone()
     }
 
-    /// A request is asked for.
-    pub(crate) fn asked(&self, to: &ToPort, budget: &RetryBudget) {
-        lock(&to.budget).asked(budget, self.now());
+    /// A request is asked for: so many may be tried again, and hedged.
+    pub(crate) fn asked(&self, to: &ToPort, again: &RetryBudget, hedges: Option<&RetryBudget>) {
+        lock(&to.budget).asked(again, self.now());
+        if let Some(budget) = hedges {
+            lock(&to.hedges).asked(budget, self.now());
+        }
+    }
+
+    /// Whether a request may be sent to a second endpoint, which is counted.
+    pub(crate) fn may_hedge(&self, to: &ToPort, budget: &RetryBudget) -> bool {
+        lock(&to.hedges).take(budget, self.now())
     }
 
     /// Whether a request may be tried again, which is counted.
@@ -117,6 +126,17 @@ impl ToPort {
         };
         // The sender is dropped unused by nobody: the port lives as long as its places.
         place.await.map_err(|_| Reason::LimitRequests.into())
+    }
+
+    /// The same without waiting: who waits comes first.
+    pub(crate) fn request_at_once(self: &Arc<Self>, limits: &Limits) -> Result<Place, Refusal> {
+        let mut requests = lock(&self.requests);
+        let most = limits.requests.unwrap_or(u32::MAX);
+        if requests.sent >= most {
+            return Err(Refusal::new(Reason::LimitRequests, format!("its policy says {most}")));
+        }
+        requests.sent += 1;
+        Ok(Place(self.clone()))
     }
 
     /// A place is free: it is the next one's who waits.
@@ -185,6 +205,7 @@ mod tests {
         assert!(third.as_mut().now_or_never().is_none());
         let refused = to.request(&limits).now_or_never().expect("an answer at once");
         assert_eq!(refused.unwrap_err().reason, Reason::LimitRequests);
+        assert_eq!(to.request_at_once(&limits).unwrap_err().reason, Reason::LimitRequests);
         drop(first);
         let second = second.now_or_never().expect("a place").unwrap();
         assert!(third.as_mut().now_or_never().is_none());

@@ -21,12 +21,13 @@ use std::{
 use bed::*;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
+use mesh_agent::metrics::HedgeOutcome;
 use mesh_core::{
     balance::Cause,
     model::{
         http::{RouteRule, TextMatch, Timeouts},
         traffic::{
-            Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+            Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
             RetryBudget, Traffic,
         },
     },
@@ -312,6 +313,84 @@ async fn a_call_is_tried_again_when_its_server_says_and_never_if_it_says_never()
         assert_eq!(calls(&format!("/pushback/web/{said}")).await, 1, "{said}");
     }
     assert_eq!(bed.world.source.metrics.retries(&name("service")), 1);
+}
+
+fn hedge(calls: &[&str]) -> Hedge {
+    let calls = calls.iter().map(|call| (*call).to_owned()).collect();
+    Hedge { after: Duration::from_millis(20), calls, budget: RetryBudget::default() }
+}
+
+fn hedges(bed: &Bed, outcome: HedgeOutcome) -> u64 {
+    bed.world.source.metrics.hedges(&name("service"), outcome)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_stalls_is_answered_elsewhere_and_the_first_endpoint_sees_at_once_that_it_is_given_up()
+{
+    let hedge = Some(hedge(&["stalls/web"]));
+    let bed = service(Traffic { hedge, ..balancing(Algorithm::RoundRobin) }).await;
+    let mut client = bed.client().await;
+    // Each of the two has the first turn once.
+    for _ in 0..2 {
+        let (status, said) = client.get("/stalls/web").await;
+        assert_eq!((status, &said["app"]), (StatusCode::OK, &json!("api")));
+    }
+    eventually(async || (bed.web.given_up() == 1).then_some(())).await;
+    assert_eq!((bed.web.served(), bed.api.served(), hedges(&bed, HedgeOutcome::Won)), (1, 2, 1));
+    let line = eventually(async || {
+        let lines = bed.world.source.log().await;
+        lines.into_iter().find(|line| line["path"] == "/stalls/web" && line["attempts"] == 2)
+    })
+    .await;
+    assert_eq!((&line["destination"]["workload"], &line["status"]), (&json!("shop/api"), &json!(200)));
+
+    // A call that is named, on a connection that many share: its stream alone is reset.
+    let caller = bed.caller().await;
+    for _ in 0..2 {
+        assert_eq!(caller.call("/stalls/web").await.headers()["x-app"], "api");
+    }
+    eventually(async || (bed.web.given_up() == 2).then_some(())).await;
+    assert_eq!(hedges(&bed, HedgeOutcome::Won), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_wins_nothing_while_the_other_endpoint_may_answer() {
+    let timeouts = Some(Timeouts { request: None, backend: Some(Duration::from_millis(300)) });
+    let again = Some(Retries { attempts: 0, ..retries() });
+    let traffic =
+        Traffic { hedge: Some(hedge(&[])), retries: again, timeouts, ..balancing(Algorithm::RoundRobin) };
+    let bed = service(traffic).await;
+    let mut client = bed.client().await;
+    let statuses = [client.get("/stalls/web/503").await.0, client.get("/stalls/web/503").await.0];
+    // The one that was asked first says 503 at once; the one that was asked second does while the other may answer.
+    assert_eq!(BTreeSet::from(statuses.map(|it| it.as_u16())), BTreeSet::from([503, 504]));
+    assert_eq!((hedges(&bed, HedgeOutcome::Won), hedges(&bed, HedgeOutcome::Failed)), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_do_harm_and_what_has_no_budget_or_no_room_is_sent_once() {
+    let timeouts = Some(Timeouts { request: Some(Duration::from_millis(200)), backend: None });
+    let traffic = Traffic { hedge: Some(hedge(&["shop.Cart/Get"])), timeouts, ..Traffic::default() };
+    let mut bed = service(traffic.clone()).await;
+    let mut client = bed.client().await;
+    let asked = |bed: &Bed| bed.web.served() + bed.api.served();
+    assert_eq!(client.ask(Request::post("/never")).await.0, StatusCode::GATEWAY_TIMEOUT);
+    let call = bed.caller().await.call("/never").await;
+    assert_eq!((call.headers()["grpc-status"].to_str().unwrap(), asked(&bed)), ("4", 2));
+
+    // What is saved up is one request, if nothing may be.
+    let none = Hedge { budget: RetryBudget { percent: 0, per_second: 0 }, ..hedge(&[]) };
+    says(&mut bed, Traffic { hedge: Some(none), reads_requests: true, ..traffic.clone() });
+    for expected in [4, 5] {
+        assert_eq!(client.get("/never").await.0, StatusCode::GATEWAY_TIMEOUT);
+        assert_eq!(asked(&bed), expected);
+    }
+    assert_eq!(bed.world.source.metrics.limit_hits("hedges"), 1);
+
+    let limits = Some(Limits { connections: None, requests: Some(1), pending: 0 });
+    says(&mut bed, Traffic { limits, reads_requests: true, ..traffic });
+    assert_eq!(client.get("/never").await.0, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!((asked(&bed), bed.world.source.metrics.limit_hits("hedges")), (6, 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -134,7 +134,8 @@ fn take<'a>(
 
 /// The fields of the spec that say something.
 fn parts_of(traffic: &Traffic) -> impl Iterator<Item = &'static str> {
-    let Traffic { balancing, timeouts, retries, limits, ejection, faults, reads_requests: _ } = traffic;
+    let Traffic { balancing, timeouts, retries, limits, ejection, faults, hedge, reads_requests: _ } =
+        traffic;
     [
         ("balancing", balancing.is_some()),
         ("timeouts", timeouts.is_some()),
@@ -142,6 +143,7 @@ fn parts_of(traffic: &Traffic) -> impl Iterator<Item = &'static str> {
         ("limits", limits.is_some()),
         ("ejection", ejection.is_some()),
         ("faults", faults.is_some()),
+        ("hedge", hedge.is_some()),
     ]
     .into_iter()
     .filter_map(|(part, says)| says.then_some(part))

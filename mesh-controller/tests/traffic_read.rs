@@ -15,7 +15,7 @@ use mesh_controller::{
 use mesh_core::model::{
     http::{RouteKind, TextMatch, Timeouts},
     traffic::{
-        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
         RetryBudget, Traffic,
     },
 };
@@ -162,6 +162,15 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
         read("ejection: {retryAfter: 30s}").ejection,
         Some(Ejection { retry_after: Some(secs(30)), ..usual })
     );
+    let hedge = |calls: &[&str], budget| {
+        let calls = calls.iter().map(|call| (*call).to_owned()).collect();
+        Some(Hedge { after: Duration::from_millis(100), calls, budget })
+    };
+    assert_eq!(read("hedge: {after: 100ms}").hedge, hedge(&[], RetryBudget::default()));
+    assert_eq!(
+        read("hedge: {after: 100ms, calls: [shop.v1.Cart/Get], budget: {percent: 5, perSecond: 0}}").hedge,
+        hedge(&["shop.v1.Cart/Get"], RetryBudget { percent: 5, per_second: 0 })
+    );
     let fault = |of_ten_thousand, effect| Fault { of_ten_thousand, headers: vec![], effect };
     let with_header = Fault {
         headers: vec![("x-tester".into(), TextMatch::Exact("me".into()))],
@@ -228,6 +237,11 @@ fn what_means_nothing_is_refused_by_its_field() {
         ("ejection: {retryAfter: 61m}", "spec.ejection.retryAfter", "too long"),
         ("ejection: {failurePercent: 5, window: 999ms}", "spec.ejection.window", "too short"),
         ("ejection: {failurePercent: 5, window: 2h}", "spec.ejection.window", "too long"),
+        ("hedge: {after: 0s}", "spec.hedge.after", "made twice"),
+        ("hedge: {after: 2h}", "spec.hedge.after", "too long"),
+        ("hedge: {after: 1s, calls: [Cart]}", "spec.hedge.calls[0]", "not the name of a call"),
+        ("hedge: {after: 1s, calls: ['/shop.Cart/Get']}", "spec.hedge.calls[0]", "not the name of a call"),
+        ("hedge: {after: 1s, budget: {percent: 101}}", "spec.hedge.budget.percent", "too much"),
         ("faults: [{percent: 101, delay: 1s}]", "spec.faults[0].percent", "no share"),
         ("faults: [{delay: 1s, abort: {status: 503}}]", "spec.faults[0].delay", "one of"),
         ("faults: [{abort: {}}]", "spec.faults[0].abort", "one answer"),

@@ -57,7 +57,8 @@ fn documents() -> [Value; 10] {
                 "limits": {"connections": 100, "requests": 50, "pending": 10},
                 "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10,
                     "failurePercent": 50, "minimumRequests": 10, "window": "10s", "retryAfter": "30s"},
-                "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}]}}),
+                "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}],
+                "hedge": {"after": "100ms", "calls": ["shop.v1.Cart/Get"], "budget": {"percent": 5, "perSecond": 1}}}}),
     ]
 }
 
@@ -151,6 +152,7 @@ const REQUIRED: &[&str] = &[
     "spec.balancing.hashBy.name",
     "spec.limits.requests",
     "spec.ejection.failurePercent",
+    "spec.hedge.after",
     "spec.faults[0].delay",
     "spec.faults[0].headers[0].name",
     "spec.faults[0].headers[0].value",
@@ -524,6 +526,8 @@ fn what_is_too_long_or_too_many_is_refused_and_not_quoted_whole() {
         (9, "/spec/ejection/failurePercent", json!(101), "too much"),
         (9, "/spec/ejection/minimumRequests", json!(0), "there is no share"),
         (9, "/spec/ejection/window", json!("2h"), "too long"),
+        (9, "/spec/hedge/calls", many(json!("a.B/C"), 65), "too many"),
+        (9, "/spec/hedge/calls/0", json!(long), "not the name of a call"),
         (3, "/spec/rules/0/to/0", json!({"claims": []}), "is empty"),
         (3, "/spec/rules/0/to/0", json!({"claims": [{"name": ""}]}), "is empty"),
         (

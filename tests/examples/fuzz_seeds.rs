@@ -134,7 +134,7 @@ const DOCUMENTS: [(&str, &str); 11] = [
     ),
     (
         "traffic",
-        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n  balancing: {algorithm: Hash, hashBy: {type: Header, name: x-a}, slowStart: 30s}\n  timeouts: {request: 1s}\n  retries: {codes: [503], grpcCodes: [14], methods: Every}\n  limits: {connections: 9, requests: 5, pending: 1}\n  ejection: {failures: 3}\n  faults: [{percent: 1.5, headers: [{name: x-a, value: b}], delay: 1s}, {abort: {grpcStatus: 14}}]\n",
+        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n  balancing: {algorithm: Hash, hashBy: {type: Header, name: x-a}, slowStart: 30s}\n  timeouts: {request: 1s}\n  retries: {codes: [503], grpcCodes: [14], methods: Every}\n  limits: {connections: 9, requests: 5, pending: 1}\n  ejection: {failures: 3, retryAfter: 9s}\n  faults: [{percent: 1.5, headers: [{name: x-a, value: b}], delay: 1s}, {abort: {grpcStatus: 14}}]\n  hedge: {after: 1s, calls: [a.B/C], budget: {percent: 5}}\n",
     ),
     (
         "two_with_markers",

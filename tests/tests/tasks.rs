@@ -37,13 +37,14 @@ struct Shop {
 type Task = (&'static str, fn(&Shop));
 
 /// All pages.
-const TASKS: [Task; 13] = [
+const TASKS: [Task; 14] = [
     ("canary", canary),
     ("blue-green", blue_green),
     ("route-by-path", route_by_path),
     ("a-b", a_b),
     ("time-out", time_out),
     ("retry", retry),
+    ("hedge", hedge),
     ("break-circuits", break_circuits),
     ("inject-faults", inject_faults),
     ("mirror", mirror),
@@ -72,7 +73,7 @@ fn shop() -> World {
 }
 
 /// An application that says who it is and what it was asked, and notes that. It answers every second request for `/flaky`, and,
-/// if it is `cart-1`, each for `/broken`, with an error, and none for `/hold`.
+/// if it is `cart-1`, each for `/broken`, with an error, and none for `/hold`, nor, if it is `cart-1`, for `/stalls`.
 fn app(name: &'static str, seen: &Arc<Mutex<Vec<String>>>) -> Handler {
     let (seen, flaky) = (seen.clone(), AtomicU32::new(0));
     Arc::new(move |stream| {
@@ -82,7 +83,7 @@ fn app(name: &'static str, seen: &Arc<Mutex<Vec<String>>>) -> Handler {
         let path = asked.split(' ').nth(2).unwrap_or_default().to_owned();
         let asked = asked.to_lowercase();
         seen.lock().unwrap().push(asked.clone());
-        if path == "/hold" {
+        if path == "/hold" || (path == "/stalls" && name == "cart-1") {
             return io::copy(&mut lines, &mut io::sink()).map(drop);
         }
         let status = match path.as_str() {
@@ -207,6 +208,27 @@ fn retry(shop: &Shop) {
     let twice = |line: &Value| line["path"] == "/flaky" && line["attempts"] == 2;
     let line = shop.world.agent("a").wait_log("what was tried again", twice);
     assert_eq!((&line["method"], &line["status"]), (&"GET".into(), &200.into()), "{line}");
+}
+
+fn hedge(shop: &Shop) {
+    let won = || {
+        let metrics = shop.world.agent("a").metrics().unwrap();
+        metrics.sum("nodemesh_hedges_total", &[("service", "shop/cart"), ("outcome", "won")])
+    };
+    // Before, a request of an endpoint that stalls would have no end.
+    until("requests are read", TIMEOUT, || {
+        ask_at(shop, "shop/cart", "web", "GET /read", "")?;
+        let log = shop.world.agent("a").access_log().map_err(|e| format!("{e:#}"))?;
+        holds(log.iter().any(|line| line["path"] == "/read"), || "not yet".to_owned())
+    });
+    until("the other endpoint answers for the one that stalls", TIMEOUT, || {
+        let answer = ask_at(shop, "shop/cart", "web", "GET /stalls", "")?;
+        assert!(answer.contains("cart-2 saw "), "{answer}");
+        holds(won() >= 1.0, || "nothing was hedged".to_owned())
+    });
+    let twice = |line: &Value| line["path"] == "/stalls" && line["attempts"] == 2;
+    let line = shop.world.agent("a").wait_log("a request that was hedged", twice);
+    assert_eq!(line["destination"]["workload"], "shop/cart-2", "{line}");
 }
 
 fn break_circuits(shop: &Shop) {

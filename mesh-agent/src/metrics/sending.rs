@@ -23,6 +23,36 @@ pub struct EjectionLabels {
     pub cause: &'static str,
 }
 
+/// What came of sending a request to a second endpoint, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HedgeOutcome {
+    /// The second one's answer was kept.
+    Won,
+    /// The first one's was.
+    Lost,
+    /// Neither's.
+    Failed,
+}
+
+impl HedgeOutcome {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Won => "won",
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Labels of `nodemesh_hedges_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HedgeLabels {
+    /// The service, `namespace/name`.
+    pub service: String,
+    /// Whose answer was kept: a word of [`HedgeOutcome`].
+    pub outcome: &'static str,
+}
+
 /// Labels of `nodemesh_faults_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FaultLabels {
@@ -38,6 +68,7 @@ pub(super) struct Sending {
     ejections: Family<EjectionLabels, Counter>,
     retries: Family<ServiceLabels, Counter>,
     faults: Family<FaultLabels, Counter>,
+    hedges: Family<HedgeLabels, Counter>,
 }
 
 impl Sending {
@@ -52,6 +83,11 @@ impl Sending {
             "faults",
             "Requests to a service that were delayed or answered with an error because a policy wants that",
             self.faults.clone(),
+        );
+        registry.register(
+            "hedges",
+            "Requests to a service that were sent to a second endpoint while the first one had not answered, by whose answer was kept",
+            self.hedges.clone(),
         );
     }
 }
@@ -81,6 +117,18 @@ impl super::Metrics {
     /// How often that was.
     pub fn retries(&self, service: &Name) -> u64 {
         self.sending.retries.get_or_create(&of(service)).get()
+    }
+
+    /// A request to a service was sent to a second endpoint, too.
+    pub fn hedged(&self, service: &Name, outcome: HedgeOutcome) {
+        let labels = HedgeLabels { service: service.to_string(), outcome: outcome.label() };
+        self.sending.hedges.get_or_create(&labels).inc();
+    }
+
+    /// How often that was.
+    pub fn hedges(&self, service: &Name, outcome: HedgeOutcome) -> u64 {
+        let labels = HedgeLabels { service: service.to_string(), outcome: outcome.label() };
+        self.sending.hedges.get_or_create(&labels).get()
     }
 
     /// Something goes wrong with a request to a service on purpose.

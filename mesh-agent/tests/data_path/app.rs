@@ -31,6 +31,7 @@ use crate::world::in_time;
 /// An application that says what it was asked, and does what paths say.
 pub(crate) struct App {
     served: Arc<AtomicUsize>,
+    given_up: Arc<AtomicUsize>,
     #[allow(dead_code, reason = "for those who end it")]
     pub(crate) task: JoinHandle<()>,
 }
@@ -40,25 +41,53 @@ impl App {
     pub(crate) fn served(&self) -> usize {
         self.served.load(Ordering::Relaxed)
     }
+
+    /// Requests for `/stalls` that nobody waits for any more.
+    #[allow(dead_code, reason = "for those who give up")]
+    pub(crate) fn given_up(&self) -> usize {
+        self.given_up.load(Ordering::Relaxed)
+    }
 }
 
 pub(crate) fn app(says: &'static str, listener: TcpListener) -> App {
-    let served = Arc::new(AtomicUsize::new(0));
-    let counted = served.clone();
+    let (served, given_up) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let (counted, dropped) = (served.clone(), given_up.clone());
     let task = tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let counted = counted.clone();
+            let (counted, dropped) = (counted.clone(), dropped.clone());
             tokio::spawn(async move {
                 let service = service_fn(move |request| {
                     let count = counted.fetch_add(1, Ordering::Relaxed);
-                    async move { Ok::<_, Infallible>(respond(says, count, request).await) }
+                    let dropped = dropped.clone();
+                    async move {
+                        if stalls(says, request.uri().path()) {
+                            let _counts = Dropped(dropped);
+                            std::future::pending::<()>().await;
+                        }
+                        Ok::<_, Infallible>(respond(says, count, request).await)
+                    }
                 });
                 let builder = auto::Builder::new(TokioExecutor::new());
                 let _ = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
             });
         }
     });
-    App { served, task }
+    App { served, given_up, task }
+}
+
+/// Counts when it is dropped.
+struct Dropped(Arc<AtomicUsize>);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// `/stalls/APP…`: that application never answers.
+fn stalls(says: &str, path: &str) -> bool {
+    let mut parts = path.split('/').skip(1);
+    parts.next() == Some("stalls") && parts.next() == Some(says)
 }
 
 async fn respond(
@@ -124,10 +153,11 @@ async fn respond(
     response
 }
 
-/// `/busy/APP/STATUS/SECONDS` and, of calls, `/pushback/APP/MS`: that application wants to be asked later.
+/// `/stalls/APP/STATUS`: the other application answers so. `/busy/APP/STATUS/SECONDS` and, of calls, `/pushback/APP/MS`: that application wants to be asked later.
 fn wants_time(says: &str, path: &str, response: &mut Response<BoxBody<Bytes, Infallible>>) -> bool {
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     match parts[..] {
+        ["stalls", _, status] => *response.status_mut() = status.parse().unwrap(),
         ["busy", app, status, seconds] if app == says => {
             *response.status_mut() = status.parse().unwrap();
             response.headers_mut().insert(header::RETRY_AFTER, seconds.parse().unwrap());

@@ -89,8 +89,8 @@ impl Story<'_> {
         };
         self.step(Step::Route, chosen_rule(&chosen));
         let of_service = service.port(self.asked.port()).map(|it| it.traffic.clone()).unwrap_or_default();
-        let Traffic { timeouts, retries, faults, .. } = chosen.rule.traffic.or(&of_service);
-        self.sent(&Traffic { timeouts, retries, faults, ..Traffic::default() });
+        let Traffic { timeouts, retries, faults, hedge, .. } = chosen.rule.traffic.or(&of_service);
+        self.sent(&Traffic { timeouts, retries, faults, hedge, ..Traffic::default() });
         if let Some(redirect) = &chosen.rule.filters.redirect {
             return vec![answered(to, "answered", &format!("redirected with {}", redirect.status))];
         }

@@ -1,6 +1,6 @@
 //! TrafficPolicies in words: what they say, and what became of them.
 
-use mesh_core::model::traffic::{Algorithm, Balancing, Fault, FaultEffect, HashBy, Retries, Traffic};
+use mesh_core::model::traffic::{Algorithm, Balancing, Fault, FaultEffect, HashBy, Hedge, Retries, Traffic};
 
 use super::answer::{TrafficRow, TrafficTargetRow};
 use crate::{
@@ -29,8 +29,16 @@ pub(super) fn rows(model: &Model) -> Vec<TrafficRow> {
 
 /// What is said, a line for each part.
 pub(super) fn words(traffic: &Traffic) -> Vec<String> {
-    let Traffic { balancing: by, timeouts, retries: again, limits, ejection, faults, reads_requests: _ } =
-        traffic;
+    let Traffic {
+        balancing: by,
+        timeouts,
+        retries: again,
+        limits,
+        ejection,
+        faults,
+        hedge,
+        reads_requests: _,
+    } = traffic;
     let mut words = vec![];
     words.extend(by.as_ref().map(balancing));
     if let Some(times) = timeouts {
@@ -40,6 +48,7 @@ pub(super) fn words(traffic: &Traffic) -> Vec<String> {
         words.push(if said.is_empty() { "as long as it takes".to_owned() } else { said.join(", ") });
     }
     words.extend(again.as_ref().map(retries));
+    words.extend(hedge.as_ref().map(hedged));
     if let Some(limits) = limits {
         let connections = limits.connections.map(|most| format!("at most {most} connections"));
         let requests = limits
@@ -100,6 +109,16 @@ fn retries(retries: &Retries) -> String {
         after.join(", "),
         budget.percent,
         budget.per_second
+    )
+}
+
+fn hedged(hedge: &Hedge) -> String {
+    let Hedge { after, calls, budget } = hedge;
+    let calls = if calls.is_empty() { String::new() } else { format!(" and calls of {}", calls.join(", ")) };
+    format!(
+        "safe requests{calls} sent to a second endpoint, too, after {after:?} without an answer, {} percent of all and {} a \
+         second",
+        budget.percent, budget.per_second
     )
 }
 

@@ -84,6 +84,14 @@ impl Load {
         self.refusing_until = None;
     }
 
+    /// It has not answered within this time, seen at `now`, and nobody waits for it any more: it would have taken longer.
+    pub fn outlasted(&mut self, waited: Duration, now: Duration) {
+        let sample = waited.as_secs_f64();
+        if self.took.is_none_or(|(average, _)| sample > average) {
+            self.took = Some((sample, now));
+        }
+    }
+
     /// It did not take a connection at `now`: it is passed over, longer each time.
     pub fn failed(&mut self, now: Duration) {
         let factor = 1u32 << self.refused.min(5);
@@ -175,6 +183,19 @@ mod tests {
             load.failed(Duration::ZERO);
         }
         assert!(load.is_refusing(REFUSING_MAX - MS) && !load.is_refusing(REFUSING_MAX));
+    }
+
+    #[test]
+    fn who_was_not_waited_for_counts_as_slow_as_that_at_least() {
+        let mut load = Load::default();
+        load.outlasted(MS * 50, MS);
+        assert_eq!(load.cost(), 0.05);
+        load.outlasted(MS * 5, MS);
+        assert_eq!(load.cost(), 0.05, "it may have been as slow as before");
+        load.failed(MS);
+        load.outlasted(MS * 90, MS);
+        assert!(load.is_refusing(MS), "it has taken nothing yet");
+        assert_eq!(load.cost(), 0.09);
     }
 
     #[test]

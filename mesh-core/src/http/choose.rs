@@ -3,10 +3,12 @@
 
 use std::{borrow::Cow, time::Duration};
 
+use http::Method;
+
 use super::later::Later;
 use crate::model::{
     http::{Backend, Mirror, RouteRule, Timeouts},
-    traffic::{Fault, Retries, RetryBudget, Traffic},
+    traffic::{Fault, Hedge, Retries, RetryBudget, Traffic},
 };
 
 /// When a request is tried again where nobody says it: if it is a safe one, and its connection broke.
@@ -47,6 +49,8 @@ pub struct Terms<'a> {
     pub retries: Cow<'a, Retries>,
     /// What goes wrong with it on purpose.
     pub faults: &'a [Fault],
+    /// When it is sent to a second endpoint, too.
+    pub hedge: Option<&'a Hedge>,
 }
 
 /// What is said of a request under a rule: by the rule itself, by what policies say of the rule, and by what they say of
@@ -71,7 +75,14 @@ pub fn terms<'a>(rule: &'a RouteRule, asked: &'a Traffic) -> Terms<'a> {
         },
         retries,
         faults: said.iter().find_map(|it| it.faults.as_deref()).unwrap_or_default(),
+        hedge: said.iter().find_map(|it| it.hedge.as_ref()),
     }
+}
+
+/// Whether a request does no harm when it is made twice, as far as a policy says so: `is_call`, by gRPC.
+pub fn is_hedged(hedge: &Hedge, method: &Method, path: &str, is_call: bool) -> bool {
+    let named = |path: &str| hedge.calls.iter().any(|call| call == path);
+    method.is_safe() || (is_call && path.strip_prefix('/').is_some_and(named))
 }
 
 /// The pause before the attempt with this number, from 1: what is said for certain, and up to a half more by chance, so
@@ -120,6 +131,27 @@ mod tests {
         assert_eq!(pause(backoff, 1, u32::MAX), Duration::from_millis(150));
         assert_eq!(pause(backoff, 3, u32::MAX), Duration::from_millis(600));
         assert_eq!(pause(backoff, 40, 0), MAX_PAUSE);
+    }
+
+    #[test]
+    fn what_is_safe_and_the_calls_that_are_named_are_hedged_and_nothing_else() {
+        let hedge = Hedge {
+            after: Duration::from_millis(1),
+            calls: vec!["shop.Cart/Get".into()],
+            budget: RetryBudget::default(),
+        };
+        for (method, path, is_call, expected) in [
+            (Method::GET, "/", false, true),
+            (Method::HEAD, "/shop.Cart/Get", false, true),
+            (Method::POST, "/shop.Cart/Get", true, true),
+            (Method::POST, "/shop.Cart/Get", false, false),
+            (Method::POST, "/shop.Cart/Add", true, false),
+            (Method::POST, "/shop.Cart/Get/", true, false),
+            (Method::PUT, "/", false, false),
+            (Method::CONNECT, "/", false, false),
+        ] {
+            assert_eq!(is_hedged(&hedge, &method, path, is_call), expected, "{method} {path} {is_call}");
+        }
     }
 
     #[test]

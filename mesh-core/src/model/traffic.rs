@@ -25,6 +25,8 @@ pub struct Traffic {
     pub ejection: Option<Ejection>,
     /// What goes wrong on purpose; each fault happens for itself, in this order.
     pub faults: Option<Vec<Fault>>,
+    /// When it is sent to a second endpoint, too.
+    pub hedge: Option<Hedge>,
     /// Whoever says something of the service itself, and not of all of a namespace, speaks of requests: they are read, on
     /// ports without routes, too.
     pub reads_requests: bool,
@@ -45,6 +47,7 @@ impl Traffic {
             limits: self.limits.or(other.limits),
             ejection: self.ejection.or(other.ejection),
             faults: self.faults.clone().or_else(|| other.faults.clone()),
+            hedge: self.hedge.clone().or_else(|| other.hedge.clone()),
             reads_requests: self.reads_requests || other.reads_requests,
         }
     }
@@ -59,6 +62,7 @@ impl Traffic {
             || self.retries.is_some()
             || self.ejection.is_some()
             || self.faults.is_some()
+            || self.hedge.is_some()
     }
 }
 
@@ -122,7 +126,19 @@ pub struct Retries {
     pub budget: RetryBudget,
 }
 
-/// How many requests to a service may be tried again.
+/// When a request is sent to a second endpoint, while the first one has not answered yet: if its method is a safe one (RFC
+/// 9110, section 9.2.1), or if it is one of these calls.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hedge {
+    /// After so long without the head of an answer. Never 0.
+    pub after: Duration,
+    /// Calls that do no harm when they are made twice, `package.Service/Method`.
+    pub calls: Vec<String>,
+    /// How many requests may be.
+    pub budget: RetryBudget,
+}
+
+/// How many requests to a service may be tried again, or hedged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetryBudget {
     /// Of all that are asked, percent.

@@ -9,7 +9,7 @@ use super::{
 use crate::model::{
     http::Timeouts,
     traffic::{
-        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
         RetryBudget, Traffic,
     },
 };
@@ -52,6 +52,12 @@ pub(super) fn to_proto(traffic: &Traffic) -> Option<proto::Traffic> {
             retry_after_ms: millis(it.retry_after),
         }),
         faults: traffic.faults.as_ref().map(faults),
+        hedge: traffic.hedge.as_ref().map(|it| proto::Hedge {
+            after_ms: millis(Some(it.after)),
+            calls: it.calls.clone(),
+            budget_percent: it.budget.percent,
+            budget_per_second: it.budget.per_second,
+        }),
         reads_requests: traffic.reads_requests,
     })
 }
@@ -106,6 +112,7 @@ pub(super) fn from_proto(key: &str, traffic: Option<&proto::Traffic>) -> Result<
         }),
         ejection: traffic.ejection.as_ref().map(|it| ejection_from_proto(key, it)).transpose()?,
         faults: traffic.faults.as_ref().map(faults).transpose()?,
+        hedge: traffic.hedge.as_ref().map(|it| hedge_from_proto(key, it)).transpose()?,
         reads_requests: traffic.reads_requests,
     })
 }
@@ -147,6 +154,13 @@ fn retries_from_proto(key: &str, retries: &proto::Retries) -> Result<Retries, Wi
         backoff: Duration::from_millis(retries.backoff_ms),
         budget: RetryBudget { percent: retries.budget_percent, per_second: retries.budget_per_second },
     })
+}
+
+fn hedge_from_proto(key: &str, hedge: &proto::Hedge) -> Result<Hedge, WireError> {
+    let after =
+        some_time(hedge.after_ms).ok_or_else(|| error(key, "traffic.hedge.after_ms", "after no time"))?;
+    let budget = RetryBudget { percent: hedge.budget_percent, per_second: hedge.budget_per_second };
+    Ok(Hedge { after, calls: hedge.calls.clone(), budget })
 }
 
 fn grpc_status(key: &str, status: u32) -> Result<u16, WireError> {

@@ -29,6 +29,7 @@ pub(super) const NOTHING: &Traffic = &Traffic {
     limits: None,
     ejection: None,
     faults: None,
+    hedge: None,
     reads_requests: false,
 };
 
@@ -84,6 +85,20 @@ impl<'a> Backends<'a> {
     pub(super) fn has_one_awake(&self, balancer: &Balancer) -> bool {
         let of_one = self.traffic.ejection.as_ref().is_some_and(|it| it.retry_after.is_some());
         of_one && balancer.has_one_awake(&self.all)
+    }
+
+    /// Whether there is an endpoint that was not asked, and that the request may go to.
+    pub(super) fn has_another(&self) -> bool {
+        self.session.is_none() && !self.untried.is_empty()
+    }
+
+    /// A place among the requests to the service for a second attempt, without waiting; none is needed where no policy says
+    /// how many there may be.
+    pub(super) fn place_at_once(&self) -> Result<Option<Place>, Refusal> {
+        match &self.traffic.limits {
+            Some(limits) if limits.requests.is_some() => self.to.request_at_once(limits).map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// A place among the requests to the service, where a policy says how many there may be.

@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 
-use super::{attempts::has_failed, exchange::Exchange, upstream::Used};
+use super::{attempt::has_failed, exchange::Exchange, upstream::Used};
 
 /// Most bytes of a request that are kept to be sent again: 64 KiB.
 const MOST_KEPT: usize = 64 * 1024;
@@ -184,8 +184,8 @@ impl Asking {
     }
 
     /// A request came back that was never sent: its body can be sent still.
-    pub(super) fn put_back(&mut self, body: Body) {
-        if let (Self::Sent, Body::Carried(body) | Body::Sending(body, _)) = (&*self, body) {
+    pub(super) fn put_back(&mut self, body: Option<Body>) {
+        if let (Self::Sent, Some(Body::Carried(body) | Body::Sending(body, _))) = (&*self, body) {
             *self = Self::Once(body);
         }
     }

@@ -11,7 +11,7 @@ use mesh_core::{
         Chosen,
         trace::{self, TraceId},
     },
-    model::Name,
+    model::{Endpoint, Name},
     policy::{RuleRef, WouldRefuse},
     refusal::Reason,
 };
@@ -19,7 +19,10 @@ use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use self::span::Traced;
-use super::{attempts::has_failed, body::grpc_status};
+use super::{
+    attempt::{Try, has_failed},
+    body::grpc_status,
+};
 use crate::{
     live::Party,
     metrics::{AttemptLabels, AuditLabels, Direction, RequestLabels, RequestTimeLabels},
@@ -156,22 +159,24 @@ impl Exchange {
     }
 
     /// An attempt at an endpoint has ended: with an answer of this status, or with none for this reason.
-    pub(super) fn attempt_ended(
-        &mut self,
-        endpoint: &mesh_core::model::Endpoint,
-        ended: Result<u16, Reason>,
-    ) {
-        if let Some(told) = self.told()
-            && let Some(traced) = &mut told.traced
-        {
-            traced.tried(told.attempts, endpoint, ended);
+    pub(super) fn attempt_ended(&mut self, attempt: &Try, ended: Result<u16, &'static str>) {
+        if let Some(traced) = self.told().and_then(|told| told.traced.as_mut()) {
+            traced.tried(attempt.number, &attempt.endpoint, ended);
         }
     }
 
-    /// It is tried at an endpoint.
-    pub(super) fn tried(&mut self, endpoint: &mesh_core::model::Endpoint) {
-        if let Some(told) = self.told() {
+    /// It is tried at an endpoint: for which time.
+    pub(super) fn tried(&mut self, endpoint: &Endpoint) -> u32 {
+        self.came_from(endpoint);
+        self.told().map_or(0, |told| {
             told.attempts += 1;
+            told.attempts
+        })
+    }
+
+    /// It is at this endpoint, or its answer is from there.
+    pub(super) fn came_from(&mut self, endpoint: &Endpoint) {
+        if let Some(told) = self.told() {
             told.ends.destination.workload = endpoint.workload.clone();
             told.ends.destination.address = Some(std::net::SocketAddr::new(endpoint.address, endpoint.port));
         }

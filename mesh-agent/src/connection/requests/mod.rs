@@ -8,6 +8,8 @@
 //! | `faults` | what goes wrong with a request on purpose |
 //! | `backends` | the endpoints that a request may be sent to, and by what one is chosen |
 //! | `attempts` | to which of them it is sent, and when it is tried again |
+//! | `attempt` | one of these: how it ends, and what that says of its endpoint |
+//! | `hedge` | a second one, while the first one has not answered |
 //! | `answers` | what it is answered with |
 //! | `session` | requests of a session go where its first one went |
 //! | `upstream` | connections to backends |
@@ -21,12 +23,14 @@
 //! service that was asked for.
 
 mod answers;
+mod attempt;
 mod attempts;
 mod backends;
 pub(super) mod body;
 pub(super) mod exchange;
 mod faults;
 pub(super) mod heads;
+mod hedge;
 mod line;
 mod session;
 pub(super) mod stream;
@@ -58,6 +62,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     answers::empty,
+    attempt::Sending,
     attempts::Attempts,
     backends::Backends,
     body::{Asking, Body},
@@ -363,8 +368,9 @@ async fn tell(
 
     // The way there and the answer's head, as often as the rule says.
     let backends = Backends::new(&view, asker, (service, *port), session, head.headers())?;
-    let (terms, view) = (&terms, &*view);
-    let mut attempts = Attempts { asker, view, own, terms, delayed, backends, head, body };
+    let (terms, view, head, count) = (&terms, &*view, &head, backends.count());
+    let sending = Sending { asker, view, own, terms, service, head, count };
+    let mut attempts = Attempts { sending, delayed, backends, body, hedged: false };
     attempts.mirror([&rule.filters, &backend.filters].into_iter().flat_map(|it| &it.mirrors));
     let (response, used, endpoint) = attempts.run(exchange).await?;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mesh_core::model::{
     http::{RouteKind, TextMatch},
     traffic::{
-        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
         RetryBudget, Traffic,
     },
 };
@@ -37,6 +37,9 @@ const LEAST_WINDOW: Duration = Duration::from_secs(1);
 const LAST_GRPC_STATUS: u16 = 16;
 /// Longest value of a header.
 const MAX_VALUE: usize = 1024;
+/// Most calls that are hedged, and the longest name of one.
+const MAX_CALLS: usize = 64;
+const MAX_CALL: usize = 256;
 
 /// How requests and connections are sent to Services.
 #[derive(Debug, Deserialize)]
@@ -59,6 +62,8 @@ pub(super) struct RawTrafficPolicy {
     /// What goes wrong on purpose; an empty list: nothing, whatever is said of the Service or its namespace.
     #[cfg_attr(test, schemars(length(max = 16)))]
     faults: Option<Vec<RawFault>>,
+    /// When a request is sent to a second endpoint while the first one has not answered yet; left out: never.
+    hedge: Option<RawHedge>,
 }
 
 /// One thing that a policy is for.
@@ -141,7 +146,7 @@ struct RawRetries {
     budget: Option<RawBudget>,
 }
 
-/// How many requests to a Service may be tried again, from each node.
+/// How many requests to a Service may be tried again, or hedged, from each node.
 #[derive(Debug, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -152,6 +157,23 @@ struct RawBudget {
     /// In a second, however few there are: 10, if it is not said.
     #[cfg_attr(test, schemars(range(max = 1_000_000)))]
     per_second: Option<u32>,
+}
+
+/// When a request is sent to a second endpoint, too.
+#[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawHedge {
+    /// After so long without the head of an answer, such as 100ms: what few requests take.
+    #[cfg_attr(test, schemars(length(min = 1, max = 32)))]
+    after: String,
+    /// Calls that do no harm when they are made twice, such as shop.v1.Cart/Get; besides them requests of safe methods are
+    /// hedged (GET, HEAD, OPTIONS, TRACE).
+    #[cfg_attr(test, schemars(length(max = 64), inner(length(min = 3, max = 256))))]
+    #[serde(default)]
+    calls: Vec<String>,
+    /// How many requests to the Service may be hedged.
+    budget: Option<RawBudget>,
 }
 
 /// How much may be under way at once, from each node.
@@ -287,10 +309,11 @@ impl Check<'_> {
             limits: spec.limits.map(|raw| self.limits(raw)),
             ejection: spec.ejection.map(|raw| self.ejection(raw)),
             faults: spec.faults.map(|raw| self.faults(raw)),
+            hedge: spec.hedge.map(|raw| self.hedge(raw)),
             reads_requests: false,
         };
         if traffic.is_empty() {
-            let cure = "write balancing, timeouts, retries, limits, ejection or faults";
+            let cure = "write balancing, timeouts, retries, limits, ejection, faults or hedge";
             self.problem("spec", "the policy says nothing", cure);
         }
         if targets.iter().any(|it| matches!(it, TrafficTarget::Route { .. })) {
@@ -412,14 +435,7 @@ impl Check<'_> {
                 self.problem(&format!("{at}.grpcCodes[{index}]"), reason, "write numbers from 1 to 16");
             }
         }
-        let budget = raw.budget.map_or_else(RetryBudget::default, |raw| {
-            let usual = RetryBudget::default();
-            let percent = raw.percent.unwrap_or(usual.percent);
-            self.at_most(&format!("{at}.budget.percent"), percent, 100);
-            let per_second = raw.per_second.unwrap_or(usual.per_second);
-            self.at_most(&format!("{at}.budget.perSecond"), per_second, MAX_UNDERWAY);
-            RetryBudget { percent, per_second }
-        });
+        let budget = self.budget(&format!("{at}.budget"), raw.budget);
         let attempts = raw.attempts.unwrap_or(2);
         self.at_most(&format!("{at}.attempts"), attempts, MAX_ATTEMPTS);
         let every_method = match raw.methods.as_deref().unwrap_or("Safe") {
@@ -440,6 +456,41 @@ impl Check<'_> {
             backoff: backoff.unwrap_or(Duration::from_millis(25)),
             budget,
         }
+    }
+
+    fn budget(&mut self, at: &str, raw: Option<RawBudget>) -> RetryBudget {
+        let usual = RetryBudget::default();
+        let Some(raw) = raw else { return usual };
+        let percent = raw.percent.unwrap_or(usual.percent);
+        self.at_most(&format!("{at}.percent"), percent, 100);
+        let per_second = raw.per_second.unwrap_or(usual.per_second);
+        self.at_most(&format!("{at}.perSecond"), per_second, MAX_UNDERWAY);
+        RetryBudget { percent, per_second }
+    }
+
+    fn hedge(&mut self, raw: RawHedge) -> Hedge {
+        let at = "spec.hedge";
+        let field = format!("{at}.after");
+        let after = self.time(&field, &raw.after);
+        if after.is_some_and(|time| time.is_zero()) {
+            let cure = "write what few requests take, such as 100ms";
+            self.problem(&field, "every request would be made twice", cure);
+        }
+        self.limit(&format!("{at}.calls"), raw.calls.len(), MAX_CALLS);
+        for (index, call) in raw.calls.iter().take(MAX_CALLS).enumerate() {
+            let name = |text: &str| {
+                !text.is_empty()
+                    && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.'))
+            };
+            let field = format!("{at}.calls[{index}]");
+            self.no_longer(&field, call, MAX_CALL);
+            if !call.split_once('/').is_some_and(|(service, method)| name(service) && name(method)) {
+                let cure = "write package.Service/Method, such as shop.v1.Cart/Get";
+                self.problem(&field, "this is not the name of a call", cure);
+            }
+        }
+        let budget = self.budget(&format!("{at}.budget"), raw.budget);
+        Hedge { after: after.unwrap_or(MAX_TIME), calls: raw.calls, budget }
     }
 
     fn limits(&mut self, raw: RawLimits) -> Limits {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use mesh_core::model::{
     http::Timeouts,
     traffic::{
-        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Limits, Retries,
+        Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
         RetryBudget, Traffic,
     },
 };
@@ -45,6 +45,11 @@ fn retries() -> impl Strategy<Value = Retries> {
             budget,
         },
     )
+}
+
+fn hedge() -> impl Strategy<Value = Hedge> {
+    let budget = (0u32..100, 0u32..9).prop_map(|(percent, per_second)| RetryBudget { percent, per_second });
+    (time(), vec(word(), 0..2), budget).prop_map(|(after, calls, budget)| Hedge { after, calls, budget })
 }
 
 fn ejection() -> impl Strategy<Value = Ejection> {
@@ -88,14 +93,15 @@ pub(crate) fn traffic() -> impl Strategy<Value = Traffic> {
         option::of(limits),
         option::of(ejection()),
     );
-    (parts, option::of(vec(fault(), 0..2)), any::<bool>()).prop_map(
-        |((balancing, timeouts, retries, limits, ejection), faults, reads_requests)| Traffic {
+    (parts, option::of(vec(fault(), 0..2)), option::of(hedge()), any::<bool>()).prop_map(
+        |((balancing, timeouts, retries, limits, ejection), faults, hedge, reads_requests)| Traffic {
             balancing,
             timeouts,
             retries,
             limits,
             ejection,
             faults,
+            hedge,
             reads_requests,
         },
     )

@@ -10,7 +10,6 @@ use http::{HeaderMap, Method, Uri, Version, header};
 use mesh_core::{
     http::trace::{self, Place, Share},
     model::{Endpoint, Name},
-    refusal::Reason,
 };
 
 use super::{super::heads, Told};
@@ -42,8 +41,8 @@ impl Traced {
         Some(Self { place, host, is_call, events: vec![], dropped_events: 0 })
     }
 
-    /// An attempt has ended: with this status, or without one for this reason.
-    pub(super) fn tried(&mut self, attempt: u32, endpoint: &Endpoint, ended: Result<u16, Reason>) {
+    /// An attempt has ended: with this status, or without one, for this reason.
+    pub(super) fn tried(&mut self, attempt: u32, endpoint: &Endpoint, ended: Result<u16, &'static str>) {
         if !self.place.sampled {
             return;
         }
@@ -61,7 +60,7 @@ impl Traced {
         }
         attributes.push(match ended {
             Ok(status) => attribute("http.response.status_code", status),
-            Err(reason) => attribute("error.type", reason.label()),
+            Err(why) => attribute("error.type", why),
         });
         let (time, name) = (nanoseconds(SystemTime::now()), "nodemesh.attempt".to_owned());
         self.events.push(Event { time, name, attributes });
