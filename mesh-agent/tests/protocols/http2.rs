@@ -4,11 +4,12 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::{StreamExt, future::join_all, stream};
 use http::{Method, Request, Response, StatusCode};
@@ -16,11 +17,17 @@ use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::BoxBody};
 use hyper::{
     body::{Frame, Incoming},
     client::conn::http2::{Builder, SendRequest},
+    ext::Protocol,
     server::conn::http2 as server,
     service::service_fn,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use mesh_core::model::{Action, Asks, Policy, Rule, Target};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
     sync::{Notify, watch},
 };
@@ -28,7 +35,7 @@ use tokio::{
 use crate::{
     Bed,
     app::app,
-    world::{connect, eventually, in_time},
+    world::{connect, eventually, in_time, name},
 };
 
 type Answer = Result<Response<BoxBody<Bytes, io::Error>>, io::Error>;
@@ -191,27 +198,174 @@ async fn streams_to_a_backend_that_is_somebody_else_now_are_cut() {
     in_time(breaks).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn websockets_in_http2_are_not_offered_and_cost_who_asks_nonetheless_that_stream_alone() {
-    for bed in Bed::both().await {
-        let stream = TokioIo::new(connect(bed.at).await);
-        let (sender, connection) =
-            in_time(Builder::new(TokioExecutor::new()).handshake(stream)).await.unwrap();
-        let app = app("web", bed.app);
-        let offered = Arc::new(AtomicUsize::new(0));
-        let told = offered.clone();
-        let mut connection = Box::pin(connection);
-        tokio::spawn(std::future::poll_fn(move |cx| {
-            told.fetch_add(usize::from(connection.is_extended_connect_protocol_enabled()), Ordering::Relaxed);
-            connection.as_mut().poll(cx)
-        }));
-        assert_eq!(get(&sender, "/").await.unwrap().status(), StatusCode::OK);
-        let mut asks = request(Method::CONNECT, "/chat");
-        asks.extensions_mut().insert(hyper::ext::Protocol::from_static("websocket"));
-        assert!(in_time(sender.clone().send_request(asks)).await.is_err());
-        assert_eq!(get(&sender, "/").await.unwrap().status(), StatusCode::OK);
-        assert_eq!((offered.load(Ordering::Relaxed), app.served()), (0, 2));
+/// What an application of WebSockets speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Speaks {
+    Http1,
+    Http2,
+    /// With WebSockets in it.
+    Http2WithWebSockets,
+}
+
+/// An application that gives back what comes by a WebSocket. What it was asked: method, version, path and who it was for.
+fn websockets(listener: TcpListener, speaks: Speaks) -> Arc<Mutex<Vec<String>>> {
+    let asked = Arc::<Mutex<Vec<String>>>::default();
+    let seen = asked.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let seen = seen.clone();
+            let service = service_fn(move |request| {
+                let response = websocket(request, &seen);
+                async move { Ok::<_, io::Error>(response) }
+            });
+            let mut builder = auto::Builder::new(TokioExecutor::new());
+            match speaks {
+                Speaks::Http1 => builder = builder.http1_only(),
+                Speaks::Http2 => {}
+                Speaks::Http2WithWebSockets => {
+                    builder.http2().enable_connect_protocol();
+                }
+            }
+            tokio::spawn(async move {
+                let _ = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    asked
+}
+
+fn websocket(mut request: Request<Incoming>, seen: &Mutex<Vec<String>>) -> Response<Full<Bytes>> {
+    let (uri, headers) = (request.uri(), request.headers());
+    let host = uri.host().or_else(|| headers.get("host")?.to_str().ok()).unwrap_or_default();
+    let said = format!("{} {:?} {} {host}", request.method(), request.version(), uri.path());
+    seen.lock().unwrap().push(said);
+    let mut response = Response::new(Full::default());
+    match uri.path() {
+        "/page" => return Response::new(Full::from("no WebSocket")),
+        "/away" => {
+            *response.status_mut() = StatusCode::FORBIDDEN;
+            return response;
+        }
+        _ => {}
     }
+    if request.method() == Method::GET {
+        assert_eq!(headers["upgrade"], "websocket");
+        assert_eq!(headers["sec-websocket-version"], "13");
+        let accept = accepts(headers["sec-websocket-key"].as_bytes());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        for (name, value) in
+            [("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-accept", &accept)]
+        {
+            response.headers_mut().insert(name, value.parse().unwrap());
+        }
+    } else {
+        assert_eq!(request.extensions().get::<Protocol>().unwrap().as_str(), "websocket");
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let (mut from, mut to) = tokio::io::split(TokioIo::new(upgrade.await.unwrap()));
+        tokio::io::copy(&mut from, &mut to).await.unwrap();
+        to.shutdown().await.unwrap();
+    });
+    response
+}
+
+/// RFC 6455, section 1.3.
+fn accepts(key: &[u8]) -> String {
+    let text = [key, b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"].concat();
+    BASE64_STANDARD.encode(ring::digest::digest(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY, &text))
+}
+
+/// A client of WebSockets in HTTP/2, once it knows that they are offered.
+async fn websocket_client(at: SocketAddr) -> SendRequest<Empty<Bytes>> {
+    let stream = TokioIo::new(connect(at).await);
+    let (sender, connection) = in_time(Builder::new(TokioExecutor::new()).handshake(stream)).await.unwrap();
+    let (tells, mut offered) = watch::channel(false);
+    let mut connection = Box::pin(connection);
+    tokio::spawn(std::future::poll_fn(move |cx| {
+        let polled = connection.as_mut().poll(cx);
+        tells.send_replace(connection.is_extended_connect_protocol_enabled());
+        polled
+    }));
+    // hyper looks at the settings when there is something to do.
+    in_time(async {
+        while !*offered.borrow_and_update() {
+            let _ = sender.clone().send_request(request(Method::GET, "/page")).await;
+        }
+    })
+    .await;
+    sender
+}
+
+async fn asks_for(
+    sender: &SendRequest<Empty<Bytes>>,
+    protocol: &'static str,
+    path: &str,
+) -> Response<Incoming> {
+    let mut asks = request(Method::CONNECT, path);
+    asks.extensions_mut().insert(Protocol::from_static(protocol));
+    in_time(sender.clone().send_request(asks)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websockets_in_http2_reach_applications_in_whichever_way_they_speak_them() {
+    for (speaks, expected) in [
+        (Speaks::Http2WithWebSockets, "CONNECT HTTP/2.0 /chat web"),
+        (Speaks::Http2, "GET HTTP/1.1 /chat web"),
+        (Speaks::Http1, "GET HTTP/1.1 /chat web"),
+    ] {
+        for bed in Bed::both().await {
+            let asked = websockets(bed.app, speaks);
+            let sender = websocket_client(bed.at).await;
+            let mut response = asks_for(&sender, "websocket", "/chat").await;
+            assert_eq!(response.status(), StatusCode::OK, "{speaks:?}");
+            assert!(!response.headers().contains_key("upgrade"), "{:?}", response.headers());
+            let mut stream = TokioIo::new(in_time(hyper::upgrade::on(&mut response)).await.unwrap());
+            for _ in 0..3 {
+                let mut bytes = [0; 4];
+                stream.write_all(b"ping").await.unwrap();
+                in_time(stream.read_exact(&mut bytes)).await.unwrap();
+                assert_eq!(&bytes, b"ping");
+            }
+            stream.shutdown().await.unwrap();
+            assert_eq!(in_time(stream.read(&mut [0])).await.unwrap(), 0, "its end is said to both sides");
+            assert!(asked.lock().unwrap().contains(&expected.to_owned()), "{speaks:?}: {asked:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_websocket_after_all_is_told_to_its_client_and_costs_that_stream_alone() {
+    for speaks in [Speaks::Http2WithWebSockets, Speaks::Http2, Speaks::Http1] {
+        for bed in Bed::both().await {
+            let _asked = websockets(bed.app, speaks);
+            let sender = websocket_client(bed.at).await;
+            assert_eq!(asks_for(&sender, "websocket", "/away").await.status(), StatusCode::FORBIDDEN);
+            assert_eq!(asks_for(&sender, "connect-udp", "/chat").await.status(), StatusCode::NOT_IMPLEMENTED);
+            if speaks != Speaks::Http2WithWebSockets {
+                // To an extended CONNECT, 200 would mean that it is one.
+                let page = asks_for(&sender, "websocket", "/page").await;
+                assert_eq!(page.status(), StatusCode::BAD_GATEWAY, "{speaks:?}");
+            }
+            assert_eq!(asks_for(&sender, "websocket", "/chat").await.status(), StatusCode::OK);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_on_get_is_one_on_websockets_in_whichever_version() {
+    let bed = Bed::authorized().await;
+    let mut plan = bed.plan.clone();
+    let get = Asks { methods: vec!["GET".into()], paths: vec!["/chat".parse().unwrap()], ..Asks::default() };
+    let to = vec![Target { any_of: get, ..Target::default() }];
+    plan.policies = vec![Policy::new(name("chat"), Action::Deny, vec![Rule { from: vec![], to }])];
+    bed.world.publish(&plan, "denied");
+    let asked = websockets(bed.app, Speaks::Http2WithWebSockets);
+    let sender = websocket_client(bed.at).await;
+    assert_eq!(asks_for(&sender, "websocket", "/chat").await.status(), StatusCode::FORBIDDEN);
+    assert_eq!(asks_for(&sender, "websocket", "/other").await.status(), StatusCode::OK);
+    let asked = asked.lock().unwrap();
+    assert!(asked.iter().all(|it| !it.contains("/chat")), "{asked:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

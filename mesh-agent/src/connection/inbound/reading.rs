@@ -38,9 +38,11 @@ use super::{
             converse,
             exchange::{Ends, Exchange},
             heads, respond,
+            settings::{self, FirstFrame, Takes},
             stream::{Arriving, Socket},
             switched,
             upstream::{self, unspoken},
+            websocket::{self, Way},
         },
     },
     At, Proved, Stage, authentication, may, revoked,
@@ -244,6 +246,8 @@ async fn tell(
     exchange: &mut Exchange,
 ) -> Result<Answered, Ended> {
     heads::check(&request).map_err(|refusal| Declined::new(StatusCode::BAD_REQUEST, refusal))?;
+    websocket::take_in(&mut request)?;
+    let extended = websocket::is_extended(&request);
 
     // Whose is it, and may it?
     let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
@@ -280,8 +284,8 @@ async fn tell(
 
     // And back.
     let (mut parts, incoming) = response.into_parts();
-    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(switched((&guest.upgraded, &guest.ended), parts, incoming, from_client)?);
+    if websocket::goes_over(&parts, extended)? {
+        return Ok(switched((&guest.upgraded, &guest.ended), parts, incoming, from_client, ())?);
     }
     heads::take_hop(&mut parts.headers, None);
     Ok(Answered::Backend(parts, incoming, None))
@@ -300,7 +304,7 @@ struct Application {
 #[derive(Debug)]
 enum Sender {
     One(http1::SendRequest<Body>),
-    Many(http2::SendRequest<Body>),
+    Many(http2::SendRequest<Body>, Takes),
 }
 
 impl Application {
@@ -319,11 +323,12 @@ impl Application {
     /// closed an idle connection, is sent on another.
     async fn send(&self, guest: &Guest, mut request: Request<Body>) -> Result<Response<Incoming>, Refusal> {
         let many = request.version() == Version::HTTP_2;
+        let extended = websocket::is_extended(&request);
         loop {
             let mut place = self.sender.lock().await;
             let kept = match place.take() {
                 Some(Sender::One(mut one)) => one.ready().await.is_ok().then_some(Sender::One(one)),
-                Some(Sender::Many(many)) => (!many.is_closed()).then_some(Sender::Many(many)),
+                Some(Sender::Many(many, takes)) => (!many.is_closed()).then_some(Sender::Many(many, takes)),
                 None => None,
             };
             let (sender, fresh) = match kept {
@@ -338,11 +343,23 @@ impl Application {
                     }
                     Err(error) => error,
                 },
-                Sender::Many(mut many) => {
-                    *place = Some(Sender::Many(many.clone()));
+                Sender::Many(mut many, takes) => {
+                    *place = Some(Sender::Many(many.clone(), takes.clone()));
                     drop(place);
+                    let mut way = Way::Stream;
+                    if extended {
+                        if !takes.websockets().await {
+                            return self.beside(guest, request).await;
+                        }
+                        way = websocket::as_stream(&mut request);
+                    }
                     match many.try_send_request(request).await {
-                        Ok(response) => return Ok(response),
+                        Ok(mut response) => {
+                            if extended {
+                                websocket::answered(&mut response, &way);
+                            }
+                            return Ok(response);
+                        }
                         Err(error) => error,
                     }
                 }
@@ -354,24 +371,32 @@ impl Application {
         }
     }
 
+    /// Asks for a WebSocket by a connection of its own, as the application does not take it beside other requests.
+    async fn beside(&self, guest: &Guest, mut request: Request<Body>) -> Result<Response<Incoming>, Refusal> {
+        let way = websocket::as_upgrade(&mut request, rand::random());
+        let stream = TokioIo::new(Socket::from(guest.connect().await?));
+        let (mut sender, connection) = upstream::http1().handshake(stream).await.map_err(unspoken)?;
+        guest.drive(connection.with_upgrades());
+        let mut response = sender.send_request(request).await.map_err(unspoken)?;
+        websocket::answered(&mut response, &way);
+        Ok(response)
+    }
+
     async fn open(&self, guest: &Guest, many: bool) -> Result<Sender, Refusal> {
         let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
         let app = match first {
             Some(app) => app,
-            None => {
-                let client = guest.proved.as_ref().map_or(guest.at.from.ip(), |it| it.open.source.ip());
-                let At { workload, original, .. } = &guest.at;
-                let timeout = guest.node.limits().dial_timeout;
-                ResetOnDrop::new(connect::application(&workload.namespace, client, *original, timeout).await?)
-            }
+            None => guest.connect().await?,
         };
-        let stream = TokioIo::new(Socket::from(app));
         if many {
-            let (sender, connection) =
-                upstream::http2(TokioExecutor::new()).handshake(stream).await.map_err(unspoken)?;
+            let (stream, taken_in) = FirstFrame::of(Socket::from(app));
+            let builder = upstream::http2(TokioExecutor::new());
+            let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+            let (connection, takes) = settings::told(connection, taken_in, |_| {});
             guest.drive(connection);
-            return Ok(Sender::Many(sender));
+            return Ok(Sender::Many(sender, takes));
         }
+        let stream = TokioIo::new(Socket::from(app));
         let (sender, connection) = upstream::http1().handshake(stream).await.map_err(unspoken)?;
         guest.drive(connection.with_upgrades());
         Ok(Sender::One(sender))
@@ -379,6 +404,15 @@ impl Application {
 }
 
 impl Guest {
+    /// A connection to the application.
+    async fn connect(&self) -> Result<ResetOnDrop, Refusal> {
+        let client = self.proved.as_ref().map_or(self.at.from.ip(), |it| it.open.source.ip());
+        let At { workload, original, .. } = &self.at;
+        let timeout = self.node.limits().dial_timeout;
+        let stream = connect::application(&workload.namespace, client, *original, timeout).await?;
+        Ok(ResetOnDrop::new(stream))
+    }
+
     /// Runs a connection of the application's until it ends, or its client's has.
     fn drive(&self, connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static) {
         let ended = self.ended.clone();

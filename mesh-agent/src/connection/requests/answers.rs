@@ -73,12 +73,14 @@ pub(in crate::connection) fn respond(
     }
 }
 
-/// Both sides go on in another protocol: their bytes are carried until both have ended, or until the connection has.
+/// Both sides go on in another protocol: their bytes are carried until both have ended, or until the connection has. For so
+/// long this is held.
 pub(in crate::connection) fn switched(
     (upgraded, ended): (&TaskTracker, &CancellationToken),
     mut parts: response::Parts,
     incoming: Incoming,
     from_client: Option<hyper::upgrade::OnUpgrade>,
+    held: impl Send + 'static,
 ) -> Result<Answered, Declined> {
     let Some(from_client) = from_client else {
         let unasked =
@@ -91,6 +93,7 @@ pub(in crate::connection) fn switched(
     heads::take_hop(&mut parts.headers, protocol);
     let ended = ended.clone();
     upgraded.spawn(async move {
+        let _held = held;
         let carried = async {
             let (client, backend) = tokio::try_join!(from_client, from_backend)?;
             let (mut client, mut backend) = (TokioIo::new(client), TokioIo::new(backend));

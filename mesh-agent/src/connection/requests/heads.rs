@@ -11,6 +11,7 @@ use http::{
 };
 use mesh_core::{http::edit, model::http::Rewrite, refusal::Reason};
 
+use super::websocket;
 use crate::refusal::Refusal;
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -46,9 +47,9 @@ pub(in crate::connection) fn check<B>(request: &Request<B>) -> Result<(), Refusa
     Ok(())
 }
 
-/// Whether a request of HTTP/1.1 wants to go on in another protocol.
+/// Whether a request wants to go on in another protocol: by HTTP/1.1, or by an extended CONNECT that was taken in as such.
 pub(in crate::connection) fn wants_upgrade<B>(request: &Request<B>) -> bool {
-    request.version() == Version::HTTP_11
+    (request.version() == Version::HTTP_11 || websocket::is_extended(request))
         && request.headers().contains_key(UPGRADE)
         && names_in(request.headers()).any(|name| name == UPGRADE)
 }

@@ -14,6 +14,8 @@
 //! | `session` | requests of a session go where its first one went |
 //! | `upstream` | connections to backends |
 //! | `stream` | a lease, or a socket, as a stream of bytes |
+//! | `settings` | whether a server of HTTP/2 takes WebSockets |
+//! | `websocket` | WebSockets of clients that speak HTTP/2 |
 //! | `line` | one that can be cut, whoever has it |
 //! | `exchange` | what is told of a request |
 //!
@@ -33,8 +35,10 @@ pub(super) mod heads;
 mod hedge;
 mod line;
 mod session;
+pub(super) mod settings;
 pub(super) mod stream;
 pub(super) mod upstream;
+pub(super) mod websocket;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -247,6 +251,7 @@ where
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MOST_HEAD as u32)
+        .enable_connect_protocol()
         .auto_date_header(false);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer));
     let mut connection = std::pin::pin!(connection);
@@ -284,6 +289,8 @@ async fn tell(
 ) -> Result<Answered, Declined> {
     let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
     heads::check(&request).map_err(|refusal| Declined::new(StatusCode::BAD_REQUEST, refusal))?;
+    websocket::take_in(&mut request)?;
+    let extended = websocket::is_extended(&request);
 
     // One version for all of it: who asks, and under which rule does it fall?
     let view = asker.node.view().map_err(unready)?;
@@ -376,8 +383,9 @@ async fn tell(
 
     // The answer, as the rule wants it.
     let (mut parts, incoming) = response.into_parts();
-    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
-        return switched((&asker.upgraded, &asker.ended), parts, incoming, from_client);
+    if websocket::goes_over(&parts, extended)? {
+        let held = used.uncounted();
+        return switched((&asker.upgraded, &asker.ended), parts, incoming, from_client, held);
     }
     heads::take_hop(&mut parts.headers, None);
     for filters in [&backend.filters, &rule.filters] {

@@ -6,7 +6,6 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -32,7 +31,9 @@ use super::{
     super::{Node, outbound},
     body::Body,
     line::Line,
+    settings::{self, FirstFrame, Takes},
     stream::Upstream,
+    websocket::{self, Way},
 };
 use crate::{
     balance::Attempt,
@@ -111,6 +112,7 @@ struct Shared {
     /// How many the other end takes at once, as far as it has said.
     most: Arc<AtomicUsize>,
     used: Arc<Mutex<Instant>>,
+    takes: Takes,
 }
 
 /// What a request is sent on.
@@ -200,7 +202,9 @@ impl Upstreams {
             Reached::Outside => None,
         };
         let key = Key { local: from.local.id(), to, own: from.own.clone(), peer };
-        let many = request.version() == Version::HTTP_2;
+        let extended = websocket::is_extended(&request);
+        let mut many = request.version() == Version::HTTP_2;
+        let mut way = Way::Stream;
         loop {
             let (sender, fresh) = match self.checkout(&key, many).await {
                 Some(sender) => (sender, false),
@@ -209,8 +213,18 @@ impl Upstreams {
                     Err(refusal) => return Err(Unanswered::NotSent(request.into(), refusal)),
                 },
             };
+            if extended && let Sender::Shared(stream) = &sender {
+                if !stream.0.takes.clone().websockets().await {
+                    (way, many) = (websocket::as_upgrade(&mut request, rand::random()), false);
+                    continue;
+                }
+                way = websocket::as_stream(&mut request);
+            }
             match sender.send(request).await {
-                Ok((response, sender)) => {
+                Ok((mut response, sender)) => {
+                    if extended {
+                        websocket::answered(&mut response, &way);
+                    }
                     return Ok((
                         response,
                         Used { sender: Some(sender), key, upstreams: self.clone(), counted: None },
@@ -351,6 +365,11 @@ impl Used {
         Self { counted: Some(Box::new(counted)), ..self }
     }
 
+    /// The same, of whose answer nothing counts any more.
+    pub(super) fn uncounted(self) -> Self {
+        Self { counted: None, ..self }
+    }
+
     /// The answer has ended, as its endpoint's success or failure.
     pub(super) fn ended(&self, failed: bool) {
         if let Some(Counted { attempt, service, metrics, .. }) = self.counted.as_deref()
@@ -432,19 +451,18 @@ impl Opened {
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
         let Self { stream, entry, led } = self;
         let (stream, line) = Line::over(stream);
+        let (stream, taken_in) = FirstFrame::of(stream);
         let builder = http2(TokioExecutor::new());
-        let (sender, mut connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         let most = Arc::new(AtomicUsize::new(STREAMS));
         let told = most.clone();
-        let connection = std::future::poll_fn(move |cx| {
-            let polled = Pin::new(&mut connection).poll(cx);
+        let (connection, takes) = settings::told(connection, taken_in, move |connection| {
             told.store(connection.current_max_send_streams(), Ordering::Relaxed);
-            polled
         });
         let connection = line.until_gone(connection);
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
-        Ok(Shared { sender, streams: Arc::default(), most, used })
+        Ok(Shared { sender, streams: Arc::default(), most, used, takes })
     }
 }
 
