@@ -141,6 +141,35 @@ async fn a_body_of_a_gigabyte_passes_in_constant_memory() {
     assert!(more < MOST_MEMORY, "{more} KiB more");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_of_a_gigabyte_passes_in_constant_memory_wherever_it_is_read() {
+    for bed in Bed::both().await {
+        let mut client = bed.connect().await;
+        say(&mut client, &format!("POST / HTTP/1.1\r\nHost: web\r\nContent-Length: {LARGE}\r\n\r\n")).await;
+        let mut app = bed.accept().await;
+        hear(&mut app, "\r\n\r\n").await;
+        let before = most_memory();
+        let sent = tokio::spawn(async move {
+            let block = vec![7; 1 << 18];
+            for _ in 0..LARGE / block.len() {
+                in_time(client.write_all(&block)).await.unwrap();
+            }
+            client
+        });
+        let (mut block, mut got) = (vec![0; 1 << 18], 0);
+        while got < LARGE {
+            let n = in_time(app.read(&mut block)).await.unwrap();
+            assert!(n > 0, "it ends after {got}");
+            got += n;
+        }
+        let mut client = sent.await.unwrap();
+        say(&mut app, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+        hear(&mut client, "ok").await;
+        let more = most_memory() - before;
+        assert!(more < MOST_MEMORY, "{more} KiB more");
+    }
+}
+
 /// The most that this process, both agents in it, has had in memory so far, in KiB.
 fn most_memory() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
