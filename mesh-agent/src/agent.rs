@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, NodeState, Observed},
     capture::{self, Holder, Kernel, Maps, Pins},
+    checks::Checks,
     config::Config,
     connection::{Limits, Node},
     control::Control,
@@ -140,6 +141,7 @@ async fn serve(
         metrics: metrics.clone(),
         headroom: headroom.clone(),
         reports: control.reports.clone(),
+        checks: Checks::new(data.handle().clone(), control.reports.clone(), metrics.clone()),
         holds,
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),

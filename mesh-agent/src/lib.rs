@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 1 | [`agent`] | composition: what exists, who owns it, in which order it starts and stops |
 //! | 2 | [`enrol`], [`admin`], [`control`] | the reconcile loop that keeps workloads captured; metrics and state over HTTP; everything that speaks with the controller |
-//! | 3 | [`listen`] | accept loops |
+//! | 3 | [`listen`], [`checks`] | accept loops; whether the node's workloads are well |
 //! | 4 | [`connection`] | ★ the story of a connection, outbound and inbound |
 //! | 5 | [`connect`] | the way there |
 //! | 6 | [`authorize`], [`balance`], [`relay`], [`record`] | the other steps |
@@ -21,6 +21,7 @@ pub mod agent;
 pub mod authorize;
 pub mod balance;
 pub mod capture;
+pub mod checks;
 pub mod config;
 pub mod connect;
 pub mod connection;

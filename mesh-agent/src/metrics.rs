@@ -2,6 +2,7 @@
 //!
 //! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
 
+mod checks;
 mod sending;
 mod spans;
 
@@ -20,11 +21,12 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::{sending::Sending, spans::Spans};
 pub use self::{
+    checks::CheckLabels,
     sending::{EjectionLabels, FaultLabels, HedgeLabels, HedgeOutcome, ServiceLabels},
     spans::SpanLabels,
 };
+use self::{checks::Checks, sending::Sending, spans::Spans};
 use crate::health::{Condition, Kept};
 
 /// Which way a connection goes, seen from this node's workload.
@@ -225,6 +227,7 @@ pub struct Metrics {
     request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
     sending: Sending,
     spans: Spans,
+    checks: Checks,
     request_attempts: Family<AttemptLabels, Counter>,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
@@ -272,6 +275,7 @@ impl Metrics {
             request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
             sending: Sending::default(),
             spans: Spans::default(),
+            checks: Checks::default(),
             request_attempts: Family::default(),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
@@ -321,6 +325,7 @@ impl Metrics {
         );
         m.sending.register(&mut registry);
         m.spans.register(&mut registry);
+        m.checks.register(&mut registry);
         registry.register(
             "request_attempts",
             "Endpoints at which requests of this node's workloads were tried: more than requests that ended, where some \
@@ -760,6 +765,8 @@ mod tests {
         metrics.fault(&pay, "delay");
         metrics.hedged(&pay, HedgeOutcome::Won);
         metrics.spans_dropped("queue", 1);
+        metrics.health_checked(&pay, true);
+        metrics.endpoint_unhealthy(&pay, true);
         let RequestTimeLabels { workload, service, backend, .. } = labels;
         metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);
         let mut text = String::new();

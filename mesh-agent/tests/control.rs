@@ -95,6 +95,7 @@ fn workload(name: &str, node: &str) -> Resource {
         enrolled: true,
         captured: false,
         mode: Mode::Permissive,
+        checks: vec![],
     }))
 }
 

@@ -324,6 +324,7 @@ fn workload(wanted: &model::Workload, enrolled: bool, captured: bool, mode: Mode
         enrolled,
         captured,
         mode,
+        checks: Vec::new(),
     }
 }
 

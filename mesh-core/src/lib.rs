@@ -14,6 +14,7 @@
 //! | [`authentication`] | whose token a request bears |
 //! | [`http`] | which rule a request falls under, and what is done with it |
 //! | [`balance`] | which endpoint takes the next connection |
+//! | [`health`] | which endpoints are well, by their checks |
 //! | [`frame`] | the frames inside a tunnel |
 //! | [`refusal`] | every reason for which a connection is refused |
 //! | [`wire`] | the contract between controller and agents, and its conversions |
@@ -21,6 +22,7 @@
 pub mod authentication;
 pub mod balance;
 pub mod frame;
+pub mod health;
 pub mod http;
 pub mod identity;
 pub mod model;

@@ -492,6 +492,7 @@ pub(crate) mod tests {
             enrolled: true,
             captured: true,
             mode: Mode::Permissive,
+            checks: vec![],
         }
     }
 

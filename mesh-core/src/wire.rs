@@ -4,6 +4,7 @@
 
 mod asks;
 mod authentication;
+pub mod health;
 mod routes;
 mod traffic;
 
@@ -154,6 +155,7 @@ fn workload_to_proto(workload: &model::Workload) -> proto::Workload {
             model::Mode::Strict => proto::Mode::Strict,
         }
         .into(),
+        checks: workload.checks.iter().map(health::to_proto).collect(),
     }
 }
 
@@ -172,6 +174,7 @@ fn workload_from_proto(key: &str, workload: &proto::Workload) -> Result<model::W
             // An unknown mode is the safer one.
             proto::Mode::Strict | proto::Mode::Unspecified => model::Mode::Strict,
         },
+        checks: health::from_proto(key, &workload.checks)?,
     })
 }
 
@@ -441,6 +444,7 @@ mod tests {
             enrolled: true,
             captured: true,
             mode: Mode::Strict,
+            checks: vec![],
         };
         let expressions =
             vec![model::Expression { key: "app".into(), operator: Operator::Exists, values: vec![] }];

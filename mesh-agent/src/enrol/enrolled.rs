@@ -169,6 +169,10 @@ impl Enrolled {
         &self.local.name
     }
 
+    pub(super) fn local(&self) -> &Arc<Local> {
+        &self.local
+    }
+
     pub(super) fn is_strict(&self) -> bool {
         self.strict
     }

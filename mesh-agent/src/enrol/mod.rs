@@ -33,6 +33,7 @@ use self::{
 };
 use crate::{
     capture::{Kernel, Maps, Pins, is_hold},
+    checks::Checks,
     connection::Node,
     headroom::Headroom,
     identity::store::Identities,
@@ -70,6 +71,8 @@ pub struct Enroller {
     pub headroom: Headroom,
     /// Where the controller and the admin API hear of it.
     pub reports: ReportHandle,
+    /// Whether the captured workloads are well.
+    pub checks: Checks,
     /// New pods, which are held until they are captured; `None` where nothing is held.
     pub holds: Option<Holds>,
     /// Where settings of namespaces from before enrolment are kept.
@@ -191,6 +194,7 @@ impl Enroller {
         for (name, present) in enrolled.iter_mut() {
             if let Some(workload) = wanted.get(name) {
                 self.follow(present, workload);
+                self.checks.follow(present.local(), &workload.checks);
             }
         }
         if prove {
@@ -331,6 +335,8 @@ impl Enroller {
                 Ok(new) => {
                     tracing::info!(workload = %name, "enrolled");
                     self.let_go_of(&new).await;
+                    // Before it is said to be enrolled: from then on what is not spoken of counts as not checked.
+                    self.checks.follow(new.local(), &workload.checks);
                     enrolled.insert(name.clone(), new);
                     self.reports.set(name, Enrolment::Enrolled, "");
                 }
@@ -362,7 +368,8 @@ impl Enroller {
         old.leave(&self.node).await;
     }
 
-    fn publish(&self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
+    fn publish(&mut self, wanted: &BTreeMap<&Name, &Arc<Workload>>, enrolled: &BTreeMap<Name, Enrolled>) {
+        self.checks.retain(|name| enrolled.contains_key(name));
         for name in self.reports.all().keys().filter(|name| !wanted.contains_key(name)) {
             self.reports.set(name, Enrolment::Gone, "");
         }

@@ -5,7 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use mesh_core::{model::Name, view::Snapshot, wire::proto};
+use mesh_core::{
+    health::Health,
+    model::{Name, health::CheckedEndpoint},
+    view::Snapshot,
+    wire::{self, proto},
+};
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -49,6 +54,27 @@ struct Reports {
     workloads: BTreeMap<Name, (u64, WorkloadState)>,
     /// The pods that are spoken of, by their uids.
     pods: BTreeMap<Name, String>,
+    /// What is checked of each workload, and what came of it.
+    health: BTreeMap<Name, BTreeMap<CheckedEndpoint, HealthWord>>,
+}
+
+/// What is said of an endpoint that is checked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HealthWord {
+    /// How it is.
+    pub health: Health,
+    /// Why it is unhealthy.
+    pub reason: String,
+}
+
+impl Reports {
+    /// There is news of a workload; what nobody has said anything of yet is not spoken of.
+    fn touch(&mut self, workload: &Name) -> bool {
+        let Some((at, _)) = self.workloads.get_mut(workload) else { return false };
+        self.revision += 1;
+        *at = self.revision;
+        true
+    }
 }
 
 impl ReportHandle {
@@ -73,6 +99,7 @@ impl ReportHandle {
                 return false;
             }
             reports.pods.insert(workload.clone(), uid.to_owned());
+            reports.health.remove(workload);
             let Some((at, state)) = reports.workloads.get_mut(workload) else { return false };
             reports.revision += 1;
             *at = reports.revision;
@@ -81,10 +108,53 @@ impl ReportHandle {
         });
     }
 
+    /// Exactly these endpoints of a workload are checked from now on; what is known of one stays known.
+    pub fn checked(&self, workload: &Name, endpoints: impl Iterator<Item = CheckedEndpoint>) {
+        self.shared.send_if_modified(|reports| {
+            let mut before = reports.health.remove(workload).unwrap_or_default();
+            let known = before.len();
+            let next: BTreeMap<_, _> = endpoints
+                .map(|endpoint| before.remove_entry(&endpoint).unwrap_or((endpoint, HealthWord::default())))
+                .collect();
+            let same = before.is_empty() && next.len() == known;
+            if !next.is_empty() {
+                reports.health.insert(workload.clone(), next);
+            }
+            !same && reports.touch(workload)
+        });
+    }
+
+    /// What came of the checks of an endpoint. Passed over if it is not checked any more.
+    pub fn health(&self, workload: &Name, endpoint: &CheckedEndpoint, word: HealthWord) {
+        self.shared.send_if_modified(|reports| {
+            let said = reports.health.get_mut(workload).and_then(|it| it.get_mut(endpoint));
+            match said.filter(|said| **said != word) {
+                Some(said) => *said = word,
+                None => return false,
+            }
+            reports.touch(workload)
+        });
+    }
+
     /// What is said of every workload now.
     pub fn all(&self) -> BTreeMap<Name, WorkloadState> {
         let reports = self.shared.borrow();
         reports.workloads.iter().map(|(name, (_, state))| (name.clone(), state.clone())).collect()
+    }
+
+    /// What is said of the endpoints of a workload that are checked.
+    pub fn health_of(&self, workload: &Name) -> BTreeMap<CheckedEndpoint, HealthWord> {
+        self.shared.borrow().health.get(workload).cloned().unwrap_or_default()
+    }
+
+    /// Done when something else is said than when this was called.
+    pub fn changed(&self) -> impl Future<Output = ()> + use<> {
+        let (mut reports, shared) = (self.shared.subscribe(), self.shared.clone());
+        async move {
+            // Cannot fail: we hold a sender.
+            let _ = reports.changed().await;
+            drop(shared);
+        }
     }
 
     /// For one stream: nothing was sent yet.
@@ -127,7 +197,10 @@ impl Cursor {
         proto::Report {
             workloads: unsent
                 .into_iter()
-                .map(|(name, (_, state))| to_proto(name, reports.pods.get(name), state))
+                .map(|(name, (_, state))| proto::WorkloadReport {
+                    health: reports.health.get(name).map(words).unwrap_or_default(),
+                    ..to_proto(name, reports.pods.get(name), state)
+                })
                 .collect(),
         }
     }
@@ -138,8 +211,9 @@ impl Cursor {
             reports.workloads.retain(|name, (at, state)| {
                 state.enrolment != Enrolment::Gone || *at > self.sent || view.workload(name).is_some()
             });
-            let Reports { workloads, pods, .. } = reports;
+            let Reports { workloads, pods, health, .. } = reports;
             pods.retain(|name, _| workloads.contains_key(name) || view.workload(name).is_some());
+            health.retain(|name, _| workloads.contains_key(name) || view.workload(name).is_some());
             false
         });
     }
@@ -158,7 +232,12 @@ fn to_proto(name: &Name, uid: Option<&String>, state: &WorkloadState) -> proto::
         state: enrolment.into(),
         reason: state.reason.clone(),
         uid: uid.cloned().unwrap_or_default(),
+        health: Vec::new(),
     }
+}
+
+fn words(of: &BTreeMap<CheckedEndpoint, HealthWord>) -> Vec<proto::EndpointHealth> {
+    of.iter().map(|(endpoint, word)| wire::health::word(endpoint, word.health, &word.reason)).collect()
 }
 
 #[cfg(test)]
@@ -211,6 +290,38 @@ mod tests {
         assert_eq!(said(&handle), ("u-1".to_owned(), Wire::Enrolled));
         handle.is_pod(&web, "u-2");
         assert_eq!(said(&handle), ("u-2".to_owned(), Wire::Pending));
+    }
+
+    #[test]
+    fn what_came_of_checks_is_said_of_those_that_are_done_and_anew_to_each_stream() {
+        let (handle, web) = (ReportHandle::default(), name("web"));
+        let endpoint = |port| CheckedEndpoint { service: name("pay"), port, address: [10, 0, 0, 1].into() };
+        let unhealthy = HealthWord { health: Health::Unhealthy, reason: "it answered 503".into() };
+        handle.checked(&web, [80, 81].map(endpoint).into_iter());
+        let mut cursor = handle.cursor();
+        assert!(!cursor.is_behind(), "nothing is known of the workload yet");
+        handle.set(&web, Enrolment::Enrolled, "");
+        let said = |cursor: &mut Cursor| -> Vec<_> {
+            let words = cursor.next().workloads.remove(0).health;
+            words.iter().map(|it| (it.service_port, it.health(), it.reason.clone())).collect()
+        };
+        use proto::endpoint_health::Health as Wire;
+        let undecided = |port| (port, Wire::Undecided, String::new());
+        assert_eq!(said(&mut cursor), [undecided(80), undecided(81)]);
+        handle.health(&web, &endpoint(81), unhealthy.clone());
+        let failing = (81, Wire::Unhealthy, unhealthy.reason.clone());
+        assert_eq!(said(&mut cursor), [undecided(80), failing.clone()]);
+        handle.health(&web, &endpoint(81), unhealthy.clone());
+        handle.checked(&web, [80, 81].map(endpoint).into_iter());
+        assert!(!cursor.is_behind(), "the same again is no news");
+        handle.checked(&web, [endpoint(81)].into_iter());
+        handle.health(&web, &endpoint(80), unhealthy);
+        for cursor in [&mut cursor, &mut handle.cursor()] {
+            let failing = [failing.clone()];
+            assert_eq!(said(cursor), failing, "what is known stays, what is not checked goes");
+        }
+        handle.is_pod(&web, "u-2");
+        assert_eq!(said(&mut handle.cursor()), []);
     }
 
     #[test]

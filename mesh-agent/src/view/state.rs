@@ -171,6 +171,7 @@ pub(super) mod tests {
             enrolled: true,
             captured: false,
             mode: Mode::Permissive,
+            checks: vec![],
         }))
     }
 

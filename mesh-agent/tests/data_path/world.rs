@@ -129,6 +129,7 @@ pub(crate) fn workload(account: &str, addresses: &[&str]) -> Workload {
         enrolled: true,
         captured: true,
         mode: Mode::Permissive,
+        checks: vec![],
     }
 }
 

@@ -306,6 +306,7 @@ mod tests {
                 enrolled: true,
                 captured,
                 mode: Mode::Permissive,
+                checks: vec![],
             },
         )
     }
@@ -529,6 +530,7 @@ mod tests {
             enrolled: true,
             captured: true,
             mode: Mode::Permissive,
+            checks: vec![],
         };
         common.workloads = (0..200).map(|number| Arc::new(workload(number))).collect();
         let endpoint = |number| Endpoint { workload: Some(name(number)), address: address(number), port: 80 };

@@ -4,6 +4,7 @@
 //! checked there; these types are what both sides of the wire agree on.
 
 mod authentication;
+pub mod health;
 pub mod http;
 mod policy;
 mod request;
@@ -145,6 +146,9 @@ pub struct Workload {
     pub captured: bool,
     /// Whether it takes plaintext.
     pub mode: Mode,
+    /// What its own agent checks of it; at most [`health::MAX_CHECKS`].
+    #[serde(default)]
+    pub checks: Vec<health::Check>,
 }
 
 impl Workload {

@@ -19,6 +19,7 @@ use mesh_core::{
         Enforcement, Expression, HeaderPattern, IdentityPattern, KeyMaterial, Mode, Name, Operator, Place,
         Policy, PortRange, Rule, Selector, Service, ServicePort, Source, Target, TextPattern, TokenIssuer,
         TokenPlace, Traits, VerifyingKey, Workload,
+        health::{Check, CheckedEndpoint, Pace, Probe},
         http::{
             Backend, BackendTarget, Cors, Filters, HeaderEdits, Mirror, Parent, PathEdit, PathMatch,
             PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
@@ -209,13 +210,39 @@ pub(crate) fn mode() -> impl Strategy<Value = Mode> {
 
 pub(crate) fn workload() -> impl Strategy<Value = Workload> {
     let who = (name(), option::of(word()), word(), word(), labels());
-    let how = (vec(address(), 0..3), any::<bool>(), any::<bool>(), mode());
+    let how = (vec(address(), 0..3), any::<bool>(), any::<bool>(), mode(), vec(check(), 0..3));
     (who, how).prop_map(
-        |((name, uid, node, service_account, labels), (addresses, enrolled, captured, mode))| {
+        |((name, uid, node, service_account, labels), (addresses, enrolled, captured, mode, checks))| {
             let uid = uid.unwrap_or_default();
-            Workload { name, uid, node, service_account, addresses, labels, enrolled, captured, mode }
+            Workload { name, uid, node, service_account, addresses, labels, enrolled, captured, mode, checks }
         },
     )
+}
+
+fn check() -> impl Strategy<Value = Check> {
+    let statuses = vec((200u16..300, 300u16..400), 0..2);
+    let probe = prop_oneof![
+        Just(Probe::Tcp),
+        word().prop_map(|service| Probe::Grpc { service }),
+        (word(), option::of(word()), statuses).prop_map(|(path, host, statuses)| Probe::Http {
+            path,
+            host,
+            statuses
+        }),
+    ];
+    let of = (name(), port(), address()).prop_map(|(service, port, address)| CheckedEndpoint {
+        service,
+        port,
+        address,
+    });
+    let pace =
+        (1u64..9, 1u64..9, 1u32..4, 1u32..4).prop_map(|(interval, timeout, unhealthy, healthy)| Pace {
+            interval: Duration::from_secs(interval),
+            timeout: Duration::from_millis(timeout),
+            unhealthy_after: unhealthy,
+            healthy_after: healthy,
+        });
+    (of, port(), probe, pace).prop_map(|(of, port, probe, pace)| Check { of, port, probe, pace })
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
