@@ -8,12 +8,16 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use k8s_openapi::{api::core::v1::Pod, jiff::Timestamp};
 use kube::Client;
-use mesh_core::model::Name;
+use mesh_core::model::{Name, health::MAX_CHECKS};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use crate::health::Unhealthy;
+
 /// The condition.
 pub const TYPE: &str = "nodemesh.io/captured";
+/// The one of its endpoints' health, of pods that are checked. Nothing else of Kubernetes looks at it.
+pub const HEALTHY: &str = "nodemesh.io/healthy";
 /// Longest message that is written, bytes; the API server takes 32 KiB.
 const MAX_MESSAGE: usize = 1000;
 
@@ -46,6 +50,8 @@ pub struct PodCondition {
     pub ended: bool,
     /// What its status says; nothing of one that never was in the mesh.
     pub says: Option<Says>,
+    /// Which of its endpoints are unhealthy, if it is checked.
+    pub unhealthy: Option<Unhealthy>,
 }
 
 /// What a condition says.
@@ -105,8 +111,8 @@ impl Says {
     }
 
     /// The patch of a pod's status (strategic merge) that makes it say this; refused by the API server for a pod with
-    /// another uid. The time of the last change is written when there is one.
-    pub fn patch(&self, uid: &str, before: Option<&Self>, now: Timestamp) -> Value {
+    /// another uid. The time of the last change is written when there is one. `health`: what it says besides ([`health`]).
+    pub fn patch(&self, uid: &str, before: Option<&Self>, health: Option<Value>, now: Timestamp) -> Value {
         let mut condition = json!({
             "type": TYPE,
             "status": if self.captured { "True" } else { "False" },
@@ -116,13 +122,42 @@ impl Says {
         if before.is_none_or(|before| before.captured != self.captured) {
             condition["lastTransitionTime"] = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into();
         }
-        json!({"metadata": {"uid": uid}, "status": {"conditions": [condition]}})
+        let conditions: Vec<Value> = [condition].into_iter().chain(health).collect();
+        json!({"metadata": {"uid": uid}, "status": {"conditions": conditions}})
     }
 }
 
 /// The patch of a pod's status (strategic merge) after which it says nothing; refused as in [`Says::patch`].
 pub fn removal(uid: &str) -> Value {
-    json!({"metadata": {"uid": uid}, "status": {"conditions": [{"type": TYPE, "$patch": "delete"}]}})
+    let gone = |type_: &str| json!({"type": type_, "$patch": "delete"});
+    json!({"metadata": {"uid": uid}, "status": {"conditions": [gone(TYPE), gone(HEALTHY)]}})
+}
+
+/// The entry of a patch that makes a pod's status say this of its endpoints; none where it says so.
+pub fn health(wanted: Option<&Unhealthy>, before: Option<&Unhealthy>, now: Timestamp) -> Option<Value> {
+    if wanted == before {
+        return None;
+    }
+    let Some(unhealthy) = wanted else { return Some(json!({"type": HEALTHY, "$patch": "delete"})) };
+    let (status, reason) = if unhealthy.is_empty() { ("True", "Healthy") } else { ("False", "Unhealthy") };
+    let lines: Vec<String> = unhealthy.iter().map(|(endpoint, why)| format!("{endpoint}: {why}")).collect();
+    let mut condition =
+        json!({"type": HEALTHY, "status": status, "reason": reason, "message": lines.join("\n")});
+    if before.is_none_or(|before| before.is_empty() != unhealthy.is_empty()) {
+        condition["lastTransitionTime"] = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into();
+    }
+    Some(condition)
+}
+
+/// What such a condition says: a line that is none of ours makes nothing unhealthy.
+fn unhealthy(message: &str) -> Unhealthy {
+    let line = |line: &str| {
+        let (at, why) = line.split_once(" at ")?;
+        // An address of IPv6 has colons too, but no space behind them.
+        let (address, why) = why.split_once(": ")?;
+        Some((format!("{at} at {address}").parse().ok()?, why.to_owned()))
+    };
+    message.lines().take(MAX_CHECKS).filter_map(line).collect()
 }
 
 /// A pod on a node.
@@ -130,7 +165,9 @@ pub fn of_pod(pod: &Pod) -> Option<(Name, PodCondition)> {
     let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
     let name = Name::new(metadata.namespace.as_deref()?, metadata.name.as_deref()?);
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let ours = conditions.into_iter().find(|it| it.type_ == TYPE);
+    let ours = conditions.clone().find(|it| it.type_ == TYPE);
+    let health = conditions.clone().find(|it| it.type_ == HEALTHY);
+    let unhealthy = health.map(|it| unhealthy(it.message.as_deref().unwrap_or_default()));
     let says = ours.map(|it| {
         let captured = it.status == "True";
         let known = Why::ALL.into_iter().find(|why| it.reason.as_deref() == Some(why.as_str()));
@@ -140,7 +177,7 @@ pub fn of_pod(pod: &Pod) -> Option<(Name, PodCondition)> {
         Says { captured, reason, message: it.message.clone().unwrap_or_default() }
     });
     let (uid, node) = (metadata.uid.clone()?, spec.node_name.clone()?);
-    Some((name, PodCondition { uid, node, ended: has_ended(pod), says }))
+    Some((name, PodCondition { uid, node, ended: has_ended(pod), says, unhealthy }))
 }
 
 /// Whether it has run to its end.
@@ -151,6 +188,8 @@ pub(crate) fn has_ended(pod: &Pod) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use mesh_core::model::health::CheckedEndpoint;
+
     use super::*;
 
     fn pod(condition: Value) -> Pod {
@@ -166,7 +205,7 @@ mod tests {
     fn what_is_written_is_what_is_read() {
         for why in Why::ALL {
             let says = Says::new(why, "because");
-            let patch = says.patch("u-1", None, Timestamp::UNIX_EPOCH);
+            let patch = says.patch("u-1", None, None, Timestamp::UNIX_EPOCH);
             assert_eq!(patch["metadata"]["uid"], "u-1");
             let (name, read) = of_pod(&pod(patch["status"]["conditions"][0].clone())).unwrap();
             assert_eq!((name.to_string().as_str(), read.node.as_str()), ("shop/web", "node-a"));
@@ -177,10 +216,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_of_endpoints_is_what_is_read_and_goes_when_nothing_is_checked() {
+        let endpoint = |address: &str| CheckedEndpoint {
+            service: Name::new("shop", "pay"),
+            port: 80,
+            address: address.parse().unwrap(),
+        };
+        let why = "not an answer: x at y: z";
+        let unhealthy: Unhealthy =
+            [endpoint("10.0.0.1"), endpoint("fd00::1")].map(|it| (it, why.to_owned())).into();
+        let at = Timestamp::UNIX_EPOCH;
+        for wanted in [Unhealthy::new(), unhealthy.clone()] {
+            let condition = health(Some(&wanted), None, at).unwrap();
+            assert_eq!(condition["status"], if wanted.is_empty() { "True" } else { "False" });
+            assert_eq!(condition["lastTransitionTime"], "1970-01-01T00:00:00Z");
+            assert_eq!(of_pod(&pod(condition)).unwrap().1.unhealthy.as_ref(), Some(&wanted));
+            assert_eq!(health(Some(&wanted), Some(&wanted), at), None);
+        }
+        let gone = health(None, Some(&unhealthy), at).unwrap();
+        assert_eq!(gone, json!({"type": HEALTHY, "$patch": "delete"}));
+        let condition = json!({"type": HEALTHY, "status": "False", "message": "somebody's own words\n: at "});
+        assert_eq!(of_pod(&pod(condition)).unwrap().1.unhealthy, Some(Unhealthy::new()));
+    }
+
+    #[test]
     fn the_time_of_the_last_change_is_that_of_the_status() {
         let (yes, no) = (Says::new(Why::Captured, ""), Says::new(Why::Failed, "no veth"));
         let at = |says: &Says, before: Option<&Says>| {
-            says.patch("u", before, Timestamp::UNIX_EPOCH)["status"]["conditions"][0]["lastTransitionTime"]
+            says.patch("u", before, None, Timestamp::UNIX_EPOCH)["status"]["conditions"][0]["lastTransitionTime"]
                 .clone()
         };
         assert_eq!(at(&yes, None), "1970-01-01T00:00:00Z");

@@ -572,11 +572,13 @@ impl Core {
             None => self.reports.clone(),
             Some((conditions, _)) => Reports::of_pods(&conditions.borrow(), &model),
         };
-        let captured = reports.captured(&model);
+        let heard = reports.heard(&model);
         let common = Arc::new(match hub {
-            None => Common::new(&model, mesh, &captured, self.default_mode),
-            Some(hub) => Common::after(&hub.world().common, &model, mesh, &captured, self.default_mode),
+            None => Common::new(&model, mesh, &heard, self.default_mode),
+            Some(hub) => Common::after(&hub.world().common, &model, mesh, &heard, self.default_mode),
         });
+        let asked = common.all_failing().filter(|it| it.asked).count();
+        self.metrics.health(common.all_failing().count() - asked, asked, common.unchecked());
         let documents = |state| self.metrics.documents.get_or_create(&DocumentLabels { state });
         documents(DocumentState::accepted).set(ledger.documents_accepted() as u64);
         documents(DocumentState::refused).set(ledger.documents_refused() as u64);

@@ -636,7 +636,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::{Object, Workload};
+    use crate::{
+        health::Heard,
+        model::{Object, Workload},
+    };
 
     fn world(workloads: &[(&str, u8)]) -> World {
         let objects: Vec<Object> = workloads
@@ -657,7 +660,7 @@ mod tests {
             .collect();
         let model: Model = objects.iter().collect();
         let mesh = Arc::new(Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] });
-        let common = Arc::new(Common::new(&model, mesh, &BTreeSet::new(), Mode::default()));
+        let common = Arc::new(Common::new(&model, mesh, &Heard::default(), Mode::default()));
         World { model: Arc::new(model), ledger: Arc::default(), reports: Arc::default(), common }
     }
 

@@ -84,6 +84,13 @@ pub enum Limit {
     requests,
 }
 
+/// What becomes of an unhealthy endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EndpointLabels {
+    /// `left_out` or `asked`.
+    pub state: &'static str,
+}
+
 /// A part of the state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PartLabels {
@@ -123,6 +130,8 @@ pub struct Metrics {
     /// What is in force and not on disk.
     pub unsaved: Unsaved,
     conditions: Family<JoinLabels, Counter>,
+    unhealthy: Family<EndpointLabels, Gauge<u64, AtomicU64>>,
+    unchecked: Gauge<u64, AtomicU64>,
     keys_fetched: Family<JoinLabels, Counter>,
     keys_failing: Gauge<u64, AtomicU64>,
     state_unsaved: Family<PartLabels, Gauge<u64, AtomicU64>>,
@@ -151,6 +160,8 @@ impl Default for Metrics {
         let keys_fetched = Family::<JoinLabels, Counter>::default();
         let keys_failing = Gauge::default();
         let conditions = Family::<JoinLabels, Counter>::default();
+        let unhealthy = Family::<EndpointLabels, Gauge<u64, AtomicU64>>::default();
+        let unchecked = Gauge::default();
         let (source_connected, leader) = (Gauge::default(), Gauge::default());
         registry.register("documents", "Documents of the source, by state", documents.clone());
         registry.register("agents_connected", "Agents that watch their view", agents_connected.clone());
@@ -208,6 +219,16 @@ impl Default for Metrics {
             "Patches of pods' conditions, by result; failed ones are made again",
             conditions.clone(),
         );
+        registry.register(
+            "controller_unhealthy_endpoints",
+            "Endpoints that are unhealthy, by their checks: left out, or asked all the same as too few are healthy",
+            unhealthy.clone(),
+        );
+        registry.register(
+            "controller_unchecked_endpoints",
+            "Endpoints that are not checked though a policy says so, as their workload has too many checks",
+            unchecked.clone(),
+        );
         registry.register("root_expiry_seconds", "When a root expires, Unix time", root_expiry.clone());
         Self {
             registry,
@@ -223,6 +244,8 @@ impl Default for Metrics {
             restored,
             unsaved: Unsaved::default(),
             conditions,
+            unhealthy,
+            unchecked,
             keys_fetched,
             keys_failing,
             source_connected,
@@ -238,6 +261,14 @@ impl Metrics {
     pub fn conditions_written(&self, done: bool) {
         let result = if done { JoinResult::ok } else { JoinResult::failed };
         self.conditions.get_or_create(&JoinLabels { result }).inc();
+    }
+
+    /// So many endpoints are unhealthy, and so many are not checked that should be.
+    pub fn health(&self, left_out: usize, asked: usize, unchecked: usize) {
+        for (state, count) in [("left_out", left_out), ("asked", asked)] {
+            self.unhealthy.get_or_create(&EndpointLabels { state }).set(count as u64);
+        }
+        self.unchecked.set(unchecked as u64);
     }
 
     /// An issuer's keys were fetched, or could not be.
@@ -298,6 +329,7 @@ mod tests {
         metrics.limit_hit(Limit::connections);
         metrics.conditions_written(true);
         metrics.keys_fetched(false);
+        metrics.health(2, 1, 0);
         metrics.presence(true, false);
         metrics.unsaved.tried(Part::Reports, &Err::<(), _>("no space"));
         metrics.roots([("ab12".to_owned(), SystemTime::UNIX_EPOCH)].into_iter());
@@ -306,6 +338,7 @@ mod tests {
             "nodemesh_documents{state=\"refused\"} 2",
             "nodemesh_agents_connected 0",
             "nodemesh_views_sent_total 1",
+            "nodemesh_controller_unhealthy_endpoints{state=\"left_out\"} 2",
             "nodemesh_controller_source_connected 1",
             "nodemesh_controller_leader 0",
             "nodemesh_controller_state_unsaved{part=\"reports\"} 1",

@@ -4,11 +4,12 @@
 //! What is the same for all nodes is built once ([`Common`]) and shared; a whole view adds the policies that select one of
 //! the node's workloads. A view by demand ([`demand`]) has a part of it.
 
+mod checked;
 pub mod demand;
 mod serving;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     ops::Range,
     sync::{Arc, OnceLock},
 };
@@ -21,11 +22,14 @@ use mesh_core::{
     view::{Delta, Key, Mesh, NodeView, Resource},
 };
 
+pub use self::checked::Failing;
 use self::{
+    checked::Checked,
     demand::{Changes, Holders},
     serving::{Ready, Slices, service},
 };
 use crate::{
+    health::Heard,
     model::{self, Model},
     routes, traffic,
 };
@@ -49,19 +53,23 @@ pub struct Common {
     by_namespace: BTreeMap<String, Range<usize>>,
     /// Who has which address; made when it is first asked.
     holders: OnceLock<Arc<Holders>>,
+    /// What is unhealthy, by service and port.
+    failing: BTreeMap<(Name, u16), Vec<Failing>>,
+    /// How many endpoints are not checked though a policy says so, as their workloads have too many checks.
+    unchecked: usize,
 }
 
 impl Common {
-    /// Builds it. `captured` names the workloads whose own agent says that their capture is in place; the word of
+    /// Builds it. `heard`: what agents said; the word of
     /// a workload that is not meant to be enrolled does not count. `default_mode` is that of workloads of which
     /// nobody says it.
-    pub fn new(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, default_mode: Mode) -> Self {
-        Self::after(&Self::nothing(mesh.clone()), model, mesh, captured, default_mode)
+    pub fn new(model: &Model, mesh: Arc<Mesh>, heard: &Heard, default_mode: Mode) -> Self {
+        Self::after(&Self::nothing(mesh.clone()), model, mesh, heard, default_mode)
     }
 
     fn nothing(mesh: Arc<Mesh>) -> Self {
         let (wanted, workloads, services, policies, routes) = Default::default();
-        let (by_node, by_namespace, holders) = Default::default();
+        let (by_node, by_namespace, holders, failing, unchecked) = Default::default();
         let authentications = Vec::new();
         Self {
             mesh,
@@ -74,28 +82,34 @@ impl Common {
             by_node,
             by_namespace,
             holders,
+            failing,
+            unchecked,
         }
     }
 
     /// Builds the next one. Workloads that are as they were are shared with this one: one change among ten thousand
     /// documents then costs one comparison of pointers for each of the others.
-    pub fn after(
-        before: &Self,
-        model: &Model,
-        mesh: Arc<Mesh>,
-        captured: &BTreeSet<Name>,
-        default_mode: Mode,
-    ) -> Self {
+    pub fn after(before: &Self, model: &Model, mesh: Arc<Mesh>, heard: &Heard, default_mode: Mode) -> Self {
+        let traffic = traffic::resolve(model);
+        let (ready, slices, mut checked) =
+            (Ready::new(model), Slices::new(model), Checked::new(&heard.unhealthy));
+        let services = model.services.values();
+        let services =
+            services.map(|it| Arc::new(service(it, &ready, &slices, &traffic, &mut checked))).collect();
+        let Checked { mut of_workloads, failing, too_many: unchecked, .. } = checked;
         let mut old = before.wanted.iter().zip(&before.workloads).peekable();
         let mut next = |wanted: &Arc<model::Workload>| {
             while old.next_if(|(it, _)| it.name < wanted.name).is_some() {}
             let (enrolled, (mode, _)) = (model.enrolled(wanted), model.mode(wanted, default_mode));
-            let captured = enrolled && captured.contains(&wanted.name);
+            let captured = enrolled && heard.captured.contains(&wanted.name);
+            // Who is not in the mesh has no agent that could check it.
+            let checks = of_workloads.remove(&wanted.name).filter(|_| enrolled).unwrap_or_default();
+            let same = |it: &Workload| {
+                (it.enrolled, it.captured, it.mode) == (enrolled, captured, mode) && it.checks == checks
+            };
             match old.next_if(|(it, _)| Arc::ptr_eq(it, wanted)) {
-                Some((_, it)) if (it.enrolled, it.captured, it.mode) == (enrolled, captured, mode) => {
-                    it.clone()
-                }
-                _ => Arc::new(workload(wanted, enrolled, captured, mode)),
+                Some((_, it)) if same(it) => it.clone(),
+                _ => Arc::new(Workload { checks, ..workload(wanted, enrolled, captured, mode) }),
             }
         };
         let workloads: Vec<Arc<Workload>> = model.workloads.values().map(&mut next).collect();
@@ -110,10 +124,6 @@ impl Common {
             by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
         let authentications: Vec<Arc<Authentication>> = model.authentications.values().cloned().collect();
-        let (ready, slices) = (Ready::new(model), Slices::new(model));
-        let traffic = traffic::resolve(model);
-        let services = model.services.values();
-        let services = services.map(|it| Arc::new(service(it, &ready, &slices, &traffic))).collect();
         let wanted = model.workloads.values().cloned().collect();
         let (mut routes, holders) = (routes::resolve(model).routes, OnceLock::new());
         if traffic.speaks_of_routes() {
@@ -130,6 +140,8 @@ impl Common {
             by_node,
             by_namespace,
             holders,
+            failing,
+            unchecked,
         }
     }
 
@@ -151,6 +163,21 @@ impl Common {
     /// All services, by name.
     pub fn services(&self) -> &[Arc<Service>] {
         &self.services
+    }
+
+    /// What is unhealthy of a port of a service.
+    pub fn failing(&self, service: &Name, port: u16) -> &[Failing] {
+        self.failing.get(&(service.clone(), port)).map_or(&[], Vec::as_slice)
+    }
+
+    /// All that is unhealthy.
+    pub fn all_failing(&self) -> impl Iterator<Item = &Failing> {
+        self.failing.values().flatten()
+    }
+
+    /// How many endpoints are not checked though a policy says so, as their workloads have too many checks.
+    pub fn unchecked(&self) -> usize {
+        self.unchecked
     }
 
     /// All policies, by name.
@@ -308,8 +335,8 @@ fn sorted_diff<T: Eq>(
 }
 
 /// The view of one node, when only one is wanted.
-pub fn project(model: &Model, mesh: Arc<Mesh>, captured: &BTreeSet<Name>, node: &str) -> NodeView {
-    Common::new(model, mesh, captured, Mode::default()).view(node)
+pub fn project(model: &Model, mesh: Arc<Mesh>, heard: &Heard, node: &str) -> NodeView {
+    Common::new(model, mesh, heard, Mode::default()).view(node)
 }
 
 /// A workload as agents see it.
@@ -432,7 +459,8 @@ mod tests {
 
     fn view(objects: &[Object], captured: &[&str], node: &str) -> NodeView {
         let captured = captured.iter().map(|name| name.parse().unwrap()).collect();
-        project(&objects.iter().collect(), mesh(), &captured, node)
+        let heard = Heard { captured, ..Heard::default() };
+        project(&objects.iter().collect(), mesh(), &heard, node)
     }
 
     fn only_workload(view: &NodeView) -> Arc<Workload> {
@@ -475,7 +503,7 @@ mod tests {
                 Object::Workload(Arc::new(model::Workload { mode: own, ..Arc::unwrap_or_clone(workload) })),
             ];
             let model: Model = objects.iter().collect();
-            let common = Common::new(&model, mesh(), &BTreeSet::new(), default);
+            let common = Common::new(&model, mesh(), &Heard::default(), default);
             assert_eq!(common.workloads()[0].mode, expected, "{default:?} {of_namespace:?} {own:?}");
         }
     }
@@ -585,7 +613,7 @@ mod tests {
             // Some objects stay, shared, as they do in a ledger.
             let before_objects: Vec<Object> = before.iter().step_by(2).cloned().collect();
             let common = |before: &Common, objects: &[Object]| {
-                Common::after(before, &objects.iter().collect(), mesh(), &BTreeSet::new(), Mode::default())
+                Common::after(before, &objects.iter().collect(), mesh(), &Heard::default(), Mode::default())
             };
             let before = common(&Common::nothing(mesh()), &before);
             let after = common(&before, &[&before_objects[..], &after].concat());
@@ -600,7 +628,7 @@ mod tests {
         #[test]
         fn every_view_can_be_put_in_force_and_decides_as_the_view_of_all_does(objects in arbitrary_objects()) {
             let model: Model = objects.iter().collect();
-            let common = Common::new(&model, mesh(), &BTreeSet::new(), Mode::default());
+            let common = Common::new(&model, mesh(), &Heard::default(), Mode::default());
             let all = Snapshot::new("", "1", &common.view_of_all()).unwrap();
             for node in ["n", "m"] {
                 let snapshot = Snapshot::new(node, "1", &common.view(node)).unwrap();

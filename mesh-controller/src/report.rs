@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     conditions::{Conditions, Why},
+    health::{self, Heard, Unhealthy},
     model::Model,
     store::{self, StoreError},
 };
@@ -62,6 +63,24 @@ pub struct Reported {
     pub state: State,
     /// Why, for what is not enrolled.
     pub reason: String,
+    /// Its endpoints that are unhealthy.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", with = "pairs")]
+    pub unhealthy: Unhealthy,
+}
+
+/// Endpoints as a list of pairs, as keys of JSON are texts.
+mod pairs {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Unhealthy;
+
+    pub(super) fn serialize<S: Serializer>(of: &Unhealthy, to: S) -> Result<S::Ok, S::Error> {
+        of.iter().collect::<Vec<_>>().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Unhealthy, D::Error> {
+        Ok(Vec::deserialize(from)?.into_iter().collect())
+    }
 }
 
 /// The last word about every workload.
@@ -83,7 +102,8 @@ impl Reports {
                 Why::NotEnrolled | Why::Ended => return None,
             };
             let reason = if state == State::Enrolled { String::new() } else { says.message.clone() };
-            Some((workload.name.clone(), Reported { node: pod.node.clone(), state, reason }))
+            let unhealthy = pod.unhealthy.clone().unwrap_or_default();
+            Some((workload.name.clone(), Reported { node: pod.node.clone(), state, reason, unhealthy }))
         };
         Self { by_workload: model.workloads.values().filter_map(of).collect() }
     }
@@ -124,7 +144,13 @@ impl Reports {
                 Enrolment::Unspecified => continue,
             };
             let reason = word.reason.chars().take(MAX_REASON).collect();
-            let reported = Reported { node: node.to_owned(), state, reason };
+            let before = self.of(&name, node).map(|it| &it.unhealthy);
+            let unhealthy = match (state, before) {
+                (State::Enrolled, before) => health::after(&word.health, before.unwrap_or(&Unhealthy::new())),
+                // Nothing is checked while it is not captured: the last word stays.
+                (_, before) => before.cloned().unwrap_or_default(),
+            };
+            let reported = Reported { node: node.to_owned(), state, reason, unhealthy };
             changed |= self.by_workload.get(&name) != Some(&reported);
             self.by_workload.insert(name, reported);
         }
@@ -136,8 +162,19 @@ impl Reports {
         self.by_workload.get(workload).filter(|reported| reported.node == node)
     }
 
+    /// All that counts for what nodes are told.
+    pub fn heard(&self, model: &Model) -> Heard {
+        let unhealthy = |workload: &Arc<crate::model::Workload>| {
+            let reported = self.of(&workload.name, &workload.node)?;
+            let counts = !reported.unhealthy.is_empty() && model.enrolled(workload);
+            counts.then(|| (workload.name.clone(), reported.unhealthy.clone()))
+        };
+        let unhealthy = model.workloads.values().filter_map(unhealthy).collect();
+        Heard { captured: self.captured(model), unhealthy }
+    }
+
     /// The workloads whose own agent says that their capture is in place.
-    pub fn captured(&self, model: &Model) -> BTreeSet<Name> {
+    fn captured(&self, model: &Model) -> BTreeSet<Name> {
         let captured = |workload: &crate::model::Workload| {
             self.of(&workload.name, &workload.node).is_some_and(|reported| reported.state == State::Enrolled)
         };
@@ -147,6 +184,8 @@ impl Reports {
 
 #[cfg(test)]
 mod tests {
+    use mesh_core::{health::Health, model::health::CheckedEndpoint};
+
     use super::*;
     use crate::model::{Object, Workload};
 
@@ -203,6 +242,30 @@ mod tests {
             reports.take("n", &[word("s/a", state)], &model);
             assert_eq!(reports.captured(&model).len(), captured, "{state:?}");
         }
+    }
+
+    #[test]
+    fn what_is_unhealthy_is_said_by_its_own_node_alone_and_stays_until_it_says_otherwise() {
+        let model = model(&[("s/a", "n")]);
+        let of = CheckedEndpoint { service: Name::new("s", "pay"), port: 80, address: [10, 0, 0, 1].into() };
+        let word = |state, health| WorkloadReport {
+            health: vec![mesh_core::wire::health::word(&of, health, "it answered 503")],
+            ..word("s/a", state)
+        };
+        let mut reports = Reports::default();
+        let unhealthy = |reports: &Reports| reports.heard(&model).unhealthy.len();
+        reports.take("n", &[word(Enrolment::Enrolled, Health::Unhealthy)], &model);
+        assert_eq!(unhealthy(&reports), 1);
+        assert!(!reports.take("m", &[word(Enrolment::Enrolled, Health::Healthy)], &model));
+        let dir = tempfile::tempdir().unwrap();
+        reports.save(&dir.path().join("reports")).unwrap();
+        let mut reports = Reports::load(&dir.path().join("reports")).unwrap();
+        for state in [Enrolment::Pending, Enrolment::Enrolled] {
+            reports.take("n", &[word(state, Health::Undecided)], &model);
+            assert_eq!(unhealthy(&reports), 1, "an agent that starts anew says {state:?}");
+        }
+        assert!(reports.take("n", &[word(Enrolment::Enrolled, Health::Healthy)], &model));
+        assert_eq!(unhealthy(&reports), 0);
     }
 
     #[test]

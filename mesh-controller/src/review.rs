@@ -24,6 +24,7 @@ use mesh_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    health::Heard,
     model::{self, Kind, Model, ObjectKey},
     project::Common,
     source::{document::one_of, ledger::Ledger},
@@ -65,7 +66,7 @@ pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
     // Whose roots sign is no matter here.
     let trust_domain = TrustDomain::parse("cluster.local").expect("a name");
     let mesh = Arc::new(Mesh { trust_domain, roots: vec![] });
-    let common = Common::new(&model, mesh, &BTreeSet::new(), default_mode);
+    let common = Common::new(&model, mesh, &Heard::default(), default_mode);
     let workloads = by_namespace(&common);
     let mut review = Review { ledger, workloads, common: &common, model: &model, found: vec![] };
     for policy in model.policies.values() {

@@ -12,6 +12,7 @@ use std::{
 
 use mesh_core::model::{
     Name,
+    health::HealthCheck,
     http::{RequestRoute, RouteKind},
     traffic::Traffic,
 };
@@ -22,6 +23,7 @@ use crate::model::{Model, TrafficPolicy, TrafficTarget};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolved {
     at: BTreeMap<Place, Traffic>,
+    checks: BTreeMap<Place, HealthCheck>,
     /// All of them.
     pub outcomes: BTreeMap<Name, Outcome>,
 }
@@ -93,6 +95,9 @@ pub fn resolve(model: &Model) -> Resolved {
             let verdict = places(model, &policy.name.namespace, target).and_then(|place| {
                 let traffic = of_place(&place, &policy.traffic);
                 let conflict = take(&mut said, &place, policy, &traffic);
+                if let Some(check) = &policy.health_check {
+                    resolved.checks.entry(place.clone()).or_insert_with(|| check.clone());
+                }
                 let at = resolved.at.entry(place).or_default();
                 *at = at.or(&traffic);
                 conflict.map_or(Ok(()), Err)
@@ -119,7 +124,8 @@ fn take<'a>(
     traffic: &Traffic,
 ) -> Option<NotInForce> {
     let (mut parts, mut with) = (vec![], None);
-    for part in parts_of(traffic) {
+    let health_check = policy.health_check.is_some().then_some("healthCheck");
+    for part in parts_of(traffic).chain(health_check) {
         match said.entry((place.clone(), part)) {
             Entry::Vacant(free) => drop(free.insert(&policy.name)),
             Entry::Occupied(other) if *other.get() == &policy.name => {}
@@ -173,11 +179,15 @@ fn places(model: &Model, namespace: &str, target: &TrafficTarget) -> Result<Plac
 impl Resolved {
     /// What is said of a port of a Service.
     pub fn of_port(&self, service: &Name, port: u16) -> Traffic {
-        self.first_of([
-            Place::Port(service.clone(), port),
-            Place::Service(service.clone()),
-            Place::Namespace(service.namespace.clone()),
-        ])
+        self.first_of(around(service, port))
+    }
+
+    /// How the endpoints of a port of a Service are checked.
+    pub fn check_of(&self, service: &Name, port: u16) -> Option<&HealthCheck> {
+        if self.checks.is_empty() {
+            return None;
+        }
+        around(service, port).iter().find_map(|place| self.checks.get(place))
     }
 
     /// Tells the rules of a route what is said of them.
@@ -200,12 +210,22 @@ impl Resolved {
     }
 }
 
+/// What something that is said of a port can be said of, the nearest first.
+fn around(service: &Name, port: u16) -> [Place; 3] {
+    [
+        Place::Port(service.clone(), port),
+        Place::Service(service.clone()),
+        Place::Namespace(service.namespace.clone()),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use mesh_core::model::{
         Distribution,
+        health::{Pace, Probe},
         http::{RouteRule, Timeouts},
         traffic::{Algorithm, Balancing, Limits},
     };
@@ -234,7 +254,7 @@ mod tests {
 
     fn policy(name: &str, created: i64, targets: &[TrafficTarget], traffic: Traffic) -> Object {
         let (name, targets) = (Name::new("shop", name), targets.to_vec());
-        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic }.into())
+        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic, health_check: None }.into())
     }
 
     fn of_service(port: Option<&str>) -> TrafficTarget {
@@ -312,6 +332,30 @@ mod tests {
         assert_eq!(verdict.reason(), "Conflicted");
         assert_eq!(verdict.to_string(), "timeouts is said by shop/older already, which is older");
         assert_eq!(all.outcomes[&Name::new("shop", "older")].targets[0].1, None);
+    }
+
+    #[test]
+    fn of_checks_too_the_nearest_counts_and_the_older_one() {
+        let check = |name: &str, created, target, port| {
+            let Object::TrafficPolicy(of) = policy(name, created, &[target], Traffic::default()) else {
+                panic!()
+            };
+            let second = Duration::from_secs(1);
+            let pace = Pace { interval: second, timeout: second, unhealthy_after: 1, healthy_after: 1 };
+            let check = HealthCheck { probe: Probe::Tcp, port: Some(port), pace, panic_percent: 0 };
+            Object::TrafficPolicy(TrafficPolicy { health_check: Some(check), ..(*of).clone() }.into())
+        };
+        let all = resolved(&[
+            check("ns", 0, TrafficTarget::Namespace, 1),
+            check("web", 2, of_service(None), 2),
+            check("older", 1, of_service(None), 3),
+            check("http", 3, of_service(Some("http")), 4),
+        ]);
+        let port_of = |service: &str, port| all.check_of(&Name::new("shop", service), port).unwrap().port;
+        assert_eq!([port_of("web", 80), port_of("web", 81), port_of("db", 80)], [Some(4), Some(3), Some(1)]);
+        let verdict = all.outcomes[&Name::new("shop", "web")].targets[0].1.clone().unwrap();
+        assert_eq!(verdict.to_string(), "healthCheck is said by shop/older already, which is older");
+        assert!(!all.of_port(&Name::new("shop", "web"), 80).reads_requests);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use kube::{
 };
 use mesh_core::{
     model::Name,
-    wire::proto::{WorkloadReport, workload_report::Enrolment},
+    wire::proto::{EndpointHealth, WorkloadReport, workload_report::Enrolment},
 };
 use tokio::{
     sync::{Notify, watch},
@@ -35,8 +35,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    conditions::{Conditions, Says, Why},
+    conditions::{self, Conditions, PodCondition, Says, Why},
     distribute::Hub,
+    health::{self, Unhealthy},
     kubernetes::in_time,
     metrics::Metrics,
     model::Model,
@@ -71,9 +72,23 @@ struct Wish {
     uid: String,
     node: String,
     says: Says,
+    /// What its agent says of the endpoints that it checks.
+    health: Vec<EndpointHealth>,
     /// Failures in a row, and when it may be tried.
     failures: u32,
     not_before: Option<Instant>,
+}
+
+impl Wish {
+    /// What the pod shall say of its endpoints: while it is not captured, and not gone, what it says already.
+    fn unhealthy(&self, before: Option<&Unhealthy>) -> Option<Unhealthy> {
+        match self.says.reason {
+            Why::Captured if self.health.is_empty() => None,
+            Why::Captured => Some(health::after(&self.health, before.unwrap_or(&Unhealthy::new()))),
+            Why::Pending | Why::Failed => before.cloned(),
+            Why::NotEnrolled | Why::Ended => None,
+        }
+    }
 }
 
 impl Wishes {
@@ -95,10 +110,12 @@ impl Wishes {
                 Enrolment::Unspecified => continue,
             };
             let says = Says::new(why, &word.reason);
-            if wishes.get(&name).is_some_and(|wish| wish.uid == *uid && wish.says == says) {
+            let same = |wish: &Wish| wish.uid == *uid && wish.says == says && wish.health == word.health;
+            if wishes.get(&name).is_some_and(same) {
                 continue;
             }
-            let wish = Wish { uid: uid.clone(), node: node.to_owned(), says, failures: 0, not_before: None };
+            let (uid, node, health) = (uid.clone(), node.to_owned(), word.health.clone());
+            let wish = Wish { uid, node, says, health, failures: 0, not_before: None };
             wishes.insert(name, wish);
         }
         self.shared.changed.notify_one();
@@ -119,16 +136,22 @@ impl Wishes {
             let is_so = pod.says.as_ref().is_none_or(|it| matches!(it.reason, Why::Ended | Why::NotEnrolled));
             if !is_so && wishes.get(name).is_none_or(|wish| wish.uid != pod.uid || wish.says != says) {
                 let (uid, node) = (pod.uid.clone(), pod.node.clone());
-                wishes.insert(name.clone(), Wish { uid, node, says, failures: 0, not_before: None });
+                wishes.insert(
+                    name.clone(),
+                    Wish { uid, node, says, health: vec![], failures: 0, not_before: None },
+                );
             }
         }
         wishes.retain(|name, wish| {
             is_connected(&wish.node) && conditions.get(name).is_some_and(|pod| pod.uid == wish.uid)
         });
         let differs = |(name, wish): &(&Name, &mut Wish)| {
-            let says = conditions.get(*name).and_then(|pod| pod.says.as_ref());
+            let pod = conditions.get(*name);
+            let (says, unhealthy) =
+                pod.map_or((None, None), |pod| (pod.says.as_ref(), pod.unhealthy.as_ref()));
             // A pod that has no condition was never in the mesh; that it is not says enough.
             let is_so = says == Some(&wish.says) || says.is_none() && wish.says.reason == Why::NotEnrolled;
+            let is_so = is_so && wish.unhealthy(unhealthy).as_ref() == unhealthy;
             !is_so && wish.not_before.is_none_or(|at| at <= now)
         };
         let due = wishes.iter_mut().filter(differs).take(BATCH);
@@ -142,7 +165,9 @@ impl Wishes {
     /// It was tried: after a failure the next attempt waits.
     fn tried(&self, name: &Name, tried: &Wish, failed: bool, now: Instant) {
         let mut wishes = self.wishes();
-        let same = wishes.get_mut(name).filter(|wish| wish.uid == tried.uid && wish.says == tried.says);
+        let is_same =
+            |wish: &Wish| wish.uid == tried.uid && wish.says == tried.says && wish.health == tried.health;
+        let same = wishes.get_mut(name).filter(|wish| is_same(wish));
         if let Some(wish) = same {
             wish.failures = if failed { wish.failures.saturating_add(1) } else { 0 };
             let pause = PACE.saturating_mul(1 << wish.failures.min(6)).min(LONGEST_PAUSE);
@@ -201,8 +226,7 @@ impl Writer {
             let (writer, conditions) = (&self, &conditions);
             stream::iter(due)
                 .for_each_concurrent(AT_ONCE, |(name, wish)| async move {
-                    let before = conditions.get(&name).and_then(|pod| pod.says.as_ref());
-                    writer.write(&name, &wish, before).await;
+                    writer.write(&name, &wish, conditions.get(&name)).await;
                 })
                 .await;
             // Cancel-safe: as above.
@@ -213,10 +237,13 @@ impl Writer {
         }
     }
 
-    async fn write(&self, name: &Name, wish: &Wish, before: Option<&Says>) {
+    async fn write(&self, name: &Name, wish: &Wish, pod: Option<&PodCondition>) {
+        let (before, unhealthy) = pod.map_or((None, None), |pod| (pod.says.as_ref(), pod.unhealthy.as_ref()));
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &name.namespace);
         let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-        let patch = Patch::Strategic(wish.says.patch(&wish.uid, before, Timestamp::now()));
+        let now = Timestamp::now();
+        let health = conditions::health(wish.unhealthy(unhealthy).as_ref(), unhealthy, now);
+        let patch = Patch::Strategic(wish.says.patch(&wish.uid, before, health, now));
         let patched = in_time(pods.patch_status(&name.name, &params, &patch)).await;
         self.wishes.tried(name, wish, patched.is_err(), Instant::now());
         self.metrics.conditions_written(patched.is_ok());
@@ -260,13 +287,12 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::wire::proto::workload_report::Enrolment;
+    use mesh_core::{
+        health::Health, model::health::CheckedEndpoint, wire::proto::workload_report::Enrolment,
+    };
 
     use super::*;
-    use crate::{
-        conditions::PodCondition,
-        model::{Object, Workload},
-    };
+    use crate::model::{Object, Workload};
 
     fn name() -> Name {
         Name::new("shop", "web")
@@ -297,7 +323,8 @@ mod tests {
     }
 
     fn pod(uid: &str, says: Option<Says>) -> Conditions {
-        [(name(), PodCondition { uid: uid.into(), node: "n".into(), ended: false, says })].into()
+        [(name(), PodCondition { uid: uid.into(), node: "n".into(), ended: false, says, unhealthy: None })]
+            .into()
     }
 
     fn due(wishes: &Wishes, conditions: &Conditions, now: Instant) -> Option<Why> {
@@ -319,6 +346,33 @@ mod tests {
         );
         wishes.tell("n", &[word("u", Enrolment::Failed)], &model("u", "n"));
         assert_eq!(due(&wishes, &captured, now), Some(Why::Failed), "a new word waits for nothing");
+    }
+
+    #[tokio::test]
+    async fn what_is_said_of_endpoints_is_wished_until_the_pod_says_it() {
+        let (wishes, now) = (Wishes::default(), Instant::now());
+        let endpoint =
+            CheckedEndpoint { service: Name::new("shop", "pay"), port: 80, address: [10, 0, 0, 1].into() };
+        let say = |state, health| {
+            let health = vec![mesh_core::wire::health::word(&endpoint, health, "503")];
+            wishes.tell("n", &[WorkloadReport { health, ..word("u", state) }], &model("u", "n"));
+        };
+        let captured = |unhealthy: Option<&Unhealthy>| {
+            let mut pods = pod("u", Some(Says::new(Why::Captured, "")));
+            pods.get_mut(&name()).unwrap().unhealthy = unhealthy.cloned();
+            pods
+        };
+        let (well, bad) = (Unhealthy::new(), Unhealthy::from([(endpoint.clone(), "503".to_owned())]));
+        say(Enrolment::Enrolled, Health::Unhealthy);
+        assert!(due(&wishes, &captured(None), now).is_some());
+        assert_eq!(due(&wishes, &captured(Some(&bad)), now + PACE), None);
+        say(Enrolment::Enrolled, Health::Undecided);
+        assert_eq!(due(&wishes, &captured(Some(&bad)), now), None, "an agent has started anew");
+        say(Enrolment::Enrolled, Health::Healthy);
+        assert!(due(&wishes, &captured(Some(&bad)), now).is_some());
+        assert_eq!(due(&wishes, &captured(Some(&well)), now + PACE), None);
+        wishes.tell("n", &[word("u", Enrolment::Enrolled)], &model("u", "n"));
+        assert!(due(&wishes, &captured(Some(&well)), now).is_some(), "it is not checked any more");
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ use mesh_controller::{
     },
 };
 use mesh_core::model::{
+    health::{HealthCheck, Pace, Probe},
     http::{RouteKind, TextMatch, Timeouts},
     traffic::{
         Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
@@ -192,8 +193,63 @@ fn each_part_is_read_with_what_is_meant_where_nothing_is_said() {
 }
 
 #[test]
+fn a_health_check_is_read_and_is_no_part_of_what_clients_are_told() {
+    let usual = Pace { interval: secs(5), timeout: secs(1), unhealthy_after: 3, healthy_after: 2 };
+    let http = |path: &str, statuses: &[(u16, u16)]| Probe::Http {
+        path: path.into(),
+        host: None,
+        statuses: statuses.to_vec(),
+    };
+    for (says, probe, port, pace, panic_percent) in [
+        ("tcp: {}", Probe::Tcp, None, usual, 0),
+        ("grpc: {}, port: 9000", Probe::Grpc { service: String::new() }, Some(9000), usual, 0),
+        ("grpc: {service: shop.v1.Pay}", Probe::Grpc { service: "shop.v1.Pay".into() }, None, usual, 0),
+        ("http: {path: '/a?b=c%20d'}", http("/a?b=c%20d", &[(200, 399)]), None, usual, 0),
+        ("http: {path: /, statuses: [200, 418]}", http("/", &[(200, 200), (418, 418)]), None, usual, 0),
+        (
+            "tcp: {}, interval: 1m, timeout: 10s, unhealthyAfter: 1, healthyAfter: 100, panicPercent: 100",
+            Probe::Tcp,
+            None,
+            Pace { interval: secs(60), timeout: secs(10), unhealthy_after: 1, healthy_after: 100 },
+            100,
+        ),
+    ] {
+        let policy = policy(WEB, &format!("healthCheck: {{{says}}}"));
+        assert_eq!(policy.health_check, Some(HealthCheck { probe, port, pace, panic_percent }), "{says}");
+        assert!(policy.traffic.is_empty(), "{says}");
+    }
+    let of_namespace = policy("{kind: Namespace, name: shop}", "healthCheck: {tcp: {}}");
+    assert_eq!(of_namespace.health_check.unwrap().probe, Probe::Tcp);
+    let said = refused("{kind: Namespace, name: shop}", "healthCheck: {http: {path: /}}");
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].field == "spec.healthCheck" && said[0].reason.contains("not all ports"), "{}", said[0]);
+    let said = refused("{kind: HTTPRoute, name: r}", "healthCheck: {tcp: {}}");
+    assert!(said[0].field == "spec.healthCheck" && said[0].reason.contains("no endpoints"), "{said:?}");
+}
+
+#[test]
 fn what_means_nothing_is_refused_by_its_field() {
     for (says, field, reason) in [
+        ("healthCheck: {}", "spec.healthCheck.http", "in one way"),
+        ("healthCheck: {tcp: {}, grpc: {}}", "spec.healthCheck.http", "in one way"),
+        ("healthCheck: {tcp: {}, port: 0}", "spec.healthCheck.port", "not a port"),
+        ("healthCheck: {tcp: {}, interval: 999ms}", "spec.healthCheck.interval", "too often"),
+        ("healthCheck: {tcp: {}, interval: 2h}", "spec.healthCheck.interval", "too long"),
+        ("healthCheck: {tcp: {}, timeout: 6s}", "spec.healthCheck.timeout", "before this one has ended"),
+        ("healthCheck: {tcp: {}, timeout: 0s}", "spec.healthCheck.timeout", "within no time"),
+        ("healthCheck: {tcp: {}, unhealthyAfter: 0}", "spec.healthCheck.unhealthyAfter", "nothing is known"),
+        ("healthCheck: {tcp: {}, healthyAfter: 101}", "spec.healthCheck.healthyAfter", "too much"),
+        ("healthCheck: {tcp: {}, panicPercent: 101}", "spec.healthCheck.panicPercent", "too much"),
+        ("healthCheck: {http: {path: healthz}}", "spec.healthCheck.http.path", "not the path"),
+        ("healthCheck: {http: {path: '/a b'}}", "spec.healthCheck.http.path", "not the path"),
+        ("healthCheck: {http: {path: '/a#b'}}", "spec.healthCheck.http.path", "not the path"),
+        ("healthCheck: {http: {path: /, host: 'a b'}}", "spec.healthCheck.http.host", "no host"),
+        (
+            "healthCheck: {http: {path: /, statuses: [101]}}",
+            "spec.healthCheck.http.statuses[0]",
+            "ends no request",
+        ),
+        ("healthCheck: {grpc: {service: 'a b'}}", "spec.healthCheck.grpc.service", "no service"),
         ("", "spec", "says nothing"),
         ("balancing: {algorithm: Best}", "spec.balancing.algorithm", "no algorithm"),
         ("balancing: {slowStart: 2h}", "spec.balancing.slowStart", "too long"),

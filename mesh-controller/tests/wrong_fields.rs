@@ -58,7 +58,9 @@ fn documents() -> [Value; 10] {
                 "ejection": {"failures": 3, "time": "1s", "maxTime": "1m", "maxPercent": 30, "panicPercent": 10,
                     "failurePercent": 50, "minimumRequests": 10, "window": "10s", "retryAfter": "30s"},
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}],
-                "hedge": {"after": "100ms", "calls": ["shop.v1.Cart/Get"], "budget": {"percent": 5, "perSecond": 1}}}}),
+                "hedge": {"after": "100ms", "calls": ["shop.v1.Cart/Get"], "budget": {"percent": 5, "perSecond": 1}},
+                "healthCheck": {"http": {"path": "/healthz", "host": "pay.example", "statuses": [200, 204]}, "port": 8081,
+                    "interval": "5s", "timeout": "1s", "unhealthyAfter": 3, "healthyAfter": 2, "panicPercent": 10}}}),
     ]
 }
 
@@ -154,6 +156,8 @@ const REQUIRED: &[&str] = &[
     "spec.ejection.failurePercent",
     "spec.hedge.after",
     "spec.faults[0].delay",
+    "spec.healthCheck.http",
+    "spec.healthCheck.http.path",
     "spec.faults[0].headers[0].name",
     "spec.faults[0].headers[0].value",
     "spec.issuers",

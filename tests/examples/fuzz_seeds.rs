@@ -3,10 +3,11 @@
 //!
 //! Seeds have names; what the fuzzer finds besides has hashes for names and stays out of the repository.
 
-use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc};
 
 use bytes::BytesMut;
 use mesh_controller::{
+    health::Heard,
     project::Common,
     source::ledger::{FileContent, Ledger},
 };
@@ -161,7 +162,7 @@ fn views() -> Vec<(&'static str, Vec<u8>)> {
         Common::new(
             &Ledger::default().next(&files).model(),
             mesh,
-            &BTreeSet::new(),
+            &Heard::default(),
             mesh_core::model::Mode::Permissive,
         )
         .view("a")

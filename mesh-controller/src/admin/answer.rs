@@ -308,6 +308,20 @@ pub struct ServicePortRow {
     pub port: u16,
     /// What serves it, ready only.
     pub endpoints: Vec<Endpoint>,
+    /// What is unhealthy, by its checks.
+    #[serde(default)]
+    pub unhealthy: Vec<UnhealthyRow>,
+}
+
+/// An endpoint that is unhealthy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnhealthyRow {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// Why.
+    pub reason: String,
+    /// It serves all the same, as too few are healthy.
+    pub asked: bool,
 }
 
 /// A line of `GET /api/v1/policies`

@@ -43,7 +43,8 @@ use tokio_util::sync::CancellationToken;
 use self::{
     answer::{
         AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow,
-        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow, Why, WorkloadRow,
+        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow, UnhealthyRow, Why,
+        WorkloadRow,
     },
     request::Request,
 };
@@ -54,6 +55,7 @@ use crate::{
     metrics::Metrics,
     model::ModeFrom,
     others::Others,
+    project::Failing,
     report::State as Reported,
     source::Presence,
 };
@@ -326,6 +328,12 @@ async fn workloads(State(admin): Shared) -> Json<Vec<WorkloadRow>> {
 }
 
 async fn services(State(admin): Shared) -> Json<Vec<ServiceRow>> {
+    let common = admin.hub.world().common.clone();
+    let unhealthy = |failing: &Failing| UnhealthyRow {
+        endpoint: failing.endpoint.clone(),
+        reason: failing.reason.clone(),
+        asked: failing.asked,
+    };
     let row = |service: &Arc<Service>| ServiceRow {
         name: service.name.to_string(),
         addresses: service.addresses.clone(),
@@ -336,10 +344,11 @@ async fn services(State(admin): Shared) -> Json<Vec<ServiceRow>> {
                 name: port.name.clone(),
                 port: port.port,
                 endpoints: port.endpoints.clone(),
+                unhealthy: common.failing(&service.name, port.port).iter().map(unhealthy).collect(),
             })
             .collect(),
     };
-    Json(admin.hub.world().common.services().iter().map(row).collect())
+    Json(common.services().iter().map(row).collect())
 }
 
 async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {

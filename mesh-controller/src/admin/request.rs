@@ -113,6 +113,7 @@ impl Story<'_> {
                 let traffic = service.port(*port).map(|it| it.traffic.clone()).unwrap_or_default();
                 let Traffic { balancing, limits, ejection, .. } = traffic;
                 self.sent(&Traffic { balancing, limits, ejection, ..Traffic::default() });
+                self.unhealthy(name, *port);
                 self.endpoints(&endpoints)
             }
             Err(reason) => vec![refused(name.to_string(), "", reason)],

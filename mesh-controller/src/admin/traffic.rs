@@ -1,6 +1,9 @@
 //! TrafficPolicies in words: what they say, and what became of them.
 
-use mesh_core::model::traffic::{Algorithm, Balancing, Fault, FaultEffect, HashBy, Hedge, Retries, Traffic};
+use mesh_core::model::{
+    health::{HealthCheck, Pace, Probe},
+    traffic::{Algorithm, Balancing, Fault, FaultEffect, HashBy, Hedge, Retries, Traffic},
+};
 
 use super::answer::{TrafficRow, TrafficTargetRow};
 use crate::{
@@ -11,7 +14,9 @@ use crate::{
 /// All policies, by name.
 pub(super) fn rows(model: &Model) -> Vec<TrafficRow> {
     let row = |(name, outcome): (_, crate::traffic::Outcome)| TrafficRow {
-        says: model.traffic.get(&name).map_or_else(Vec::new, |policy| words(&policy.traffic)),
+        says: model.traffic.get(&name).map_or_else(Vec::new, |policy| {
+            words(&policy.traffic).into_iter().chain(policy.health_check.as_ref().map(checked)).collect()
+        }),
         targets: outcome
             .targets
             .into_iter()
@@ -75,6 +80,22 @@ pub(super) fn words(traffic: &Traffic) -> Vec<String> {
     }
     words.extend(faults.iter().flatten().map(fault));
     words
+}
+
+fn checked(check: &HealthCheck) -> String {
+    let asked = match &check.probe {
+        Probe::Tcp => "by a connection".to_owned(),
+        Probe::Http { path, .. } => format!("by GET {path}"),
+        Probe::Grpc { service } if service.is_empty() => "by grpc.health.v1".to_owned(),
+        Probe::Grpc { service } => format!("by grpc.health.v1 for {service}"),
+    };
+    let port = check.port.map(|port| format!(" at port {port}")).unwrap_or_default();
+    let Pace { interval, timeout, unhealthy_after, healthy_after } = check.pace;
+    format!(
+        "checked {asked}{port} every {interval:?} within {timeout:?}: left out after {unhealthy_after} failures, back after \
+         {healthy_after} successes, all asked if fewer than {} percent are healthy",
+        check.panic_percent
+    )
 }
 
 fn balancing(balancing: &Balancing) -> String {

@@ -18,7 +18,7 @@ use super::{
     request::Request as AskedFor,
     traffic,
 };
-use crate::project::Common;
+use crate::project::{Common, Failing};
 
 /// Why a question cannot be answered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,7 +58,7 @@ pub fn explain(
     let workload = common.workloads().iter().find(|it| it.name == name).ok_or_else(unknown_source)?;
     let snapshot = Snapshot::new(&workload.node, "", &common.view_of_all())?;
     let asked = resolve(&snapshot, workload, destination)?;
-    let mut story = Story { snapshot: &snapshot, source: workload, asked, request, steps: vec![] };
+    let mut story = Story { snapshot: &snapshot, source: workload, asked, request, common, steps: vec![] };
     let ends = story.tell();
     Ok(Why { source: name.to_string(), destination: asked.to_string(), steps: story.steps, ends })
 }
@@ -88,6 +88,7 @@ pub(super) struct Story<'a> {
     pub(super) source: &'a Arc<Workload>,
     pub(super) asked: SocketAddr,
     pub(super) request: Option<&'a AskedFor>,
+    common: &'a Common,
     steps: Vec<WhyStep>,
 }
 
@@ -128,6 +129,7 @@ impl Story<'_> {
                 );
                 let port = service.port(self.asked.port());
                 port.iter().for_each(|port| self.sent(&port.traffic));
+                self.unhealthy(&service.name, self.asked.port());
                 self.endpoints(&endpoints)
             }
         }
@@ -137,6 +139,16 @@ impl Story<'_> {
     pub(super) fn sent(&mut self, traffic: &Traffic) {
         for says in traffic::words(traffic) {
             self.step(Step::Connect, format!("as a TrafficPolicy says: {says}"));
+        }
+    }
+
+    /// What gets nothing, by its checks, or would get nothing if others were healthy.
+    pub(super) fn unhealthy(&mut self, service: &Name, port: u16) {
+        for Failing { endpoint, reason, asked } in self.common.failing(service, port) {
+            let at = SocketAddr::new(endpoint.address, endpoint.port);
+            let who = endpoint.workload.as_ref().map_or_else(|| at.to_string(), |it| format!("{it} at {at}"));
+            let so = if *asked { "asked all the same, as too few are healthy" } else { "gets nothing" };
+            self.step(Step::Balance, format!("{who} is unhealthy and {so}: {reason}"));
         }
     }
 
@@ -299,12 +311,13 @@ pub(super) fn refused(to: String, transport: &str, reason: Reason) -> End {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use mesh_core::{identity::TrustDomain, model::Mode, view::Mesh};
 
     use super::*;
-    use crate::source::ledger::{FileContent, Ledger};
+    use crate::{
+        health::Heard,
+        source::ledger::{FileContent, Ledger},
+    };
 
     const MANIFESTS: &str = "
 apiVersion: v1
@@ -366,9 +379,10 @@ spec:
         let files = [("f".into(), Arc::new(FileContent::parse(manifests)))].into();
         let ledger = Ledger::default().next(&files);
         assert!(ledger.refused().is_empty(), "{:?}", ledger.refused());
-        let captured: BTreeSet<Name> = ["shop/web", "shop/db"].map(|name| name.parse().unwrap()).into();
+        let captured = ["shop/web", "shop/db"].map(|name| name.parse().unwrap()).into();
+        let heard = Heard { captured, ..Heard::default() };
         let mesh = Mesh { trust_domain: TrustDomain::parse("td").unwrap(), roots: vec![] };
-        Common::new(&ledger.model(), Arc::new(mesh), &captured, Mode::default())
+        Common::new(&ledger.model(), Arc::new(mesh), &heard, Mode::default())
     }
 
     #[track_caller]

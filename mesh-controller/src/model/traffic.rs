@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use mesh_core::model::{Name, http::RouteKind, traffic::Traffic};
+use mesh_core::model::{Name, health::HealthCheck, http::RouteKind, traffic::Traffic};
 use serde::{Deserialize, Serialize};
 
 /// How requests and connections are sent to what it is for.
@@ -16,6 +16,8 @@ pub struct TrafficPolicy {
     pub targets: Vec<TrafficTarget>,
     /// What it says.
     pub traffic: Traffic,
+    /// How endpoints are checked: not by those who send anything there, so it is no part of what they are told.
+    pub health_check: Option<HealthCheck>,
 }
 
 /// What a policy is for.

@@ -8,6 +8,7 @@ use std::{
 
 use mesh_core::model::{Choice, Distribution, Endpoint, Name, Place, Service, ServicePort};
 
+use super::checked::Checked;
 use crate::{
     model::{self, Model},
     traffic,
@@ -100,18 +101,19 @@ impl<'a> Slices<'a> {
     }
 }
 
-/// A service with its ready endpoints: what its EndpointSlices say, where it has some, and one per matching workload and
+/// A service with its ready endpoints, less those that are unhealthy: what its EndpointSlices say, where it has some, and one per matching workload and
 /// address. Of pods the slices alone decide, as whoever writes them knows more than labels say.
 pub(super) fn service(
     wanted: &model::Service,
     ready: &Ready<'_>,
     slices: &Slices<'_>,
     traffic: &traffic::Resolved,
+    checked: &mut Checked<'_>,
 ) -> Service {
     let slices_of = slices.of(&wanted.name);
     let mut serving = ready.of(wanted);
     serving.retain(|workload| slices_of.is_none() || workload.uid.is_empty());
-    let port = |port: &model::Port| {
+    let mut port = |port: &model::Port| {
         let of_workload = |workload: &&model::Workload| {
             let (name, target) = (workload.name.clone(), port.target);
             let at = workload.addresses.clone().into_iter();
@@ -121,10 +123,13 @@ pub(super) fn service(
         endpoints.extend(slices_of.iter().flat_map(|of| slices.endpoints(of, &port.name)));
         endpoints.sort();
         endpoints.dedup();
+        if let Some(check) = traffic.check_of(&wanted.name, port.port) {
+            checked.port(&wanted.name, port.port, check, &mut endpoints);
+        }
         let traffic = traffic.of_port(&wanted.name, port.port);
         ServicePort { name: port.name.clone(), port: port.port, endpoints, traffic }
     };
-    let ports: Vec<ServicePort> = wanted.ports.iter().map(port).collect();
+    let ports: Vec<ServicePort> = wanted.ports.iter().map(&mut port).collect();
     let places = match wanted.distribution {
         Distribution::Any => BTreeMap::new(),
         _ => slices.places(slices_of.unwrap_or_default(), &serving),

@@ -5,14 +5,11 @@
 //! be put in force on every node.
 #![no_main]
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use libfuzzer_sys::fuzz_target;
 use mesh_controller::{
+    health::Heard,
     project::Common,
     source::ledger::{FileContent, Ledger},
 };
@@ -41,7 +38,7 @@ fuzz_target!(|input: &[u8]| {
     let model = ledger.model();
     let trust_domain = TrustDomain::parse("td").expect("a trust domain");
     let mesh = Arc::new(Mesh { trust_domain, roots: vec![vec![1]] });
-    let common = Common::new(&model, mesh, &BTreeSet::new(), mesh_core::model::Mode::Permissive);
+    let common = Common::new(&model, mesh, &Heard::default(), mesh_core::model::Mode::Permissive);
     for node in model.nodes() {
         let view = common.view(node);
         let delta = NodeView::default().diff(&view);

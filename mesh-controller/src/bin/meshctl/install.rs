@@ -144,7 +144,8 @@ async fn forget_capture(client: &Client) -> anyhow::Result<()> {
         let answer = pods.list(&page).await.context("cannot list pods")?;
         let with_condition = answer.items.iter().filter_map(|pod| {
             let (name, condition) = conditions::of_pod(pod)?;
-            condition.says.map(|_| (name, condition.uid))
+            let says = condition.says.is_some() || condition.unhealthy.is_some();
+            says.then_some((name, condition.uid))
         });
         stream::iter(with_condition.map(Ok))
             .try_for_each_concurrent(AT_ONCE, |(name, uid)| async move {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
     AgentRow, AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow,
-    Root, RouteRow, ServiceRow, Status, TrafficRow, Why, WorkloadRow,
+    Root, RouteRow, ServiceRow, Status, TrafficRow, UnhealthyRow, Why, WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -187,7 +187,12 @@ pub(crate) fn services(rows: &[ServiceRow]) -> String {
                     None => format!("{address}, outside"),
                 }
             };
-            let endpoints: Vec<String> = port.endpoints.iter().map(endpoint).collect();
+            let unhealthy = |it: &UnhealthyRow| match it.asked {
+                true => format!("unhealthy, asked all the same: {}: {}", endpoint(&it.endpoint), it.reason),
+                false => format!("unhealthy, left out: {}: {}", endpoint(&it.endpoint), it.reason),
+            };
+            let healthy = port.endpoints.iter().map(endpoint);
+            let endpoints: Vec<String> = healthy.chain(port.unhealthy.iter().map(unhealthy)).collect();
             let endpoints =
                 if endpoints.is_empty() { "none is ready".to_owned() } else { endpoints.join("\n") };
             let addresses = if row.addresses.is_empty() { "none".to_owned() } else { list(&row.addresses) };

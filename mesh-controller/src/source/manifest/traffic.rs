@@ -4,9 +4,12 @@
 //! What a policy says, and what it says it of, has to fit: endpoints are a Service's, so a route has no say in which of them
 //! is chosen.
 
+mod health;
+
 use std::time::Duration;
 
 use mesh_core::model::{
+    health::Probe,
     http::{RouteKind, TextMatch},
     traffic::{
         Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
@@ -15,6 +18,7 @@ use mesh_core::model::{
 };
 use serde::Deserialize;
 
+use self::health::RawHealthCheck;
 use super::{
     Raw,
     check::Check,
@@ -64,6 +68,8 @@ pub(super) struct RawTrafficPolicy {
     faults: Option<Vec<RawFault>>,
     /// When a request is sent to a second endpoint while the first one has not answered yet; left out: never.
     hedge: Option<RawHedge>,
+    /// How the endpoints are checked, beside what they answer to clients.
+    health_check: Option<RawHealthCheck>,
 }
 
 /// One thing that a policy is for.
@@ -312,8 +318,9 @@ impl Check<'_> {
             hedge: spec.hedge.map(|raw| self.hedge(raw)),
             reads_requests: false,
         };
-        if traffic.is_empty() {
-            let cure = "write balancing, timeouts, retries, limits, ejection, faults or hedge";
+        let health_check = spec.health_check.map(|raw| self.health_check(raw));
+        if traffic.is_empty() && health_check.is_none() {
+            let cure = "write balancing, timeouts, retries, limits, ejection, faults, hedge or healthCheck";
             self.problem("spec", "the policy says nothing", cure);
         }
         if targets.iter().any(|it| matches!(it, TrafficTarget::Route { .. })) {
@@ -321,6 +328,7 @@ impl Check<'_> {
                 ("balancing", traffic.balancing.is_some()),
                 ("limits", traffic.limits.is_some()),
                 ("ejection", traffic.ejection.is_some()),
+                ("healthCheck", health_check.is_some()),
             ];
             for (part, _) in of_endpoints.iter().filter(|(_, says)| *says) {
                 let reason = "a route has no endpoints: this is said of Services";
@@ -328,7 +336,13 @@ impl Check<'_> {
                 self.problem(&format!("spec.{part}"), reason, cure);
             }
         }
-        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic }.into())
+        let speaks = health_check.as_ref().is_some_and(|it| it.probe != Probe::Tcp);
+        if speaks && targets.contains(&TrafficTarget::Namespace) {
+            let reason = "not all ports of a namespace answer that";
+            let cure = "name the Services that do, or write tcp: {}";
+            self.problem("spec.healthCheck", reason, cure);
+        }
+        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic, health_check }.into())
     }
 
     fn target_ref(&mut self, at: &str, namespace: &str, raw: RawTarget) -> Option<TrafficTarget> {
