@@ -37,7 +37,7 @@ struct Shop {
 type Task = (&'static str, fn(&Shop));
 
 /// All pages.
-const TASKS: [Task; 14] = [
+const TASKS: [Task; 15] = [
     ("canary", canary),
     ("blue-green", blue_green),
     ("route-by-path", route_by_path),
@@ -46,6 +46,7 @@ const TASKS: [Task; 14] = [
     ("retry", retry),
     ("hedge", hedge),
     ("break-circuits", break_circuits),
+    ("check-health", check_health),
     ("inject-faults", inject_faults),
     ("mirror", mirror),
     ("authorize", authorize),
@@ -73,7 +74,8 @@ fn shop() -> World {
 }
 
 /// An application that says who it is and what it was asked, and notes that. It answers every second request for `/flaky`, and,
-/// if it is `cart-1`, each for `/broken`, with an error, and none for `/hold`, nor, if it is `cart-1`, for `/stalls`.
+/// if it is `cart-1`, each for `/broken` and `/healthz`, with an error, and none for `/hold`, nor, if it is `cart-1`, for `/stalls`.
+/// Of its health it keeps no notes.
 fn app(name: &'static str, seen: &Arc<Mutex<Vec<String>>>) -> Handler {
     let (seen, flaky) = (seen.clone(), AtomicU32::new(0));
     Arc::new(move |stream| {
@@ -82,13 +84,15 @@ fn app(name: &'static str, seen: &Arc<Mutex<Vec<String>>>) -> Handler {
         while lines.read_line(&mut asked)? > 2 {}
         let path = asked.split(' ').nth(2).unwrap_or_default().to_owned();
         let asked = asked.to_lowercase();
-        seen.lock().unwrap().push(asked.clone());
+        if path != "/healthz" {
+            seen.lock().unwrap().push(asked.clone());
+        }
         if path == "/hold" || (path == "/stalls" && name == "cart-1") {
             return io::copy(&mut lines, &mut io::sink()).map(drop);
         }
         let status = match path.as_str() {
             "/flaky" if flaky.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) => "503 Not Now",
-            "/broken" if name == "cart-1" => "500 Broken",
+            "/broken" | "/healthz" if name == "cart-1" => "500 Broken",
             _ => "200 OK",
         };
         let body = format!("{name} saw {asked}");
@@ -261,6 +265,22 @@ fn break_circuits(shop: &Shop) {
         let answer = ask_at(shop, "shop/cart", "web", "GET /broken", "").unwrap();
         assert!(answer.contains("cart-2 saw "), "{answer}");
     }
+}
+
+fn check_health(shop: &Shop) {
+    let by_both = || {
+        let answers: Vec<_> =
+            (0..20).map(|_| ask_at(shop, "shop/cart", "web", "GET /", "").unwrap()).collect();
+        ["cart-1", "cart-2"].map(|name| answers.iter().any(|it| it.contains(&format!("{name} saw "))))
+    };
+    assert_eq!(by_both(), [true, true], "before");
+    until("the endpoint that is not well gets nothing", 2 * TIMEOUT, || {
+        holds(by_both() == [false, true], || "it does".to_owned())
+    });
+    let told = shop.world.meshctl(&["get", "services"]).unwrap().stdout;
+    assert!(told.contains("unhealthy, left out: shop/cart-1 "), "{told}");
+    let metrics = shop.world.agent("b").metrics().unwrap();
+    assert!(metrics.sum("nodemesh_unhealthy_endpoints", &[("service", "shop/cart")]) >= 1.0);
 }
 
 fn inject_faults(shop: &Shop) {

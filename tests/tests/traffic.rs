@@ -4,14 +4,16 @@
 use std::{
     io::{Read, Write},
     sync::{
-        atomic::{AtomicU32, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
     time::Duration,
 };
 
 use mesh_tests::{
-    WorkloadSpec, World, apps,
+    WorkloadSpec, World,
+    apps::{self, Handler},
     manifests::{Enrolment, Mode},
     until,
     wait::holds,
@@ -96,6 +98,101 @@ fn what_a_policy_says_is_what_a_client_sees_until_the_policy_goes() {
         let answer = get(&world, "/mine", "X-Tester: me\r\n")?;
         holds(answer.contains(" saw "), || answer.clone())
     });
+}
+
+/// An application that says its name, and on `/healthz` whether it is well.
+fn checked(name: &'static str, is_well: &Arc<AtomicBool>) -> Handler {
+    let (is_well, says) = (is_well.clone(), apps::http(name));
+    Arc::new(move |stream| {
+        let mut begin = [0; 12];
+        // Peeked at, so that what says the name reads it whole.
+        let read = stream.peek(&mut begin)?;
+        if begin[..read] != *b"GET /healthz" || is_well.load(Ordering::Relaxed) {
+            return says(stream);
+        }
+        (&stream).write_all(b"HTTP/1.1 503 Not Well\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    })
+}
+
+/// Waits until of so many requests in a row some are answered by each of these, and none by another.
+fn served_by(world: &World, names: &[&str]) {
+    until(&format!("{names:?} serve"), TIMEOUT, || {
+        let answers = (0..20).map(|_| get(world, "/", "")).collect::<Result<Vec<_>, _>>()?;
+        let by = |name: &str| answers.iter().filter(|it| it.contains(&format!("{name} saw "))).count();
+        let all: usize = names.iter().map(|name| by(name)).sum();
+        holds(all == 20 && names.iter().all(|name| by(name) > 0), || format!("{answers:?}"))
+    });
+}
+
+#[test]
+fn an_endpoint_that_fails_its_checks_gets_nothing_until_it_is_well_whoever_starts_anew_meanwhile() {
+    let world = shop();
+    let well = ["pay-1", "pay-2"].map(|_| Arc::new(AtomicBool::new(true)));
+    let serve = |at: usize, name| world.workload(name).serve(8080, checked(name, &well[at])).unwrap();
+    let _apps = [serve(0, "pay-1"), serve(1, "pay-2")];
+    let check = "healthCheck: {http: {path: /healthz}, interval: 1s, unhealthyAfter: 2, healthyAfter: 1}";
+    world.yaml.write("policy.yaml", &policy("pay", check)).unwrap();
+    let of_pay = &[("service", "shop/pay")][..];
+    let on_b =
+        |name: &str| world.agent("b").metrics().map(|it| it.sum(name, of_pay)).map_err(|e| e.to_string());
+    let until_on_b = |unhealthy: f64| {
+        until(&format!("{unhealthy} are unhealthy on b"), 2 * TIMEOUT, || {
+            let count = on_b("nodemesh_unhealthy_endpoints")?;
+            holds(count == unhealthy, || count.to_string())
+        });
+    };
+    until("both nodes check their own", TIMEOUT, || {
+        for node in ["a", "b"] {
+            let metrics = world.agent(node).metrics().map_err(|e| e.to_string())?;
+            let passed = metrics.sum("nodemesh_health_checks_total", &[of_pay[0], ("result", "passed")]);
+            holds(passed >= 2.0, || format!("{passed} on {node}"))?;
+        }
+        Ok(())
+    });
+    served_by(&world, &["pay-1", "pay-2"]);
+    assert!(!has_read(&world), "checks need nothing to be read");
+
+    well[1].store(false, Ordering::Relaxed);
+    served_by(&world, &["pay-1"]);
+    until_on_b(1.0);
+    let metrics = world.controller().metrics().unwrap();
+    assert_eq!(metrics.get("nodemesh_controller_unhealthy_endpoints", &[("state", "left_out")]), Some(1.0));
+    let told = world.meshctl(&["get", "services"]).unwrap().stdout;
+    assert!(told.contains("unhealthy, left out: shop/pay-2 "), "{told}");
+    let why = world.meshctl(&["why", "shop/web", "shop/pay:80"]).unwrap().stdout;
+    assert!(why.contains("is unhealthy and gets nothing: it answered 503"), "{why}");
+
+    // Neither who keeps the word forgets it, nor who said it says anything else before it knows.
+    let other = || get(&world, "/", "").is_ok_and(|answer| answer.contains("pay-2 saw "));
+    world.controller().kill().unwrap();
+    world.controller().start().unwrap();
+    until("the agents are back", 3 * TIMEOUT, || {
+        assert!(!other(), "the controller has forgotten it");
+        let metrics = world.controller().metrics().map_err(|e| e.to_string())?;
+        let connected = metrics.sum("nodemesh_agents_connected", &[]);
+        holds(connected == 2.0, || connected.to_string())
+    });
+    world.agent("b").kill().unwrap();
+    world.agent("b").start().unwrap();
+    until("it is found unhealthy anew", 3 * TIMEOUT, || {
+        assert!(!other(), "an agent that has just started knows nothing, and said something");
+        let count = on_b("nodemesh_unhealthy_endpoints")?;
+        holds(count == 1.0, || count.to_string())
+    });
+    served_by(&world, &["pay-1"]);
+
+    // If none is healthy all are asked: a check that is wrong takes nothing away.
+    well[0].store(false, Ordering::Relaxed);
+    served_by(&world, &["pay-1", "pay-2"]);
+    let told = world.meshctl(&["get", "services"]).unwrap().stdout;
+    assert!(told.contains("unhealthy, asked all the same: shop/pay-1 "), "{told}");
+    well[1].store(true, Ordering::Relaxed);
+    served_by(&world, &["pay-2"]);
+
+    // Without the policy nobody is checked, and everybody serves.
+    world.yaml.remove("policy.yaml").unwrap();
+    served_by(&world, &["pay-1", "pay-2"]);
+    until_on_b(0.0);
 }
 
 #[test]

@@ -10,9 +10,13 @@ use mesh_agent::{
     control::Control,
     rpc::Connection,
     surroundings::{Dial, Stream, Surroundings},
-    view::{Enrolment, Role},
+    view::{Enrolment, Role, report::HealthWord},
 };
-use mesh_core::{model::Name, view::Snapshot};
+use mesh_core::{
+    health::Health,
+    model::{Name, health::CheckedEndpoint},
+    view::Snapshot,
+};
 use mesh_tests::{until, wait::holds};
 use tokio::{net::TcpStream, runtime::Runtime};
 use tokio_util::sync::CancellationToken;
@@ -81,6 +85,19 @@ impl Agent {
     pub(crate) fn say_of(&self, workload: &Name, uid: &str, enrolment: Enrolment, reason: &str) {
         self.control().reports.is_pod(workload, uid);
         self.control().reports.set(workload, enrolment, reason);
+    }
+
+    /// Says what came of the one check of a workload of its node.
+    pub(crate) fn finds(&self, workload: &Name, of: &CheckedEndpoint, health: Health, reason: &str) {
+        let reports = &self.control().reports;
+        reports.is_pod(workload, &self.view().unwrap().workload(workload).unwrap().uid);
+        reports.checked(workload, [of.clone()].into_iter());
+        reports.health(workload, of, HealthWord { health, reason: reason.to_owned() });
+    }
+
+    /// Says that nothing is checked of a workload of its node.
+    pub(crate) fn checks_nothing_of(&self, workload: &Name) {
+        self.control().reports.checked(workload, std::iter::empty());
     }
 
     /// Waits until its view says of a workload whether it is captured.

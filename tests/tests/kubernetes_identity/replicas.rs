@@ -4,12 +4,13 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::Path,
     sync::{Arc, Mutex},
     thread,
 };
 
 use mesh_agent::view::Enrolment;
-use mesh_core::model::Name;
+use mesh_core::{health::Health, model::Name};
 use mesh_tests::{cluster::Cluster, until, wait::holds};
 use serde_json::Value;
 
@@ -41,10 +42,14 @@ spec:
 
     /// The condition of our type on a pod; null where there is none.
     fn condition(&self, pod: &Name) -> Value {
+        self.condition_of(pod, "nodemesh.io/captured")
+    }
+
+    fn condition_of(&self, pod: &Name, type_: &str) -> Value {
         let said = self.kubectl(&["get", "pod", &pod.name, "-o", "json"]);
         let pod: Value = serde_json::from_str(&said).unwrap();
         let conditions = pod["status"]["conditions"].as_array().unwrap();
-        conditions.iter().find(|it| it["type"] == "nodemesh.io/captured").cloned().unwrap_or_default()
+        conditions.iter().find(|it| it["type"] == type_).cloned().unwrap_or_default()
     }
 
     #[track_caller]
@@ -83,6 +88,15 @@ impl Controller {
             let row = self.workload(name);
             holds(row["enrolment"] == enrolment, || row.to_string())
         });
+    }
+
+    /// What it says that is unhealthy of a Service with one port.
+    fn unhealthy(&self, service: &str) -> Value {
+        let answer = self.get("/api/v1/services");
+        let rows: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        let rows = rows.as_array().unwrap();
+        let row = rows.iter().find(|row| row["name"] == service).cloned().unwrap_or_default();
+        row["ports"][0]["unhealthy"].clone()
     }
 
     fn kill(&mut self) {
@@ -213,6 +227,80 @@ fn what_an_agent_reports_is_on_its_pod_and_every_controller_reads_it_there() {
     for replica in &replicas {
         assert!(replica.has_metric("nodemesh_controller_state_unsaved{part=\"reports\"} 0").is_ok());
     }
+}
+
+#[test]
+fn what_an_agent_finds_of_endpoints_is_on_their_pod_and_every_controller_knows_it() {
+    let bed = Bed::up();
+    let node = bed.nodes[0].clone();
+    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
+    bed.kubectl(&["apply", "-f", crds.to_str().unwrap()]);
+    bed.kubectl(&["wait", "crd", "--all", "--for=condition=Established", "--timeout=30s"]);
+    bed.pod("agent-a", &node, "agent");
+    let web = bed.web(&node);
+    bed.kubectl(&["label", "pod", "web", "app=pay"]);
+    let namespace = &bed.namespace;
+    bed.cluster
+        .apply(&format!(
+            r#"
+apiVersion: v1
+kind: Service
+metadata: {{name: pay, namespace: {namespace}}}
+spec: {{selector: {{app: pay}}, ports: [{{port: 80, targetPort: 8080}}]}}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {{name: pay, namespace: {namespace}}}
+spec: {{targetRefs: [{{kind: Service, name: pay}}], healthCheck: {{http: {{path: /healthz}}, port: 9000}}}}
+"#
+        ))
+        .unwrap();
+    let kubeconfig = bed.kubeconfig("controller", None);
+    let replicas = ["one", "two"].map(|name| bed.begin_replica(name, kubeconfig.clone()));
+    let agent = Agent::start(&bed, &node, "agent-a", replicas[0].agents());
+    let check = until("the agent is told what to check", SOON, || {
+        let view = agent.view().ok_or("no view")?;
+        let checks = view.workload(&web).ok_or("no workload")?.checks.clone();
+        holds(checks.len() == 1, || format!("{checks:?}")).map(|()| checks[0].clone())
+    });
+    assert_eq!((check.of.port, check.port, check.pace.unhealthy_after), (80, 9000, 3));
+
+    agent.finds(&web, &check.of, Health::Undecided, "");
+    agent.say(&web, Enrolment::Enrolled, "");
+    let until_health = |status: &str, message: &str| {
+        until("the pod says how it is", SOON, || {
+            let condition = bed.condition_of(&web, "nodemesh.io/healthy");
+            // An empty one is left out.
+            let said = condition["message"].as_str().unwrap_or_default();
+            let is_it = condition["status"] == status && said == message;
+            holds(is_it, || condition.to_string())
+        });
+    };
+    until_health("True", "");
+    agent.finds(&web, &check.of, Health::Unhealthy, "it answered 503");
+    until_health("False", &format!("{}: it answered 503", check.of));
+    let service = format!("{namespace}/pay");
+    for replica in &replicas {
+        until("the controller says what is unhealthy", SOON, || {
+            let row = replica.unhealthy(&service);
+            holds(row[0]["reason"] == "it answered 503" && row[0]["asked"] == true, || row.to_string())
+        });
+    }
+    agent.finds(&web, &check.of, Health::Healthy, "");
+    until_health("True", "");
+
+    // Nobody wants it checked any more.
+    bed.kubectl(&["delete", "trafficpolicies.nodemesh.io", "pay"]);
+    until("the agent is told", SOON, || {
+        let checks = agent.view().unwrap().workload(&web).unwrap().checks.clone();
+        holds(checks.is_empty(), || format!("{checks:?}"))
+    });
+    agent.checks_nothing_of(&web);
+    until("the pod says nothing of it", SOON, || {
+        let condition = bed.condition_of(&web, "nodemesh.io/healthy");
+        holds(condition == Value::Null, || condition.to_string())
+    });
+    bed.until_condition(&web, "True", "Captured");
 }
 
 #[test]
