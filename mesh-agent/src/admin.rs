@@ -33,12 +33,10 @@ use crate::{
     health::Fill,
     identity::Certificates,
     live::{self, Connections},
+    metrics::exposition::Format,
     rpc::Connection,
     view::{Enrolment, WorkloadState},
 };
-
-/// OpenMetrics 1.0, which Prometheus reads as its own text.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What the admin server asks the agent.
 pub trait Observed: Send + Sync + 'static {
@@ -209,10 +207,11 @@ async fn ready(State(shared): State<Shared>) -> Response {
     }
 }
 
-async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
-    let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &registry) {
-        Ok(()) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+async fn metrics(State(registry): State<Arc<Registry>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let format = Format::wanted(accept.unwrap_or_default());
+    match format.write(&registry) {
+        Ok(all) => ([(header::CONTENT_TYPE, format.content_type())], all).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }

@@ -3,6 +3,8 @@
 //! Label values are bounded: directions, outcomes, reasons out of fixed lists, and names of this node's workloads.
 
 mod checks;
+mod durations;
+pub mod exposition;
 mod sending;
 mod spans;
 
@@ -14,10 +16,10 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::view::Snapshot;
+use mesh_core::{http::trace::TraceId, view::Snapshot};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 
@@ -26,7 +28,7 @@ pub use self::{
     sending::{EjectionLabels, FaultLabels, HedgeLabels, HedgeOutcome, ServiceLabels},
     spans::SpanLabels,
 };
-use self::{checks::Checks, sending::Sending, spans::Spans};
+use self::{checks::Checks, durations::Durations, sending::Sending, spans::Spans};
 use crate::health::{Condition, Kept};
 
 /// Which way a connection goes, seen from this node's workload.
@@ -118,14 +120,6 @@ pub struct AttemptLabels {
     pub service: String,
     /// The service that the request went to in the end, `namespace/name`.
     pub backend: String,
-}
-
-/// Upper bounds of what requests take, seconds: a millisecond to ten seconds.
-const REQUEST_SECONDS: [f64; 13] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-
-fn request_seconds() -> Histogram {
-    Histogram::new(REQUEST_SECONDS)
 }
 
 /// A set of one label, that says which way.
@@ -224,7 +218,7 @@ pub struct Metrics {
     connections: Family<ConnectionLabels, Counter>,
     active: Family<DirectionLabels, Gauge>,
     requests: Family<RequestLabels, Counter>,
-    request_seconds: Family<RequestTimeLabels, Histogram, fn() -> Histogram>,
+    request_seconds: Durations,
     sending: Sending,
     spans: Spans,
     checks: Checks,
@@ -272,7 +266,7 @@ impl Metrics {
             connections: Family::default(),
             active: Family::default(),
             requests: Family::default(),
-            request_seconds: Family::new_with_constructor(request_seconds as fn() -> Histogram),
+            request_seconds: Durations::default(),
             sending: Sending::default(),
             spans: Spans::default(),
             checks: Checks::default(),
@@ -318,11 +312,7 @@ impl Metrics {
              say something of requests",
             m.requests.clone(),
         );
-        registry.register(
-            "request_duration_seconds",
-            "From a request's head to the end of its answer",
-            m.request_seconds.clone(),
-        );
+        registry.register_collector(Box::new(m.request_seconds.clone()));
         m.sending.register(&mut registry);
         m.spans.register(&mut registry);
         m.checks.register(&mut registry);
@@ -457,9 +447,9 @@ impl Metrics {
         self.requests.get_or_create(labels).get()
     }
 
-    /// A request took so long.
-    pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration) {
-        self.request_seconds.get_or_create(labels).observe(took.as_secs_f64());
+    /// A request took so long; of which trace it is, if that is recorded.
+    pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration, trace: Option<TraceId>) {
+        self.request_seconds.observe(labels, took, trace);
     }
 
     /// A request was tried at so many endpoints, one after the other.
@@ -758,7 +748,7 @@ mod tests {
         });
         let (workload, service, backend) = ("shop/web".into(), "shop/pay".into(), "shop/pay-v2".into());
         let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
-        metrics.request_took(&labels, Duration::from_millis(3));
+        metrics.request_took(&labels, Duration::from_millis(3), None);
         let pay = mesh_core::model::Name::new("shop", "pay");
         metrics.ejected(&pay, mesh_core::balance::Cause::Consecutive);
         metrics.tried_again(&pay);
@@ -771,7 +761,8 @@ mod tests {
         metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
-        let registered = format!("{registry:?}").matches("Descriptor {").count();
+        // How long requests take is a collector, and no descriptor.
+        let registered = format!("{registry:?}").matches("Descriptor {").count() + 1;
         assert_eq!(text.matches("# HELP").count(), registered, "count every metric once, in the test");
         let page = mesh_settings::reference::metrics("Metrics of mesh-agent", &text);
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/metrics-agent.md");

@@ -57,6 +57,8 @@ pub struct Settings {
     pub hold_new: Duration,
     /// `--addresses-per-workload`; its default unless said.
     pub addresses_per_workload: Option<usize>,
+    /// More words of its command line.
+    pub options: Vec<String>,
     /// Where token, access log and log are.
     pub directory: PathBuf,
 }
@@ -102,6 +104,7 @@ impl Agent {
         if let Some(count) = s.addresses_per_workload {
             command.arg("--addresses-per-workload").arg(count.to_string());
         }
+        command.args(&s.options);
         command.arg("--access-log").arg(self.access_log_file());
         command.env("RUST_LOG", log_level());
         change(&mut command);

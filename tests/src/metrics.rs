@@ -43,6 +43,8 @@ fn sample(line: &str) -> Option<Sample> {
     if line.starts_with('#') {
         return None;
     }
+    // What stands behind is the trace of a request.
+    let line = line.split_once(" # ").map_or(line, |(sample, _)| sample);
     let (series, rest) = match line.split_once('{') {
         Some((name, rest)) => {
             let (labels, value) = rest.rsplit_once('}')?;
@@ -75,7 +77,7 @@ mod tests {
 
     #[test]
     fn samples_are_found_by_name_and_some_labels() {
-        let text = "# HELP x y\n# TYPE x counter\nx_total{a=\"1\",b=\"p,q\"} 3\nx_total{a=\"2\",b=\"r\"} 4 1700\ny 0.5\n# EOF\n";
+        let text = "# HELP x y\n# TYPE x counter\nx_total{a=\"1\",b=\"p,q\"} 3\nx_total{a=\"2\",b=\"r\"} 4 1700\ny 0.5 # {trace_id=\"7\"} 0.4 9.0\n# EOF\n";
         let metrics = Metrics::parse(text);
         assert_eq!(metrics.sum("x_total", &[]), 7.0);
         assert_eq!(metrics.sum("x_total", &[("b", "p,q")]), 3.0);

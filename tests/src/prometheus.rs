@@ -20,6 +20,10 @@ use crate::{
 
 /// How often it asks its targets and evaluates its rules.
 const INTERVAL: &str = "200ms";
+/// What it keeps besides: traces of requests beside buckets, and, where native histograms are wanted, those. Then it asks for
+/// metrics as messages.
+const EXEMPLARS: &str = "exemplar-storage";
+const NATIVE: &str = "exemplar-storage,native-histograms";
 /// How long it may take to be ready.
 const READY: Duration = Duration::from_secs(20);
 
@@ -59,6 +63,27 @@ impl Prometheus {
         targets: &[Target],
         rules: &str,
     ) -> Result<Self> {
+        Self::start_with(EXEMPLARS, netns, at, directory, targets, rules)
+    }
+
+    /// One that keeps native histograms, which takes the place of their buckets of fixed bounds.
+    pub fn start_native(
+        netns: &NetNs,
+        at: SocketAddr,
+        directory: &Path,
+        targets: &[Target],
+    ) -> Result<Self> {
+        Self::start_with(NATIVE, netns, at, directory, targets, "groups: []\n")
+    }
+
+    fn start_with(
+        features: &str,
+        netns: &NetNs,
+        at: SocketAddr,
+        directory: &Path,
+        targets: &[Target],
+        rules: &str,
+    ) -> Result<Self> {
         fs::create_dir_all(directory)?;
         fs::write(directory.join("rules.yaml"), rules)?;
         fs::write(directory.join("prometheus.yaml"), configuration(targets))?;
@@ -66,7 +91,7 @@ impl Prometheus {
         let mut command = netns.command("prometheus");
         command.arg("--config.file").arg(directory.join("prometheus.yaml"));
         command.arg("--storage.tsdb.path").arg(directory.join("data"));
-        command.arg(format!("--web.listen-address={at}"));
+        command.arg(format!("--web.listen-address={at}")).arg(format!("--enable-feature={features}"));
         // Of ALERTS, too, the last value is not older than that.
         command.args(["--query.lookback-delta", "2s", "--rules.alert.resend-delay", "1s"]);
         let program = Program::start("prometheus", &mut command, &log)
@@ -92,6 +117,15 @@ impl Prometheus {
         let said: Value = serde_json::from_str(&answer.body).with_context(|| answer.body.clone())?;
         ensure!(said["status"] == "success", "{expression}: {}", said["error"]);
         Ok(said["data"]["result"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// The traces that stand beside the series of an expression, each with labels, value and time; those of the last minutes.
+    pub fn exemplars(&self, expression: &str) -> Result<Vec<Value>> {
+        let answer = self.get(&format!("/api/v1/query_exemplars?query={}", encoded(expression)))?;
+        let said: Value = serde_json::from_str(&answer.body).with_context(|| answer.body.clone())?;
+        ensure!(said["status"] == "success", "{expression}: {}", said["error"]);
+        let series = said["data"].as_array().cloned().unwrap_or_default();
+        Ok(series.iter().flat_map(|it| it["exemplars"].as_array().cloned().unwrap_or_default()).collect())
     }
 
     /// The alerts that fire, each with labels and annotations.

@@ -122,6 +122,8 @@ pub struct Builder {
     certificate_ttl: Option<Duration>,
     /// More words of the controller's command line.
     controller_options: Vec<String>,
+    /// And of the agents'.
+    agent_options: Vec<String>,
     addresses_per_workload: Option<usize>,
     default_mode: Option<Mode>,
     hold_new: Duration,
@@ -189,6 +191,12 @@ impl Builder {
     /// What the agents' `--addresses-per-workload` says; its default unless said.
     pub fn addresses_per_workload(mut self, count: usize) -> Self {
         self.addresses_per_workload = Some(count);
+        self
+    }
+
+    /// The collector that agents hand spans to, and of how many of the requests.
+    pub fn traced_by(mut self, endpoint: &str, sample: &str) -> Self {
+        self.agent_options.extend(["--tracing-endpoint", endpoint, "--tracing-sample", sample].map(str::to_owned));
         self
     }
 
@@ -277,7 +285,7 @@ impl Builder {
         world.write_services(&self.services)?;
         if self.mesh {
             world.start_controller(self.certificate_ttl, self.default_mode, self.controller_options)?;
-            world.start_agents(self.hold_new, self.addresses_per_workload)?;
+            world.start_agents(self.hold_new, self.addresses_per_workload, &self.agent_options)?;
             let inside = |w: &&WorkloadSpec| {
                 let by_namespace = self.namespaces.get(&w.namespace).map_or(Enrolment::Enrolled, |n| n.0);
                 w.enrolment.unwrap_or(by_namespace) == Enrolment::Enrolled
@@ -316,6 +324,7 @@ impl World {
             certificate_ttl: None,
             default_mode: None,
             controller_options: vec![],
+            agent_options: vec![],
             addresses_per_workload: None,
             hold_new: Duration::ZERO,
         }
@@ -569,7 +578,12 @@ impl World {
         Ok(())
     }
 
-    fn start_agents(&mut self, hold_new: Duration, addresses_per_workload: Option<usize>) -> Result<()> {
+    fn start_agents(
+        &mut self,
+        hold_new: Duration,
+        addresses_per_workload: Option<usize>,
+        options: &[String],
+    ) -> Result<()> {
         mount_bpffs()?;
         let controller = self.controller.as_ref().context("the controller runs")?;
         for node in &mut self.nodes {
@@ -582,6 +596,7 @@ impl World {
                 cgroup: self.slot.node_name(&node.name),
                 hold_new,
                 addresses_per_workload,
+                options: options.to_vec(),
                 directory: self.directory.clone(),
             };
             let agent = Agent::new(settings, &controller.token(&node.name)?)?;

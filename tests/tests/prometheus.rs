@@ -82,6 +82,8 @@ fn relay(world: &World, port: u16, to: &NetNs, at: SocketAddr) -> Server {
 
 struct Scene {
     prometheus: Prometheus,
+    /// Another, that keeps native histograms.
+    native: Prometheus,
     _relays: Vec<Server>,
     // Last, so that the namespaces outlive what runs in them.
     world: World,
@@ -90,7 +92,9 @@ struct Scene {
 impl Scene {
     /// `shop/pay` is a service whose requests are read, and that `shop/db` answers.
     fn new() -> Self {
-        let world = World::shop().service("shop/pay", "db", 80, 8080).build().unwrap();
+        // Every request is traced; of the collector, that nobody is, spans wait.
+        let shop = World::shop().traced_by("http://127.0.0.1:9", "100%");
+        let world = shop.service("shop/pay", "db", 80, 8080).build().unwrap();
         let route = "
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -118,7 +122,10 @@ spec:
         let directory = world.directory().join("prometheus");
         let prometheus =
             Prometheus::start(world.wire(), at, &directory, &targets, &shortened(RULES)).unwrap();
-        Self { prometheus, _relays: relays, world }
+        let at = ([127, 0, 0, 1], 9091).into();
+        let directory = world.directory().join("native");
+        let native = Prometheus::start_native(world.wire(), at, &directory, &targets).unwrap();
+        Self { prometheus, native, _relays: relays, world }
     }
 
     /// A request of `shop/web` to the service: the status that it is answered with.
@@ -199,6 +206,52 @@ spec:
         assert!(asked > 80 && shown * 3 > asked * 2, "{shown} of {asked} expressions come to something");
     }
 
+    /// What an expression comes to in one of them, if it is one number.
+    fn number(of: &Prometheus, expression: &str) -> Result<f64, String> {
+        let found = of.query(expression).map_err(|error| format!("{error:#}"))?;
+        let [one] = &found[..] else { return Err(format!("{expression}: {found:?}")) };
+        one["value"][1].as_str().and_then(|it| it.parse().ok()).ok_or_else(|| one.to_string())
+    }
+
+    /// The buckets of how long requests take lead to traces that the access log knows, and native histograms tell of the same
+    /// requests as they do.
+    fn durations_lead_to_traces_and_are_native(&self) {
+        let Self { prometheus, native, world, .. } = self;
+        let series = r#"nodemesh_request_duration_seconds{service="shop/pay",direction="outbound"}"#;
+        let buckets = series.replace("_seconds", "_seconds_bucket");
+        let found = until("a trace stands beside a bucket", TIMEOUT, || {
+            let _ = self.ask();
+            let found = prometheus.exemplars(&buckets).map_err(|error| format!("{error:#}"))?;
+            found.last().cloned().ok_or_else(|| "none does".to_owned())
+        });
+        let trace = found["labels"]["trace_id"].as_str().unwrap().to_owned();
+        world.agent("a").wait_log("the request of the trace", |line| line["trace_id"] == trace.as_str());
+
+        // Nobody asks any more, so both count the same.
+        let counted = |of: &Prometheus, expression: &str| Self::number(of, expression);
+        let count = format!("sum({})", series.replace("_seconds", "_seconds_count"));
+        until("both know of the same requests", TIMEOUT, || {
+            let classic = counted(prometheus, &count)?;
+            let native = counted(native, &format!("histogram_count(sum({series}))"))?;
+            holds(classic > 3.0 && classic == native, || format!("{classic} and {native}"))
+        });
+        for quantile in ["0.5", "0.9", "1"] {
+            let native = counted(native, &format!("histogram_quantile({quantile}, sum({series}))")).unwrap();
+            let classic = |wanted: f64| {
+                let least = format!("sum({}) ", buckets.replace('}', &format!(r#",le="{wanted:?}"}}"#)));
+                counted(prometheus, &least).unwrap()
+            };
+            let all = counted(prometheus, &count).unwrap();
+            let rank = quantile.parse::<f64>().unwrap() * all;
+            // The bucket of fixed bounds in which that request is, and the native ones around it.
+            let bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+            let place = bounds.iter().position(|bound| classic(*bound) >= rank).unwrap();
+            let lower = if place == 0 { 0.0 } else { bounds[place - 1] };
+            let (lower, upper) = (lower / 1.1, bounds[place] * 1.1);
+            assert!((lower..=upper).contains(&native), "{quantile}: {native} is not in {lower}..{upper}");
+        }
+    }
+
     #[track_caller]
     fn await_calm(&self) {
         until("no alert fires", TOLD, || {
@@ -222,6 +275,7 @@ fn what_fails_is_told_while_it_fails_and_no_longer() {
         holds(up.iter().any(|it| it["value"][1] == "3"), || format!("{up:?}"))
     });
     scene.await_calm();
+    scene.durations_lead_to_traces_and_are_native();
 
     // Nobody listens behind the service any more.
     drop(app);

@@ -26,7 +26,7 @@ const SAMPLED: u8 = 1;
 const KNOWN_FLAGS: u8 = 3;
 
 /// The name of a trace, 16 bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceId(NonZeroU128);
 
 /// The name of a span within its trace, 8 bytes.

@@ -255,7 +255,7 @@ impl Told {
 impl Drop for Told {
     fn drop(&mut self) {
         let took = self.began.elapsed();
-        let own_span = self.traced.as_ref().filter(|it| it.place.sampled).map(|it| it.place.span);
+        let recorded = self.traced.as_ref().map(|it| it.place).filter(|place| place.sampled);
         let span = self.span(took);
         let Ends { recorder, direction, source, destination, port } = &self.ends;
         let direction = *direction;
@@ -284,7 +284,8 @@ impl Drop for Told {
             let (workload, service, backend) = (workload.clone(), service.clone(), backend.clone());
             metrics.request_attempted(&AttemptLabels { workload, service, backend }, self.attempts);
         }
-        metrics.request_took(&RequestTimeLabels { direction, workload, service, backend }, took);
+        let labels = RequestTimeLabels { direction, workload, service, backend };
+        metrics.request_took(&labels, took, recorded.map(|place| place.trace));
         if let (Some(spans), Some(span)) = (&recorder.spans, span) {
             spans.tell(span);
         }
@@ -321,7 +322,7 @@ impl Drop for Told {
             detail: self.detail(),
             view: self.view.as_deref(),
             trace_id: self.trace.map(|trace| trace.to_string()),
-            span_id: own_span.map(|span| span.to_string()),
+            span_id: recorded.map(|place| place.span.to_string()),
         });
     }
 }
