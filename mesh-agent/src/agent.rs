@@ -206,7 +206,8 @@ const LAST_SPANS: Duration = Duration::from_secs(3);
 /// What is traced, if anything is.
 fn tracing(config: &Config) -> Option<Tracing> {
     let endpoint = config.tracing_endpoint.clone()?;
-    Some(Tracing { endpoint, roots: config.tracing_roots.clone(), share: config.tracing_sample })
+    let (protocol, roots) = (config.tracing_protocol, config.tracing_roots.clone());
+    Some(Tracing { endpoint, protocol, roots, share: config.tracing_sample })
 }
 
 /// Takes the node over from its present agent, once there is a view to serve it with. Returns the veths from before: what

@@ -4,7 +4,7 @@
 
 use std::{ffi::OsString, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Command, FromArgMatches};
+use clap::{Args, Command, FromArgMatches, ValueEnum};
 use mesh_core::{
     http::trace::{Share, ShareError},
     view::MAX_ASKED,
@@ -17,6 +17,15 @@ pub const PREFIX: &str = "NODEMESH_AGENT_";
 const UNINSTALL: &str = "uninstall";
 /// The subcommand that looks at the kernel.
 const DOCTOR: &str = "doctor";
+
+/// How spans are handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TracingProtocol {
+    /// OTLP over gRPC: port 4317, most often
+    Grpc,
+    /// OTLP over HTTP/1.1, as protobuf: port 4318, and /v1/traces unless the endpoint has a path
+    Http,
+}
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -147,10 +156,12 @@ pub struct Config {
     /// of these; `off`, nothing.
     #[arg(long, value_name = "on|N%|errors|off", default_value = "on")]
     pub access_log_mode: LogMode,
-    /// The collector of spans of requests, by OTLP over gRPC: `http://HOST:PORT`, or `https://HOST:PORT`. Without it nothing is
-    /// traced.
+    /// The collector of spans of requests, by OTLP: `http://HOST:PORT`, or `https://HOST:PORT`. Without it nothing is traced.
     #[arg(long, value_name = "URL")]
     pub tracing_endpoint: Option<String>,
+    /// What the collector speaks.
+    #[arg(long, value_name = "PROTOCOL", value_enum, default_value = "grpc")]
+    pub tracing_protocol: TracingProtocol,
     /// The roots, PEM, of which the collector has to lead to one, for https; without it those that the system trusts.
     #[arg(long, value_name = "FILE", requires = "tracing_endpoint")]
     pub tracing_roots: Option<PathBuf>,

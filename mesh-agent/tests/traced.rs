@@ -13,7 +13,7 @@ mod bed;
 mod world;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -21,7 +21,7 @@ use std::{
 
 use bed::*;
 use http::{Request, StatusCode};
-use mesh_agent::spans::Tracing;
+use mesh_agent::{config::TracingProtocol, spans::Tracing};
 use mesh_core::model::{
     Action, Asks, Policy, Rule, Target,
     http::{Backend, BackendTarget, Filters},
@@ -29,12 +29,13 @@ use mesh_core::model::{
 };
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
         trace_service_server::{TraceService, TraceServiceServer},
     },
     common::v1::{KeyValue, any_value::Value},
     trace::v1::{Span, span::SpanKind, status::StatusCode as SpanStatus},
 };
+use prost::Message as _;
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -81,7 +82,9 @@ impl Collector {
 }
 
 fn traced_by(at: SocketAddr, share: &str) -> Sees {
-    let tracing = Tracing { endpoint: format!("http://{at}"), roots: None, share: share.parse().unwrap() };
+    let protocol = TracingProtocol::Grpc;
+    let (endpoint, share) = (format!("http://{at}"), share.parse().unwrap());
+    let tracing = Tracing { endpoint, protocol, roots: None, share };
     Sees { tracing: Some(tracing), log: None }
 }
 
@@ -272,12 +275,83 @@ async fn a_collector_is_known_by_its_certificate() {
     std::fs::write(roots.path(), certified.cert.pem()).unwrap();
     let tracing = Tracing {
         endpoint: format!("https://{by_tls}"),
+        protocol: TracingProtocol::Grpc,
         roots: Some(roots.path().to_owned()),
         share: "100%".parse().unwrap(),
     };
     let bed = Bed::seeing(to_web(), &Sees { tracing: Some(tracing), log: None }).await;
     assert_eq!(bed.client().await.get("/").await.0, StatusCode::OK);
     assert_eq!(collector.spans(&bed.world).await.len(), 1);
+}
+
+/// A collector that is spoken to by HTTP: what it is asked, and what it answers, one after the other; at last always 200.
+#[derive(Clone)]
+struct Posted {
+    asked: Arc<Mutex<Vec<(String, String, ExportTraceServiceRequest)>>>,
+    answers: Arc<Mutex<VecDeque<axum::response::Response>>>,
+}
+
+impl Posted {
+    async fn start(answers: Vec<axum::response::Response>) -> (Self, SocketAddr) {
+        let posted = Self { asked: Arc::default(), answers: Arc::new(Mutex::new(answers.into())) };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let of = posted.clone();
+        let answer = async move |method: http::Method, uri: http::Uri, headers: http::HeaderMap, body: bytes::Bytes| {
+            let content = headers["content-type"].to_str().unwrap().to_owned();
+            let request = ExportTraceServiceRequest::decode(body).unwrap();
+            of.asked.lock().unwrap().push((format!("{method} {uri}"), content, request));
+            of.answers.lock().unwrap().pop_front().unwrap_or_default()
+        };
+        tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await });
+        (posted, at)
+    }
+}
+
+fn answers(status: u16) -> axum::response::Response {
+    let answer = http::Response::builder().status(status).header("retry-after", "0");
+    answer.body(axum::body::Body::empty()).unwrap()
+}
+
+async fn posting_to(endpoint: String) -> Bed {
+    let (protocol, share) = (TracingProtocol::Http, "100%".parse().unwrap());
+    let tracing = Tracing { endpoint, protocol, roots: None, share };
+    Bed::seeing(to_web(), &Sees { tracing: Some(tracing), log: None }).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_by_http_and_again_only_where_the_collector_wants_that() {
+    let partial = ExportTraceServiceResponse {
+        partial_success: Some(ExportTracePartialSuccess { rejected_spans: 1, error_message: "no".to_owned() }),
+    };
+    let partial = axum::response::Response::new(axum::body::Body::from(partial.encode_to_vec()));
+    let said = vec![answers(503), answers(200), answers(400), answers(307), partial, answers(429)];
+    let (collector, at) = Posted::start(said).await;
+    let bed = posting_to(format!("http://{at}")).await;
+    let spans = bed.world.source.spans.as_ref().unwrap();
+    let mut client = bed.client().await;
+    // Of each request the one span, and how often it was sent; how many were given up by then.
+    for (sent, lost) in [(2, 0), (1, 1), (1, 2), (1, 3), (2, 3), (1, 3)] {
+        collector.asked.lock().unwrap().clear();
+        assert_eq!(client.get("/").await.0, StatusCode::OK);
+        in_time(spans.flush(PATIENCE)).await;
+        let asked = collector.asked.lock().unwrap().clone();
+        assert_eq!((asked.len(), bed.world.source.metrics.spans_lost("collector")), (sent, lost));
+        for (line, content, request) in &asked {
+            assert_eq!((line.as_str(), content.as_str()), ("POST /v1/traces", "application/x-protobuf"));
+            let spans = &request.resource_spans[0].scope_spans[0].spans;
+            assert_eq!((spans.len(), spans[0].kind), (1, SpanKind::Client as i32));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_by_http_to_the_path_of_the_endpoint() {
+    let (collector, at) = Posted::start(vec![]).await;
+    let bed = posting_to(format!("http://{at}/otlp/v1/traces")).await;
+    bed.client().await.get("/").await;
+    in_time(bed.world.source.spans.as_ref().unwrap().flush(PATIENCE)).await;
+    assert_eq!(collector.asked.lock().unwrap()[0].0, "POST /otlp/v1/traces");
 }
 
 #[tokio::test(flavor = "multi_thread")]

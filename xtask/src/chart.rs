@@ -64,7 +64,8 @@ pub(crate) fn check() -> Result<()> {
             }
         }
         ensure!(stale.is_empty(), "stale: {stale:?}; run `cargo xtask generate`");
-        check_monitoring()
+        check_monitoring()?;
+        check_tracing()
     })
 }
 
@@ -123,6 +124,24 @@ fn check_monitoring() -> Result<()> {
             (labelled, dashboards) == (7, 6),
             "{asked} makes {labelled} objects, {dashboards} dashboards"
         );
+    }
+    Ok(())
+}
+
+/// Fails unless a collector that is spoken to by TLS is so only with roots, which the agents then have.
+fn check_tracing() -> Result<()> {
+    let collector = "agent.tracing.endpoint=https://otel.example:4318,agent.tracing.protocol=http";
+    ensure!(template(&["--set", collector]).is_err(), "{collector} is taken without roots");
+    let roots = "agent.tracing.rootsConfigMap=otel-roots,agent.tracing.rootsKey=bundle.pem";
+    let made = template(&["--set", collector, "--set", roots])?;
+    for part in [
+        "--tracing-endpoint=https://otel.example:4318\n",
+        "--tracing-protocol=http\n",
+        "--tracing-roots=/etc/nodemesh/tracing/roots.pem\n",
+        "{name: tracing-roots, mountPath: /etc/nodemesh/tracing, readOnly: true}\n",
+        "name: otel-roots\n            items: [{key: \"bundle.pem\", path: roots.pem}]\n",
+    ] {
+        ensure!(made.contains(part), "with roots of a collector {part:?} is not made");
     }
     Ok(())
 }

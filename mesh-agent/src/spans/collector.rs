@@ -1,6 +1,6 @@
 //! The way to the collector of spans: in plaintext or by TLS, opened when it is first needed and anew whenever it was lost.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use http::{Uri, uri::PathAndQuery};
 use hyper_util::rt::TokioIo;
@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
     client::Grpc,
     transport::{Channel, Endpoint},
 };
@@ -20,17 +20,16 @@ use tonic::{
 use super::{
     Tracing,
     otlp::{self, EXPORT, ExportRequest, ExportResponse, attribute},
+    post::Post,
 };
-use crate::rpc::CONNECT_TIMEOUT;
+use crate::{config::TracingProtocol, rpc::CONNECT_TIMEOUT};
 
 /// Why there is no collector.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectorError {
     /// The setting is no place.
-    #[error(
-        "--tracing-endpoint {0}: write http://HOST:PORT or https://HOST:PORT, as in http://127.0.0.1:4317"
-    )]
-    NoPlace(String),
+    #[error("--tracing-endpoint {0}: write http://HOST:PORT or https://HOST:PORT, as in {1}")]
+    NoPlace(String, &'static str),
     /// Its roots cannot be read.
     #[error("--tracing-roots {}: {error}; it has to be a file of certificates in PEM", path.display())]
     Roots {
@@ -49,19 +48,84 @@ pub enum CollectorError {
     Tls(#[from] rustls::Error),
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// Why spans were not taken.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub(super) struct NotTaken {
+    /// They may be, the next time.
+    pub(super) again: bool,
+    /// Not before that time has passed.
+    pub(super) after: Option<Duration>,
+    why: String,
+}
+
+impl NotTaken {
+    pub(super) fn again(why: impl ToString) -> Self {
+        Self { again: true, after: None, why: why.to_string() }
+    }
+
+    pub(super) fn after(self, after: Option<Duration>) -> Self {
+        Self { after, ..self }
+    }
+
+    pub(super) fn never(why: impl ToString) -> Self {
+        Self { again: false, after: None, why: why.to_string() }
+    }
+}
+
+impl From<Status> for NotTaken {
+    /// What OTLP says may be tried again ("OTLP/gRPC Response", failures), and what tonic makes of a lost connection.
+    fn from(status: Status) -> Self {
+        let again = matches!(
+            status.code(),
+            Code::Cancelled
+                | Code::DeadlineExceeded
+                | Code::Aborted
+                | Code::OutOfRange
+                | Code::Unavailable
+                | Code::DataLoss
+                | Code::ResourceExhausted
+                | Code::Unknown
+        );
+        Self { again, after: None, why: status.to_string() }
+    }
+}
+
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
+/// Where the collector is.
+#[derive(Clone)]
+pub(super) struct Server {
+    host: String,
+    port: u16,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+}
+
+impl Server {
+    pub(super) async fn open(&self) -> io::Result<Box<dyn Stream>> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        Ok(match &self.tls {
+            None => Box::new(stream),
+            Some((tls, name)) => Box::new(tls.connect(name.clone(), stream).await?),
+        })
+    }
+}
+
 /// Who takes spans, and what it is told of who sends them.
-#[derive(Debug)]
 pub(super) struct Collector {
-    channel: Channel,
+    way: Way,
     resource: otlp::Resource,
+}
+
+enum Way {
+    Grpc(Channel),
+    Http(Post),
 }
 
 impl Collector {
     pub(super) fn new(tracing: &Tracing, node: &str) -> Result<Self, CollectorError> {
-        let no_place = || CollectorError::NoPlace(tracing.endpoint.clone());
+        let no_place = || CollectorError::NoPlace(tracing.endpoint.clone(), example(tracing.protocol));
         let uri: Uri = tracing.endpoint.parse().map_err(|_| no_place())?;
         let host = uri.host().ok_or_else(no_place)?.trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().ok_or_else(no_place)?;
@@ -73,23 +137,15 @@ impl Collector {
             }
             _ => return Err(no_place()),
         };
-        if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+        if uri.query().is_some() {
             return Err(no_place());
         }
-        // TLS is ours, so that tonic need not know of it; the collector is told what was asked for all the same.
-        let endpoint = Endpoint::from_shared(format!("http://{}", uri.authority().ok_or_else(no_place)?));
-        let endpoint = endpoint.map_err(|_| no_place())?.origin(uri).connect_timeout(CONNECT_TIMEOUT);
-        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-            let (host, tls) = (host.clone(), tls.clone());
-            async move {
-                let stream = TcpStream::connect((host.as_str(), port)).await?;
-                let stream: Box<dyn Stream> = match tls {
-                    None => Box::new(stream),
-                    Some((tls, name)) => Box::new(tls.connect(name, stream).await?),
-                };
-                Ok::<_, std::io::Error>(TokioIo::new(stream))
-            }
-        }));
+        let server = Server { host, port, tls };
+        let way = match tracing.protocol {
+            TracingProtocol::Grpc if !matches!(uri.path(), "" | "/") => return Err(no_place()),
+            TracingProtocol::Grpc => Way::Grpc(channel(uri, server).ok_or_else(no_place)?),
+            TracingProtocol::Http => Way::Http(Post::new(&uri, server).ok_or_else(no_place)?),
+        };
         let resource = otlp::Resource {
             attributes: vec![
                 attribute("service.name", "nodemesh-agent"),
@@ -98,7 +154,7 @@ impl Collector {
                 attribute("host.name", node),
             ],
         };
-        Ok(Self { channel, resource })
+        Ok(Self { way, resource })
     }
 
     pub(super) fn request(&self, spans: Vec<otlp::Span>) -> ExportRequest {
@@ -111,12 +167,34 @@ impl Collector {
         ExportRequest { resource_spans: vec![otlp::ResourceSpans { resource, scope_spans, schema_url }] }
     }
 
-    pub(super) async fn export(&self, request: ExportRequest) -> Result<ExportResponse, Status> {
-        let mut grpc = Grpc::new(self.channel.clone());
-        grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
-        let codec = tonic_prost::ProstCodec::default();
-        let path = PathAndQuery::from_static(EXPORT);
-        grpc.unary(Request::new(request), path, codec).await.map(tonic::Response::into_inner)
+    pub(super) async fn export(&mut self, request: ExportRequest) -> Result<ExportResponse, NotTaken> {
+        match &mut self.way {
+            Way::Grpc(channel) => {
+                let mut grpc = Grpc::new(channel.clone());
+                grpc.ready().await.map_err(NotTaken::again)?;
+                let codec = tonic_prost::ProstCodec::default();
+                let path = PathAndQuery::from_static(EXPORT);
+                Ok(grpc.unary(Request::new(request), path, codec).await?.into_inner())
+            }
+            Way::Http(post) => post.export(&request).await,
+        }
+    }
+}
+
+/// TLS is ours, so that tonic need not know of it; the collector is told what was asked for all the same.
+fn channel(uri: Uri, server: Server) -> Option<Channel> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", uri.authority()?)).ok()?;
+    let endpoint = endpoint.origin(uri).connect_timeout(CONNECT_TIMEOUT);
+    Some(endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+        let server = server.clone();
+        async move { Ok::<_, io::Error>(TokioIo::new(server.open().await?)) }
+    })))
+}
+
+const fn example(protocol: TracingProtocol) -> &'static str {
+    match protocol {
+        TracingProtocol::Grpc => "http://127.0.0.1:4317, without a path",
+        TracingProtocol::Http => "http://127.0.0.1:4318, or with the path at which it takes spans",
     }
 }
 
@@ -144,6 +222,9 @@ fn config(tracing: &Tracing) -> Result<ClientConfig, CollectorError> {
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
     let mut config =
         builder.with_safe_default_protocol_versions()?.with_root_certificates(roots).with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = match tracing.protocol {
+        TracingProtocol::Grpc => vec![b"h2".to_vec()],
+        TracingProtocol::Http => vec![b"http/1.1".to_vec()],
+    };
     Ok(config)
 }

@@ -1,4 +1,4 @@
-//! Spans of requests, and the collector that they are handed to, over OTLP/gRPC.
+//! Spans of requests, and the collector that they are handed to, over OTLP.
 //!
 //! Stands apart, as no request waits for any of it: spans go through a bounded queue to one task, which hands them over many at a
 //! time. What does not fit is dropped and counted. A collector that is away costs what the queue takes, and nothing else.
@@ -10,9 +10,11 @@
 //! |---|---|
 //! | `collector` | the way there |
 //! | `otlp` | the messages |
+//! | `post` | each in a request of HTTP/1.1, where it is not gRPC |
 
 mod collector;
 pub(crate) mod otlp;
+mod post;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -21,11 +23,10 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, timeout, timeout_at},
 };
-use tonic::Code;
 
-use self::collector::Collector;
+use self::collector::{Collector, NotTaken};
 pub use self::collector::CollectorError;
-use crate::{metrics::Metrics, rpc};
+use crate::{config::TracingProtocol, metrics::Metrics, rpc};
 
 /// Spans that wait at most: about 8 MiB.
 const QUEUE: usize = 4096;
@@ -43,6 +44,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 pub struct Tracing {
     /// The collector, `http://HOST:PORT` or `https://HOST:PORT`.
     pub endpoint: String,
+    /// What it speaks.
+    pub protocol: TracingProtocol,
     /// The roots that it has to lead to, PEM; without them those of the system.
     pub roots: Option<PathBuf>,
     /// Which part of the requests of which nobody has said whether they are traced.
@@ -97,7 +100,7 @@ impl Spans {
     }
 }
 
-async fn hand_over(mut queue: mpsc::Receiver<Item>, collector: Collector, metrics: Arc<Metrics>) {
+async fn hand_over(mut queue: mpsc::Receiver<Item>, mut collector: Collector, metrics: Arc<Metrics>) {
     while let Some(first) = queue.recv().await {
         let (mut spans, mut flushed) = (vec![], None);
         let deadline = Instant::now() + GATHER;
@@ -113,7 +116,7 @@ async fn hand_over(mut queue: mpsc::Receiver<Item>, collector: Collector, metric
             next = timeout_at(deadline, queue.recv()).await.ok().flatten();
         }
         if !spans.is_empty() {
-            export(spans, &collector, &metrics).await;
+            export(spans, &mut collector, &metrics).await;
         }
         // A closed receiver has stopped waiting.
         let _ = flushed.map(|done| done.send(()));
@@ -121,12 +124,12 @@ async fn hand_over(mut queue: mpsc::Receiver<Item>, collector: Collector, metric
 }
 
 /// Until the collector has taken them, or said that it never will.
-async fn export(spans: Vec<otlp::Span>, collector: &Collector, metrics: &Metrics) {
+async fn export(spans: Vec<otlp::Span>, collector: &mut Collector, metrics: &Metrics) {
     let count = spans.len() as u64;
     let request = collector.request(spans);
     for failures in 1.. {
         let answer = timeout(EXPORT_TIME, collector.export(request.clone())).await;
-        let status = match answer {
+        let not_taken = match answer {
             Ok(Ok(answer)) => {
                 let partial = answer.partial_success.unwrap_or_default();
                 let rejected = u64::try_from(partial.rejected_spans).unwrap_or(0).min(count);
@@ -137,32 +140,18 @@ async fn export(spans: Vec<otlp::Span>, collector: &Collector, metrics: &Metrics
                 }
                 return;
             }
-            Ok(Err(status)) => status,
-            Err(_) => tonic::Status::deadline_exceeded("no answer in time"),
+            Ok(Err(not_taken)) => not_taken,
+            Err(_) => NotTaken::again("no answer in time"),
         };
-        if !may_again(status.code()) {
-            tracing::warn!(%status, spans = count, "the collector refuses spans");
+        if !not_taken.again {
+            tracing::warn!(why = %not_taken, spans = count, "the collector refuses spans");
             return metrics.spans_dropped("collector", count);
         }
         // Once, not as often as it is tried.
         if failures == 1 {
-            tracing::warn!(%status, "the collector of spans cannot be reached: spans wait, and are dropped when they are too many");
+            tracing::warn!(why = %not_taken, "the collector of spans cannot be reached: spans wait, and are dropped when they are too many");
         }
-        tokio::time::sleep(rpc::backoff(failures, rand::random(), MAX_BACKOFF)).await;
+        let pause = rpc::backoff(failures, rand::random(), MAX_BACKOFF);
+        tokio::time::sleep(pause.max(not_taken.after.unwrap_or_default().min(MAX_BACKOFF))).await;
     }
-}
-
-/// What OTLP says may be tried again ("OTLP/gRPC Response", failures), and what tonic makes of a lost connection.
-fn may_again(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Cancelled
-            | Code::DeadlineExceeded
-            | Code::Aborted
-            | Code::OutOfRange
-            | Code::Unavailable
-            | Code::DataLoss
-            | Code::ResourceExhausted
-            | Code::Unknown
-    )
 }
