@@ -370,11 +370,25 @@ async fn fetch(at: &KeysAt) -> Result<Answer, String> {
     }
 }
 
+/// Variables by which whoever runs the controller says which roots its system has.
+const NAMED: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
+
 fn of_system() -> Result<RootCertStore, String> {
+    let found = rustls_native_certs::load_native_certs().certs;
+    trusted(found, NAMED.into_iter().find(|name| std::env::var_os(name).is_some()))
+}
+
+/// What the system has; where it has nothing and nobody has said that it should, as in an image that has no files of roots, those
+/// that browsers trust.
+fn trusted(found: Vec<CertificateDer<'static>>, named: Option<&str>) -> Result<RootCertStore, String> {
     let mut store = RootCertStore::empty();
-    store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if store.is_empty() {
-        return Err("the controller's system trusts no roots: give caBundle, or set SSL_CERT_FILE".into());
+    store.add_parsable_certificates(found);
+    match named {
+        _ if !store.is_empty() => {}
+        Some(named) => {
+            return Err(format!("there are no roots where {named} says: mend that, or give caBundle"));
+        }
+        None => store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
     }
     Ok(store)
 }
@@ -386,4 +400,22 @@ fn max_age(headers: &HeaderMap) -> Option<Duration> {
     let seconds =
         directives.find_map(|it| it.to_ascii_lowercase().strip_prefix("max-age=").map(str::to_owned));
     seconds?.trim_matches('"').parse().ok().map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_roots_of_its_system_a_controller_trusts_those_of_browsers_unless_others_were_named() {
+        assert!(trusted(vec![], None).unwrap().len() > 100);
+        let error = trusted(vec![], Some("SSL_CERT_FILE")).unwrap_err();
+        assert!(error.contains("SSL_CERT_FILE") && error.contains("caBundle"), "{error}");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let own = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+        for named in [None, Some("SSL_CERT_FILE")] {
+            let store = trusted(vec![own.der().clone()], named).unwrap();
+            assert_eq!(store.len(), 1, "what there is is all that is trusted");
+        }
+    }
 }
