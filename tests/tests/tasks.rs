@@ -1,4 +1,4 @@
-//! The pages of docs/tasks, followed: their YAML, taken out of the pages themselves, is checked, applied, seen to do what the
+//! The pages of docs/tasks, and docs/operate/migrate.md, followed: their YAML, taken out of the pages themselves, is checked, applied, seen to do what the
 //! page says by real requests, and removed, after which all is as before.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
@@ -37,7 +37,7 @@ struct Shop {
 type Task = (&'static str, fn(&Shop));
 
 /// All pages.
-const TASKS: [Task; 15] = [
+const TASKS: [Task; 16] = [
     ("canary", canary),
     ("blue-green", blue_green),
     ("route-by-path", route_by_path),
@@ -53,6 +53,7 @@ const TASKS: [Task; 15] = [
     ("authenticate-users", authenticate_users),
     ("sessions", sessions),
     ("consumer-route", consumer_route),
+    ("migrate", migrate),
 ];
 
 /// Version one of `shop/pay` is on the client's node, version two, and both endpoints of `shop/cart`, are on the other.
@@ -386,10 +387,34 @@ fn raw(shop: &Shop, service: &str, from: &str, request: &str, header: &str) -> R
     Ok(answer)
 }
 
+/// What comes from Linkerd is in force, and then what comes from Istio.
+fn migrate(shop: &Shop) {
+    let refused = |from: &str, request: &str| {
+        let answer = ask(shop, from, request, "");
+        holds(!answer.as_ref().is_ok_and(|it| it.starts_with("http/1.1 200 ")), || format!("{answer:?}"))
+    };
+    until("nobody but web may ask", TIMEOUT, || refused("desk", "GET /"));
+    until("what failed is made again", TIMEOUT, || {
+        for _ in 0..4 {
+            let answer = ask(shop, "web", "GET /flaky", "")?;
+            holds(answer.starts_with("http/1.1 200 "), || answer.clone())?;
+        }
+        Ok(())
+    });
+
+    shop.world.yaml.write(APPLIED, &pages()["migrate"][0]).unwrap();
+    until("a tester gets version two", TIMEOUT, || by_version_two(shop, "web", "GET /", "x-tester: me\r\n"));
+    until("it may only read", TIMEOUT, || refused("web", "POST /"));
+    refused("desk", "GET /").unwrap();
+    assert!(by_version_one(&get(shop, "")), "who is no tester gets version one");
+}
+
 /// The YAML blocks of each page, by its name.
 fn pages() -> BTreeMap<String, Vec<String>> {
-    let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/tasks");
-    let mut pages = BTreeMap::new();
+    let docs: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let directory = docs.join("tasks");
+    let elsewhere = fs::read_to_string(docs.join("operate/migrate.md")).unwrap();
+    let mut pages: BTreeMap<_, _> = [("migrate".to_owned(), page::documents(&elsewhere))].into();
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
