@@ -31,12 +31,14 @@ pub(crate) fn inbound(
     let request = Request { source, source_address, port, content };
     let Decision { verdict, would_refuse } =
         decide(destination.mode, view.policies_of(destination), &request);
-    let unread = matches!(content, Content::Bytes).then(|| view.authentications_of(destination));
-    if verdict.allows()
-        && let Some(policy) = unread.and_then(|all| authentication::covers(all, port))
-    {
-        let detail = format!("AuthenticationPolicy {policy}");
-        return Err(Denied { reason: Reason::TokenUnreadable, rule: None, detail });
+    let mut would_refuse = would_refuse;
+    if verdict.allows() && matches!(content, Content::Bytes) {
+        let policies = view.authentications_of(destination);
+        if let Some(policy) = authentication::covers(policies.clone(), port) {
+            let detail = format!("AuthenticationPolicy {policy}");
+            return Err(Denied { reason: Reason::TokenUnreadable, rule: None, detail });
+        }
+        would_refuse = authentication::would_refuse(policies, port, None, 0).or(would_refuse);
     }
     match verdict {
         Verdict::AllowedByDefault | Verdict::ByRequest => Ok(Allowed { rule: None, would_refuse }),
@@ -47,25 +49,24 @@ pub(crate) fn inbound(
 
 /// Whether requests to a port of a workload of this node have to be read.
 pub(crate) fn reads(view: &Snapshot, destination: &Workload, port: u16) -> Reads {
-    match authentication::covers(view.authentications_of(destination), port) {
-        Some(_) => Reads::Enforce,
-        None => policy::reads(view.policies_of(destination), port),
-    }
+    let of_users = authentication::reads(view.authentications_of(destination), port);
+    of_users.max(policy::reads(view.policies_of(destination), port))
 }
 
-/// Whose request it is that comes to a workload of this node, by the token that it bears.
+/// Whose request it is that comes to a workload of this node, by the token that it bears; and what audited policies would say.
 pub(crate) fn user(
     view: &Snapshot,
     destination: &Workload,
     port: u16,
     asked: &Asked<'_>,
-) -> Result<Authenticated, Refusal> {
+) -> Result<(Authenticated, Option<WouldRefuse>), Refusal> {
     // Before 1970 every token is of the future.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     let policies = view.authentications_of(destination);
-    authentication::authenticate(policies, port, asked, now)
-        .map_err(|it| Refusal::new(it.reason, it.to_string()))
+    let authenticated = authentication::authenticate(policies.clone(), port, asked, now)
+        .map_err(|it| Refusal::new(it.reason, it.to_string()))?;
+    Ok((authenticated, authentication::would_refuse(policies, port, Some(asked), now)))
 }
 
 /// A verdict for a connection, or a request.

@@ -22,10 +22,13 @@ use http::{Request, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use mesh_agent::{connection::Direction, metrics::RequestLabels};
+use mesh_agent::{
+    connection::Direction,
+    metrics::{AuditLabels, RequestLabels},
+};
 use mesh_core::model::{
-    Action, Asks, Authentication, ClaimHeader, ClaimPattern, KeyMaterial, Policy, Rule, Selector, Target,
-    TokenIssuer, TokenPlace, VerifyingKey,
+    Action, Asks, Authentication, ClaimHeader, ClaimPattern, Enforcement, KeyMaterial, Policy, Rule,
+    Selector, Target, TokenIssuer, TokenPlace, VerifyingKey,
 };
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde_json::{Value, json};
@@ -85,6 +88,7 @@ fn users(required: bool) -> Authentication {
         selector: Selector::default(),
         ports: vec![],
         required,
+        enforcement: Enforcement::Enforce,
         issuers: vec![issuer],
     }
 }
@@ -360,5 +364,75 @@ async fn plaintext_bears_tokens_too_and_other_ports_are_left_alone() {
     let mut bed = Bed::new(vec![elsewhere], vec![]).await;
     let server = echo(bed.listener.take().unwrap());
     assert_eq!(ask(bed.at, b"bytes").await.unwrap(), b"bytes");
+    server.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audited_policy_tells_what_it_would_refuse_and_changes_nothing() {
+    let mut audited = Authentication { enforcement: Enforcement::Audit, ..users(true) };
+    audited.issuers[0].strip = true;
+    audited.issuers[0].headers = vec![ClaimHeader { header: "x-user".into(), claim: "sub".into() }];
+    let mut bed = Bed::new(vec![audited], vec![]).await;
+    let metrics = bed.world.destination.metrics.clone();
+    let told = |reason| {
+        let (policy, workload) = (name("users").to_string(), "shop/web".to_owned());
+        metrics.audit_refusals(&AuditLabels { policy, workload, reason })
+    };
+    let app = bed.app();
+    let mut client = bed.client().await;
+    let expired = token(&with("exp", json!(now() - 300)));
+    for (request, reason) in [
+        (Request::get("/none"), Some("token_missing")),
+        (bearer(&expired), Some("token_expired")),
+        (bearer(&token(&claims())), None),
+    ] {
+        let (status, said) = client.ask(request.header("x-user", "me")).await;
+        assert_eq!(status, StatusCode::OK, "{reason:?}");
+        let headers: Vec<(String, String)> = serde_json::from_value(said["headers"].clone()).unwrap();
+        let seen = |name: &str| headers.iter().find(|it| it.0 == name).map(|it| it.1.as_str());
+        assert_eq!(seen("x-user"), Some("me"), "what it would set or take away stays: {reason:?}");
+        assert_eq!(seen("authorization").is_some(), reason != Some("token_missing"));
+        if let Some(reason) = reason {
+            assert_eq!(told(reason), 1, "{reason}");
+        }
+    }
+    assert_eq!(app.served(), 3);
+    let line = bed.log(|line| line["path"] == "/none").await;
+    assert_eq!(
+        (&line["outcome"], &line["would_refuse"]["reason"]),
+        (&json!("ok"), &json!("token_missing")),
+        "{line}"
+    );
+
+    // One that is enforced beside it decides alone, and what would be ambiguous with both is not.
+    let mut elsewhere = Authentication { enforcement: Enforcement::Audit, ..users(true) };
+    elsewhere.name = name("elsewhere");
+    elsewhere.issuers[0].places = vec![TokenPlace::Query("token".into())];
+    bed.plan.authentications = vec![users(true), elsewhere];
+    bed.world.publish(&bed.plan, "2");
+    let good = token(&claims());
+    client.challenge(Request::get("/")).await;
+    let twice = Request::get(format!("/?token={good}")).header("authorization", format!("Bearer {good}"));
+    assert_eq!(client.ask(twice).await.0, StatusCode::OK);
+    let labels = AuditLabels {
+        policy: name("elsewhere").to_string(),
+        workload: "shop/web".to_owned(),
+        reason: "token_ambiguous",
+    };
+    assert_eq!(metrics.audit_refusals(&labels), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_request_goes_on_under_an_audited_policy_and_is_told() {
+    let audited = Authentication { enforcement: Enforcement::Audit, ..users(true) };
+    let mut bed = Bed::new(vec![audited], vec![]).await;
+    let server = echo(bed.listener.take().unwrap());
+    assert_eq!(ask(bed.at, b"bytes").await.unwrap(), b"bytes");
+    let line = bed.log(|line| line["kind"].is_null()).await;
+    assert_eq!(
+        (&line["outcome"], &line["would_refuse"]["reason"]),
+        (&json!("ok"), &json!("token_unreadable")),
+        "{line}"
+    );
     server.abort();
 }

@@ -297,7 +297,10 @@ impl Posted {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let of = posted.clone();
-        let answer = async move |method: http::Method, uri: http::Uri, headers: http::HeaderMap, body: bytes::Bytes| {
+        let answer = async move |method: http::Method,
+                                 uri: http::Uri,
+                                 headers: http::HeaderMap,
+                                 body: bytes::Bytes| {
             let content = headers["content-type"].to_str().unwrap().to_owned();
             let request = ExportTraceServiceRequest::decode(body).unwrap();
             of.asked.lock().unwrap().push((format!("{method} {uri}"), content, request));
@@ -322,7 +325,10 @@ async fn posting_to(endpoint: String) -> Bed {
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_go_by_http_and_again_only_where_the_collector_wants_that() {
     let partial = ExportTraceServiceResponse {
-        partial_success: Some(ExportTracePartialSuccess { rejected_spans: 1, error_message: "no".to_owned() }),
+        partial_success: Some(ExportTracePartialSuccess {
+            rejected_spans: 1,
+            error_message: "no".to_owned(),
+        }),
     };
     let partial = axum::response::Response::new(axum::body::Body::from(partial.encode_to_vec()));
     let said = vec![answers(503), answers(200), answers(400), answers(307), partial, answers(429)];

@@ -2,7 +2,8 @@
 //! agents enforce and `meshctl why` explains; `docs/operate/authentication.md` tells it to people.
 //!
 //! Invariants, each a test: a policy more never lets more requests through; a token that cannot be verified is refused also
-//! where none is required; a request with two tokens is refused; claims are known of verified tokens alone.
+//! where none is required; a request with two tokens is refused; claims are known of verified tokens alone; an audited policy
+//! changes nothing of what is decided, and nothing of a request.
 //!
 //! | module | what |
 //! |---|---|
@@ -24,6 +25,7 @@ pub use self::token::{LEEWAY, MAX_TOKEN};
 use crate::{
     http::matches::Asked,
     model::{Authentication, ClaimPattern, Name, TokenIssuer, TokenPlace},
+    policy::{Reads, WouldRefuse},
     refusal::Reason,
 };
 
@@ -138,12 +140,23 @@ impl std::fmt::Display for Unauthenticated {
 }
 
 /// Whether one of these policies, which select a workload, says something of requests to this port: then all that comes to
-/// it has to be read, and what cannot be is refused, [`Reason::TokenUnreadable`].
+/// it has to be read, and what cannot be is refused, [`Reason::TokenUnreadable`]. Audited ones refuse nothing.
 pub fn covers<'p>(policies: impl IntoIterator<Item = &'p Authentication>, port: u16) -> Option<&'p Name> {
-    policies.into_iter().find(|policy| policy.has_port(port)).map(|policy| &policy.name)
+    let covers = |policy: &&Authentication| policy.is_enforced() && policy.has_port(port);
+    policies.into_iter().find(covers).map(|policy| &policy.name)
 }
 
-/// Whose request it is, by all policies that select a workload. Each of them has to be content with the one token.
+/// Whether requests to this port have to be read for these policies, which select a workload.
+pub fn reads<'p>(policies: impl IntoIterator<Item = &'p Authentication>, port: u16) -> Reads {
+    let of = |policy: &Authentication| match (policy.has_port(port), policy.is_enforced()) {
+        (false, _) => Reads::No,
+        (true, false) => Reads::Audit,
+        (true, true) => Reads::Enforce,
+    };
+    policies.into_iter().map(of).max().unwrap_or(Reads::No)
+}
+
+/// Whose request it is, by all enforced policies that select a workload. Each of them has to be content with the one token.
 /// `now`: seconds since 1970.
 pub fn authenticate<'p>(
     policies: impl IntoIterator<Item = &'p Authentication>,
@@ -151,8 +164,36 @@ pub fn authenticate<'p>(
     asked: &Asked<'_>,
     now: i64,
 ) -> Result<Authenticated, Unauthenticated> {
-    let policies: Vec<&Authentication> =
-        policies.into_iter().filter(|policy| policy.has_port(port)).collect();
+    let decides = |policy: &&Authentication| policy.is_enforced() && policy.has_port(port);
+    judge(&policies.into_iter().filter(decides).collect::<Vec<_>>(), asked, now)
+}
+
+/// What audited policies would refuse of a request that goes on, had they been enforced beside all others; `None` for the
+/// request: of what cannot be read.
+pub fn would_refuse<'p>(
+    policies: impl IntoIterator<Item = &'p Authentication>,
+    port: u16,
+    asked: Option<&Asked<'_>>,
+    now: i64,
+) -> Option<WouldRefuse> {
+    let of_port = policies.into_iter().filter(|policy| policy.has_port(port));
+    let policies: Vec<&Authentication> = of_port.collect();
+    let first = policies.iter().find(|policy| !policy.is_enforced())?;
+    let (named, reason) = match asked {
+        None => (first.name.clone(), Reason::TokenUnreadable),
+        Some(asked) => judge(&policies, asked, now).err().map(|no| (no.policy, no.reason))?,
+    };
+    // Without the audited ones it goes on, so one of these it is, whichever noticed.
+    let audited = policies.iter().any(|policy| !policy.is_enforced() && policy.name == named);
+    Some(WouldRefuse { policy: if audited { named } else { first.name.clone() }, rule: None, reason })
+}
+
+/// By these policies, whatever comes of it.
+fn judge(
+    policies: &[&Authentication],
+    asked: &Asked<'_>,
+    now: i64,
+) -> Result<Authenticated, Unauthenticated> {
     let Some(first) = policies.first() else { return Ok(Authenticated::default()) };
     let no = |policy: &Authentication, reason, place: Option<&TokenPlace>| Unauthenticated {
         reason,
@@ -163,7 +204,7 @@ pub fn authenticate<'p>(
     // The one token, wherever one of them looks for it.
     let mut looked: HashSet<&TokenPlace> = HashSet::new();
     let mut found: Option<(&TokenPlace, Cow<'_, str>)> = None;
-    for policy in &policies {
+    for policy in policies {
         for place in policy.issuers.iter().flat_map(|issuer| &issuer.places) {
             if !looked.insert(place) {
                 continue;
@@ -187,7 +228,7 @@ pub fn authenticate<'p>(
     // Each policy verifies it.
     let token = Token::parse(&text).map_err(|reason| no(first, reason, Some(place)))?;
     let mut authenticated = Authenticated { claims: None, edits: Edits { ours, ..Edits::default() } };
-    for policy in &policies {
+    for policy in policies {
         let issuer = policy.issuers.iter().find(|it| Some(it.issuer.as_str()) == token.issuer());
         let issuer = issuer.filter(|it| it.places.contains(place));
         let verified = issuer.ok_or(Reason::TokenIssuer).and_then(|it| Ok((it, token.verify(it, now)?)));

@@ -101,11 +101,9 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
             view::Resource::Workload(Arc::new(workload_from_proto(key, workload)?))
         }
         Some(Body::Service(service)) => view::Resource::Service(Arc::new(service_from_proto(key, service)?)),
-        Some(Body::AuthorizationPolicy(policy)) => match &policy.authentication {
+        Some(Body::AuthorizationPolicy(policy)) => match authentication::from_proto(key, policy)? {
             None => view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?)),
-            Some(it) => {
-                view::Resource::Authentication(Arc::new(authentication::from_proto(key, policy, it)?))
-            }
+            Some(of_users) => view::Resource::Authentication(Arc::new(of_users)),
         },
         Some(Body::RequestRoute(route)) => view::Resource::Route(Arc::new(routes::from_proto(key, route)?)),
     };
@@ -288,6 +286,7 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
         .into(),
         rules: policy.rules.iter().map(rule).collect(),
         authentication: None,
+        audited_authentication: None,
     }
 }
 

@@ -67,12 +67,7 @@ impl Prometheus {
     }
 
     /// One that keeps native histograms, which takes the place of their buckets of fixed bounds.
-    pub fn start_native(
-        netns: &NetNs,
-        at: SocketAddr,
-        directory: &Path,
-        targets: &[Target],
-    ) -> Result<Self> {
+    pub fn start_native(netns: &NetNs, at: SocketAddr, directory: &Path, targets: &[Target]) -> Result<Self> {
         Self::start_with(NATIVE, netns, at, directory, targets, "groups: []\n")
     }
 

@@ -196,7 +196,8 @@ impl Builder {
 
     /// The collector that agents hand spans to, and of how many of the requests.
     pub fn traced_by(mut self, endpoint: &str, sample: &str) -> Self {
-        self.agent_options.extend(["--tracing-endpoint", endpoint, "--tracing-sample", sample].map(str::to_owned));
+        self.agent_options
+            .extend(["--tracing-endpoint", endpoint, "--tracing-sample", sample].map(str::to_owned));
         self
     }
 

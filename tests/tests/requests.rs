@@ -1,10 +1,14 @@
 //! Requests: what the routes of a service say, on real kernels and through real agents, from the manifest to the wire.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::io::{Read, Write};
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, Mutex},
+};
 
 use mesh_tests::{
-    WorkloadSpec, World, apps,
+    Server, WorkloadSpec, World, apps,
     manifests::{Enrolment, Mode},
     until,
     wait::holds,
@@ -159,4 +163,108 @@ spec:
     assert!(ask(&world, &get("/v2/admin", &bearing)).unwrap().starts_with("HTTP/1.1 403 "));
     let line = world.agent("b").wait_log("the refusal", |line: &Value| line["reason"] == "token_malformed");
     assert_eq!(line["status"], 401, "{line}");
+}
+
+/// An issuer that publishes keys by https, on the controller's own machine.
+struct Issuer {
+    certificate: String,
+    keys: Arc<Mutex<String>>,
+    _server: Server,
+}
+
+impl Issuer {
+    fn start(world: &World, at: SocketAddr) -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec![at.ip().to_string()]).unwrap();
+        let own = params.self_signed(&key).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![own.der().clone()], key.serialize_der().try_into().unwrap())
+            .unwrap();
+        let (config, keys) = (Arc::new(config), Arc::new(Mutex::new(String::new())));
+        let published = keys.clone();
+        let answer: apps::Handler = Arc::new(move |stream| {
+            let session = rustls::ServerConnection::new(config.clone()).map_err(io::Error::other)?;
+            let mut stream = rustls::StreamOwned::new(session, stream);
+            let mut head = vec![];
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte)?;
+                head.extend(byte);
+            }
+            let keys = published.lock().unwrap().clone();
+            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{keys}", keys.len())?;
+            stream.conn.send_close_notify();
+            stream.flush()
+        });
+        let listener = world.controller().admin().0.enter(|| TcpListener::bind(at)).unwrap().unwrap();
+        let server = Server::start(vec![listener], answer).unwrap();
+        Self { certificate: own.pem(), keys, _server: server }
+    }
+
+    /// From now on these are its keys. A controller that starts again asks for them.
+    fn publish(&self, world: &World, keys: &[&Value]) {
+        *self.keys.lock().unwrap() = serde_json::json!({ "keys": keys }).to_string();
+        world.controller().kill().unwrap();
+        world.controller().start().unwrap();
+    }
+}
+
+#[test]
+fn keys_of_a_url_reach_the_agents_and_so_do_those_that_take_their_place() {
+    let world = World::shop().service("shop/pay", "db", 80, 8080).build().unwrap();
+    let app = world.workload("db").serve(8080, apps::http("db")).unwrap();
+    let at = ([127, 0, 0, 1], 8443).into();
+    let issuer = Issuer::start(&world, at);
+    let set = include_str!("../../mesh-core/src/authentication/vectors/jwks.json");
+    let set: Value = serde_json::from_str(set).unwrap();
+    let key = |id: &str| set["keys"].as_array().unwrap().iter().find(|key| key["kid"] == id).unwrap();
+    let tokens: Vec<&str> =
+        include_str!("../../mesh-core/src/authentication/vectors/tokens.txt").lines().collect();
+    // Of the one key, and of the one that takes its place.
+    let (old, new) = (tokens[0], tokens[tokens.len() - 1]);
+    *issuer.keys.lock().unwrap() = serde_json::json!({ "keys": [key("rsa")] }).to_string();
+    let bundle = issuer.certificate.replace('\n', "\n        ");
+    let users = format!(
+        "
+apiVersion: nodemesh.io/v1alpha1
+kind: AuthenticationPolicy
+metadata: {{name: users, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: db}}}}
+  ports: [8080]
+  issuers:
+  - issuer: https://id.example
+    audiences: [shop]
+    jwks:
+      url: https://{at}/keys
+      caBundle: |
+        {bundle}
+"
+    );
+    world.yaml.write("users.yaml", &users).unwrap();
+    let awaited = |what: &str, of_old: &str, of_new: &str| {
+        until(what, TIMEOUT, || {
+            for (token, status) in [(old, of_old), (new, of_new)] {
+                let answer = ask(&world, &get("/", &format!("Authorization: Bearer {token}\r\n")))?;
+                holds(answer.starts_with(&format!("HTTP/1.1 {status} ")), || answer.clone())?;
+            }
+            Ok(())
+        });
+    };
+    awaited("the key is fetched", "200", "401");
+    let listed = world.meshctl(&["get", "authentication"]).unwrap().stdout;
+    for part in ["shop/users", "https://id.example", "1 key(s) of https://127.0.0.1:8443/keys", "shop/db"] {
+        assert!(listed.contains(part), "{part} is not in\n{listed}");
+    }
+    issuer.publish(&world, &[key("rsa"), key("ed")]);
+    awaited("both keys count", "200", "200");
+    issuer.publish(&world, &[key("ed")]);
+    awaited("the old key counts no more", "401", "200");
+    let refused = |line: &Value| line["reason"] == "token_key_unknown" && line["direction"] == "inbound";
+    world.agent("b").wait_log("the refusal of the old key", refused);
+    drop(app);
 }

@@ -118,18 +118,25 @@ mod tests {
 
     #[test]
     fn messages_are_for_who_wants_them_most() {
-        let ours = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited";
+        let ours =
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited";
         check("", Format::Text);
         check("*/*", Format::Text);
         check("application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5,*/*;q=0.1", Format::Text);
         check(ours, Format::Messages);
-        check(&format!("{ours},application/openmetrics-text;version=1.0.0;q=0.8,*/*;q=0.1"), Format::Messages);
+        check(
+            &format!("{ours},application/openmetrics-text;version=1.0.0;q=0.8,*/*;q=0.1"),
+            Format::Messages,
+        );
         check(&format!("{ours};q=0.5,application/openmetrics-text;version=1.0.0;q=0.8"), Format::Text);
         check(&format!("application/openmetrics-text;q=0.6, {ours};q=0.6"), Format::Text);
         check(&format!("{ours};q=0"), Format::Text);
         check(&format!("{ours};q=x"), Format::Text);
         check("application/vnd.google.protobuf;proto=other;encoding=delimited", Format::Text);
-        check("application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text", Format::Text);
+        check(
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text",
+            Format::Text,
+        );
     }
 
     fn took(metrics: &Metrics, service: &str, milliseconds: u64, trace: Option<u128>) {

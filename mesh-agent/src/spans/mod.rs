@@ -24,8 +24,8 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use self::collector::{Collector, NotTaken};
 pub use self::collector::CollectorError;
+use self::collector::{Collector, NotTaken};
 use crate::{config::TracingProtocol, metrics::Metrics, rpc};
 
 /// Spans that wait at most: about 8 MiB.

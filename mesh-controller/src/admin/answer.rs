@@ -341,6 +341,40 @@ pub struct PolicyRow {
     pub rules: Vec<String>,
 }
 
+/// A line of `GET /api/v1/authentication`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthenticationRow {
+    /// `namespace/name`
+    pub name: String,
+    /// A request without a token is refused.
+    pub required: bool,
+    /// `Enforce` or `Audit`.
+    pub enforcement: String,
+    /// Labels of the workloads that it selects.
+    pub selector: String,
+    /// Their ports; none: all.
+    pub ports: Vec<String>,
+    /// The workloads that it selects now.
+    pub selected: Vec<String>,
+    /// Whose tokens are taken.
+    pub issuers: Vec<IssuerRow>,
+}
+
+/// An issuer of a policy on end users.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IssuerRow {
+    /// The claim `iss`.
+    pub issuer: String,
+    /// One of these has to be in `aud`.
+    pub audiences: Vec<String>,
+    /// The places that its tokens are looked for in.
+    pub places: Vec<String>,
+    /// Keys that its tokens are verified with; without any no token of it is taken.
+    pub keys: usize,
+    /// Where its keys are fetched; `None`: they are in the policy.
+    pub url: Option<String>,
+}
+
 /// A line of `GET /api/v1/routes`: a route that has Services as parents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteRow {

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`answer`] | what the JSON is, for both ends |
+//! | [`authentication`] | policies on end users, in words |
 //! | [`route`] | routes of requests, in words |
 //! | [`traffic`] | policies on how they are sent, in words |
 //! | [`whole`] | one answer out of those of all controllers |
@@ -11,6 +12,7 @@
 //! | [`user`] | whose it is |
 
 pub mod answer;
+mod authentication;
 pub mod request;
 mod route;
 mod traffic;
@@ -42,8 +44,9 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     answer::{
-        AgentRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel, OwnView, PolicyRow,
-        Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow, UnhealthyRow, Why,
+        AgentRow, AuthenticationRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel,
+        OwnView, PolicyRow, Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow,
+        UnhealthyRow, Why,
         WorkloadRow,
     },
     request::Request,
@@ -97,6 +100,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, cancel: Cancellatio
         .route("/api/v1/workloads", get(workloads))
         .route("/api/v1/services", get(services))
         .route("/api/v1/policies", get(policies))
+        .route("/api/v1/authentication", get(authentications))
         .route("/api/v1/routes", get(routes))
         .route("/api/v1/traffic", get(traffic))
         .route("/api/v1/views", get(views))
@@ -374,6 +378,11 @@ async fn policies(State(admin): Shared) -> Json<Vec<PolicyRow>> {
         rules: policy.rules.iter().map(ToString::to_string).collect(),
     };
     Json(world.common.policies().iter().map(row).collect())
+}
+
+async fn authentications(State(admin): Shared) -> Json<Vec<AuthenticationRow>> {
+    let world = admin.hub.world();
+    Json(authentication::rows(&world.model, world.common.workloads()))
 }
 
 async fn routes(State(admin): Shared) -> Json<Vec<RouteRow>> {

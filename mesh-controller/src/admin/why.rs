@@ -224,6 +224,7 @@ impl Story<'_> {
         };
         let request = Request { content, ..request };
         let Decision { verdict, would_refuse } = decide(destination.mode, policies.clone(), &request);
+        let would_refuse = of_user.would_refuse.filter(|_| verdict.allows()).or(would_refuse);
         let count = policies.count();
         let authorized =
             format!("{count} policy(ies) select {}, mode {}", destination.name, destination.mode);

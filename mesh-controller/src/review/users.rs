@@ -17,7 +17,7 @@ impl Review<'_> {
             let cure = super::selector_cure(&policy.selector.labels, all);
             self.warn(&key, "spec.selector", "it selects no workload of its namespace", cure);
         }
-        if policy.ports.is_empty() {
+        if policy.ports.is_empty() && policy.is_enforced() {
             self.warn(
                 &key,
                 "spec",
@@ -38,6 +38,8 @@ impl Review<'_> {
         };
         let apart = self.model.authentications.values().find(|other| {
             other.name > policy.name
+                && other.is_enforced()
+                && policy.is_enforced()
                 && selected.iter().any(|workload| other.selects(workload))
                 && shares_a_port(other)
                 && issuers(other).is_disjoint(&issuers(policy))
@@ -54,8 +56,9 @@ impl Review<'_> {
     /// Rules on claims of workloads whose requests' tokens nobody verifies.
     pub(super) fn claims_of_nobody(&mut self, key: &ObjectKey, policy: &Policy, selected: &[Arc<Workload>]) {
         let model = self.model;
-        let verified =
-            |workload: &Arc<Workload>| model.authentications.values().any(|it| it.selects(workload));
+        let verified = |workload: &Arc<Workload>| {
+            model.authentications.values().any(|it| it.is_enforced() && it.selects(workload))
+        };
         let Some(workload) = selected.iter().find(|workload| !verified(workload)) else { return };
         for (rule, place) in policy.rules.iter().zip(0..) {
             for (target, to) in rule.to.iter().zip(0..) {

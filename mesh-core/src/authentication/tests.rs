@@ -9,7 +9,7 @@ use ring::{
 use serde_json::json;
 
 use super::*;
-use crate::model::{Algorithm, ClaimHeader, KeyMaterial, Selector, VerifyingKey};
+use crate::model::{Algorithm, ClaimHeader, Enforcement, KeyMaterial, Selector, VerifyingKey};
 
 const NOW: i64 = 1_800_000_000;
 const ISSUER: &str = "https://id.example";
@@ -67,6 +67,7 @@ fn policy(required: bool) -> Authentication {
         selector: Selector::default(),
         ports: vec![],
         required,
+        enforcement: Enforcement::Enforce,
         issuers: vec![issuer],
     }
 }
@@ -309,4 +310,56 @@ fn a_claim_is_compared_by_what_it_is() {
     ] {
         assert!(!is(name, values), "{name} {values:?}");
     }
+}
+
+fn audited(policy: Authentication, name: &str) -> Authentication {
+    Authentication { enforcement: Enforcement::Audit, name: Name::new("shop", name), ..policy }
+}
+
+/// The policy that would refuse, and why: with these headers.
+fn would(policies: &[Authentication], uri: &str, headers: &[(&str, &str)]) -> Option<(String, Reason)> {
+    let (method, uri) = (Method::GET, uri.parse().unwrap());
+    let named = |name: &str| HeaderName::try_from(name).unwrap();
+    let headers = headers.iter().map(|(name, value)| (named(name), value.parse().unwrap())).collect();
+    let asked = Asked { method: &method, uri: &uri, headers: &headers };
+    would_refuse(policies, 8080, Some(&asked), NOW).map(|it| (it.policy.name, it.reason))
+}
+
+#[test]
+fn an_audited_policy_decides_nothing_and_says_what_it_would_refuse() {
+    let trial = [audited(policy(true), "trial")];
+    assert_eq!(covers(&trial, 8080), None);
+    assert_eq!(reads(&trial, 8080), Reads::Audit);
+    assert_eq!(decided(&trial, "/", &[]), Ok(Authenticated::default()));
+    assert_eq!(decided(&trial, "/", &[("authorization", "Bearer x")]), Ok(Authenticated::default()));
+    let of_trial = |reason| Some(("trial".to_owned(), reason));
+    assert_eq!(would(&trial, "/", &[]), of_trial(Reason::TokenMissing));
+    assert_eq!(would(&trial, "/", &[("authorization", "Bearer x")]), of_trial(Reason::TokenMalformed));
+    let good = format!("Bearer {}", token(&claims()));
+    assert_eq!(would(&trial, "/", &[("authorization", &good)]), None);
+    let unread = would_refuse(&trial, 8080, None, NOW).unwrap();
+    assert_eq!((unread.policy.name.as_str(), unread.reason), ("trial", Reason::TokenUnreadable));
+    // Nor at a port that it says nothing of.
+    let of_port = Authentication { ports: vec!["80".parse().unwrap()], ..trial[0].clone() };
+    assert_eq!(reads([&of_port], 8080), Reads::No);
+    assert_eq!(would(&[of_port], "/", &[]), None);
+}
+
+#[test]
+fn what_an_audited_policy_would_refuse_beside_an_enforced_one_is_its_own() {
+    let good = format!("Bearer {}", token(&claims()));
+    let headers = [("authorization", good.as_str())];
+    let mut other = audited(policy(true), "zz");
+    other.issuers[0].issuer = "https://other.example".into();
+    let both = [policy(true), other.clone()];
+    assert!(decided(&both, "/", &headers).unwrap().claims.is_some());
+    assert_eq!(would(&both, "/", &headers), Some(("zz".into(), Reason::TokenIssuer)));
+    // It finds a second token where the enforced one does not look, and whoever noticed it is it.
+    let mut query = audited(policy(false), "aa");
+    query.issuers[0].places = vec![TokenPlace::Query("token".into())];
+    let both = [query, policy(true)];
+    let uri = format!("/?token={}", token(&claims()));
+    assert!(decided(&both, &uri, &headers).unwrap().claims.is_some());
+    assert_eq!(would(&both, &uri, &headers), Some(("aa".into(), Reason::TokenAmbiguous)));
+    assert_eq!(reads(&both, 8080), Reads::Enforce);
 }

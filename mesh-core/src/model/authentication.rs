@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Name, PortRange, Selector, TextPattern, Workload};
+use super::{Enforcement, Name, PortRange, Selector, TextPattern, Workload};
 
 /// Whose tokens requests to workloads have to bear (`AuthenticationPolicy`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,9 @@ pub struct Authentication {
     pub ports: Vec<PortRange>,
     /// A request without a token is refused.
     pub required: bool,
+    /// Whether it decides, or only tells what it would refuse.
+    #[serde(default)]
+    pub enforcement: Enforcement,
     /// Any of these, by the token's `iss`.
     pub issuers: Vec<TokenIssuer>,
 }
@@ -26,6 +29,11 @@ impl Authentication {
     /// Whether it speaks about requests to this workload.
     pub fn selects(&self, workload: &Workload) -> bool {
         self.name.namespace == workload.name.namespace && self.selector.matches(&workload.labels)
+    }
+
+    /// Whether it decides.
+    pub fn is_enforced(&self) -> bool {
+        self.enforcement == Enforcement::Enforce
     }
 
     /// Whether it speaks about this port.

@@ -1,13 +1,15 @@
 //! Policies on end users, to the wire and back.
 //!
 //! They travel as an AuthorizationPolicy with more to it. An agent that knows nothing of end users takes it for one that
-//! denies all that comes to its ports: it refuses more, never less, and goes on with everything else of its view.
+//! denies all that comes to its ports: it refuses more, never less, and goes on with everything else of its view. An audited one
+//! is in a field of its own, so that agents of before that which know of end users do not enforce it: to them it is an audited denial.
 
 use super::{WireError, error, name_from_proto, proto, range_to_proto, ranges_from_proto};
 use crate::{
     authentication::jwks::MAX_KEYS,
     model::{
-        self, Algorithm, Authentication, ClaimHeader, KeyMaterial, TokenIssuer, TokenPlace, VerifyingKey,
+        self, Algorithm, Authentication, ClaimHeader, Enforcement, KeyMaterial, TokenIssuer, TokenPlace,
+        VerifyingKey,
     },
     view::OF_USERS,
 };
@@ -28,40 +30,53 @@ pub(super) fn to_proto(policy: &Authentication) -> proto::AuthorizationPolicy {
             .map(|it| proto::ClaimHeader { header: it.header.clone(), claim: it.claim.clone() })
             .collect(),
     };
+    let said = Some(proto::Authentication {
+        required: policy.required,
+        ports,
+        issuers: policy.issuers.iter().map(issuer).collect(),
+    });
+    let (enforcement, enforced, audited) = match policy.enforcement {
+        Enforcement::Enforce => (proto::Enforcement::Enforce, said, None),
+        Enforcement::Audit => (proto::Enforcement::Audit, None, said),
+    };
     proto::AuthorizationPolicy {
         namespace: policy.name.namespace.clone(),
         name: format!("{OF_USERS}{}", policy.name.name),
         labels,
         expressions,
         action: proto::Action::Deny.into(),
-        enforcement: proto::Enforcement::Enforce.into(),
+        enforcement: enforcement.into(),
         rules: vec![proto::Rule { from: vec![], to: target.into_iter().collect() }],
-        authentication: Some(proto::Authentication {
-            required: policy.required,
-            ports,
-            issuers: policy.issuers.iter().map(issuer).collect(),
-        }),
+        authentication: enforced,
+        audited_authentication: audited,
     }
 }
 
+/// Nothing for what is no policy on end users.
 pub(super) fn from_proto(
     key: &str,
     policy: &proto::AuthorizationPolicy,
-    authentication: &proto::Authentication,
-) -> Result<Authentication, WireError> {
+) -> Result<Option<Authentication>, WireError> {
+    let (authentication, enforcement) = match (&policy.authentication, &policy.audited_authentication) {
+        (None, None) => return Ok(None),
+        (Some(enforced), None) => (enforced, Enforcement::Enforce),
+        (None, Some(audited)) => (audited, Enforcement::Audit),
+        (Some(_), Some(_)) => return Err(error(key, "audited_authentication", "it is enforced too")),
+    };
     let name = policy.name.strip_prefix(OF_USERS);
     let name = name.ok_or_else(|| error(key, "name", "it is not of a policy on end users"))?;
-    Ok(Authentication {
+    Ok(Some(Authentication {
         name: name_from_proto(key, &policy.namespace, name)?,
         selector: super::selector_from_proto(key, policy)?,
         ports: ranges_from_proto(key, "authentication.ports", &authentication.ports)?,
         required: authentication.required,
+        enforcement,
         issuers: authentication
             .issuers
             .iter()
             .map(|it| issuer_from_proto(key, it))
             .collect::<Result<_, _>>()?,
-    })
+    }))
 }
 
 fn issuer_from_proto(key: &str, issuer: &proto::TokenIssuer) -> Result<TokenIssuer, WireError> {
@@ -194,6 +209,7 @@ mod tests {
             selector: Selector { labels: [("app".into(), "web".into())].into(), ..Selector::default() },
             ports: vec!["80-90".parse().unwrap()],
             required: false,
+            enforcement: Enforcement::Enforce,
             issuers,
         }
     }
@@ -226,12 +242,25 @@ mod tests {
     }
 
     #[test]
+    fn an_audited_policy_is_nothing_that_an_agent_of_before_would_enforce() {
+        let policy = Authentication { enforcement: Enforcement::Audit, ..a_policy() };
+        let resource = Resource::Authentication(Arc::new(policy.clone()));
+        let sent = super::super::resource_to_proto(&resource);
+        assert_eq!(super::super::resource_from_proto(&sent).unwrap(), resource);
+        let older = proto::AuthorizationPolicy { audited_authentication: None, ..to_proto(&policy) };
+        assert_eq!(older.authentication, None);
+        let body = Some(proto::resource::Body::AuthorizationPolicy(older));
+        let older = proto::Resource { key: resource.key().to_string(), body };
+        let Resource::Policy(older) = super::super::resource_from_proto(&older).unwrap() else { panic!() };
+        assert_eq!(older.enforcement, Enforcement::Audit);
+    }
+
+    #[test]
     fn what_is_not_understood_of_an_issuer_is_not_guessed_at() {
         let check = |damage: &dyn Fn(&mut proto::TokenIssuer), field: &str| {
             let mut sent = to_proto(&a_policy());
             damage(&mut sent.authentication.as_mut().unwrap().issuers[0]);
-            let authentication = sent.authentication.clone().unwrap();
-            assert_eq!(from_proto("k", &sent, &authentication).unwrap_err().field, field);
+            assert_eq!(from_proto("k", &sent).unwrap_err().field, field);
         };
         check(&|issuer| issuer.issuer.clear(), "authentication.issuers");
         check(&|issuer| issuer.audiences.clear(), "authentication.issuers");

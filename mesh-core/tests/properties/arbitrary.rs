@@ -193,12 +193,14 @@ fn token_issuer() -> impl Strategy<Value = TokenIssuer> {
 }
 
 pub(crate) fn authentication() -> impl Strategy<Value = Authentication> {
-    (name(), selector(), vec(port_range(), 0..2), any::<bool>(), vec(token_issuer(), 0..3)).prop_map(
-        |(name, selector, ports, required, issuers)| Authentication {
+    let how = (any::<bool>(), select(vec![Enforcement::Enforce, Enforcement::Audit]));
+    (name(), selector(), vec(port_range(), 0..2), how, vec(token_issuer(), 0..3)).prop_map(
+        |(name, selector, ports, (required, enforcement), issuers)| Authentication {
             name,
             selector,
             ports,
             required,
+            enforcement,
             issuers,
         },
     )

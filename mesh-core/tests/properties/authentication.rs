@@ -2,9 +2,9 @@
 
 use http::{HeaderMap, HeaderValue, Method, Uri};
 use mesh_core::{
-    authentication::authenticate,
+    authentication::{authenticate, would_refuse},
     http::matches::Asked,
-    model::{Action, Asks, ClaimPattern, Mode, Name, Policy, Rule, Target},
+    model::{Action, Asks, Authentication, ClaimPattern, Enforcement, Mode, Name, Policy, Rule, Target},
     policy::{Content, Request, decide, request::Reading},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
@@ -42,6 +42,15 @@ proptest! {
         let before = authenticate(&policies, port, &asked, now);
         let after = authenticate(policies.iter().chain([&more]), port, &asked, now);
         prop_assert!(before.is_ok() || after.is_err(), "{:?} {:?}", before, after);
+        let audited = Authentication { enforcement: Enforcement::Audit, ..more.clone() };
+        let beside = authenticate(policies.iter().chain([&audited]), port, &asked, now);
+        prop_assert_eq!(&beside, &before, "an audited one changes nothing");
+        if before.is_ok() {
+            let would = would_refuse(policies.iter().chain([&audited]), port, Some(&asked), now);
+            let enforced = Authentication { enforcement: Enforcement::Enforce, ..more.clone() };
+            let then = authenticate(policies.iter().filter(|it| it.is_enforced()).chain([&enforced]), port, &asked, now);
+            prop_assert!(then.is_ok() || would.is_some(), "{:?} is not told", then);
+        }
         // None of these tokens is one, so whoever goes on is nobody.
         for decided in [before, after].into_iter().flatten() {
             prop_assert!(decided.claims.is_none());

@@ -4,7 +4,9 @@
 //! The token itself is in no log and no metric, and its bearer is told nothing but that it was not taken.
 
 use http::{Request, StatusCode};
-use mesh_core::{authentication::Authenticated, http::matches::Asked, refusal::Reason, view::Snapshot};
+use mesh_core::{
+    authentication::Authenticated, http::matches::Asked, policy::WouldRefuse, refusal::Reason, view::Snapshot,
+};
 
 use super::{super::requests::Declined, At};
 use crate::authorize;
@@ -13,18 +15,23 @@ use crate::authorize;
 const CHALLENGE: &str = "Bearer";
 const INVALID: &str = "Bearer error=\"invalid_token\"";
 
-/// What its token says, if it has to have one or has one. The head is as the application shall see it then.
-pub(super) fn user<B>(view: &Snapshot, at: &At, request: &mut Request<B>) -> Result<Authenticated, Declined> {
+/// What its token says, if it has to have one or has one, and what audited policies would say. The head is as the application
+/// shall see it then.
+pub(super) fn user<B>(
+    view: &Snapshot,
+    at: &At,
+    request: &mut Request<B>,
+) -> Result<(Authenticated, Option<WouldRefuse>), Declined> {
     let declined = |refusal| Declined::new(StatusCode::FORBIDDEN, refusal);
     let destination = authorize::destination(view, &at.workload.name).map_err(declined)?;
     let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
-    let authenticated =
-        authorize::user(view, &destination, at.original.port(), &asked).map_err(|refusal| {
+    let (authenticated, would_refuse) = authorize::user(view, &destination, at.original.port(), &asked)
+        .map_err(|refusal| {
             let challenge = if refusal.reason == Reason::TokenMissing { CHALLENGE } else { INVALID };
             Declined::unauthorized(challenge, refusal)
         })?;
     let mut uri = request.uri().clone();
     authenticated.apply(&mut uri, request.headers_mut());
     *request.uri_mut() = uri;
-    Ok(authenticated)
+    Ok((authenticated, would_refuse))
 }

@@ -253,14 +253,14 @@ async fn tell(
     let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
     let view = guest.node.view().map_err(unready)?;
     exchange.decided(view.shared_version());
-    let user = authentication::user(&view, &guest.at, &mut request)?;
+    let (user, no_user) = authentication::user(&view, &guest.at, &mut request)?;
     {
         let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
         let reading = Reading::of(&asked).of_user(user.claims.as_ref());
         let may = may(&view, &guest.at, guest.proved.as_ref(), Stage::GoesOn, Content::Request(&reading));
         let Allowed { rule, would_refuse } =
             may.map_err(|refusal| Declined::new(StatusCode::FORBIDDEN, refusal))?;
-        exchange.allowed(rule, would_refuse);
+        exchange.allowed(rule, no_user.or(would_refuse));
     }
 
     // To the application, with who asks.

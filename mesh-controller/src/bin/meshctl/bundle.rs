@@ -19,6 +19,7 @@ const QUESTIONS: [(&str, &[&str]); 2] = [
             "/api/v1/workloads",
             "/api/v1/services",
             "/api/v1/policies",
+            "/api/v1/authentication",
             "/api/v1/routes",
             "/api/v1/traffic",
             "/api/v1/certificates",

@@ -14,8 +14,8 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use ask::{Server, Who};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use mesh_controller::admin::answer::{
-    AgentState, Certificates, Connections, LogLevel, PolicyRow, RouteRow, ServiceRow, Status, TrafficRow,
-    Why, WorkloadRow,
+    AgentState, AuthenticationRow, Certificates, Connections, LogLevel, PolicyRow, RouteRow, ServiceRow,
+    Status, TrafficRow, Why, WorkloadRow,
 };
 use mesh_core::model::Name;
 use serde::Serialize;
@@ -169,6 +169,8 @@ enum What {
     Services,
     /// Policies and the workloads that they select.
     Policies,
+    /// Policies on end users, whose tokens they take, and the workloads that they select.
+    Authentication,
     /// Routes of requests, the services that they are in force for, and where they lead.
     Routes,
     /// Policies on how requests and connections are sent, and what they are in force for.
@@ -252,6 +254,11 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Get { what: What::Policies, .. } => {
             print(cli.output, &ask()?.get::<Vec<PolicyRow>>("/api/v1/policies", &[])?, |it| {
                 show::policies(it)
+            })?;
+        }
+        Command::Get { what: What::Authentication, .. } => {
+            print(cli.output, &ask()?.get::<Vec<AuthenticationRow>>("/api/v1/authentication", &[])?, |it| {
+                show::authentication(it)
             })?;
         }
         Command::Get { what: What::Routes, .. } => {

@@ -4,8 +4,9 @@ use std::fmt::Write;
 
 use comfy_table::{Table, presets::NOTHING};
 use mesh_controller::admin::answer::{
-    AgentRow, AgentState, Certificates, Checked, ConnectionEnd, Connections, Documents, Fill, PolicyRow,
-    Root, RouteRow, ServiceRow, Status, TrafficRow, UnhealthyRow, Why, WorkloadRow,
+    AgentRow, AgentState, AuthenticationRow, Certificates, Checked, ConnectionEnd, Connections, Documents,
+    Fill, IssuerRow, PolicyRow, Root, RouteRow, ServiceRow, Status, TrafficRow, UnhealthyRow, Why,
+    WorkloadRow,
 };
 
 pub(crate) fn status(status: &Status) -> String {
@@ -213,6 +214,27 @@ pub(crate) fn policies(rows: &[PolicyRow]) -> String {
         [row.name.clone(), action, row.selector.clone(), rules, row.selected.join("\n")]
     });
     table(["POLICY", "ACTION", "SELECTOR", "RULES", "SELECTS"], rows)
+}
+
+pub(crate) fn authentication(rows: &[AuthenticationRow]) -> String {
+    let issuer = |it: &IssuerRow| {
+        let from = it.url.as_ref().map(|url| format!(" of {url}")).unwrap_or_default();
+        let keys = match it.keys {
+            0 => format!("no key{from}: no token of it is taken"),
+            count => format!("{count} key(s){from}"),
+        };
+        format!("{} for {}, in {}: {keys}", it.issuer, it.audiences.join(" or "), it.places.join(" or "))
+    };
+    let rows = rows.iter().map(|row| {
+        let mut takes = if row.required { "a token".to_owned() } else { "a token or none".to_owned() };
+        if row.enforcement != "Enforce" {
+            takes += &format!(", {}", row.enforcement.to_lowercase());
+        }
+        let ports = if row.ports.is_empty() { "all".to_owned() } else { row.ports.join(", ") };
+        let issuers: Vec<String> = row.issuers.iter().map(issuer).collect();
+        [row.name.clone(), takes, issuers.join("\n"), row.selector.clone(), ports, row.selected.join("\n")]
+    });
+    table(["POLICY", "WANTS", "ISSUERS", "SELECTOR", "PORTS", "SELECTS"], rows)
 }
 
 pub(crate) fn routes(rows: &[RouteRow]) -> String {

@@ -336,7 +336,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::model::{Authentication, Name, Selector};
+    use mesh_core::model::{Authentication, Enforcement, Name, Selector};
 
     use super::*;
     use crate::model::AuthenticationPolicy;
@@ -346,7 +346,8 @@ mod tests {
         let at = KeysAt { url: "https://id.example/keys".into(), ca_bundle: String::new() };
         let name = Name::new("shop", "users");
         let (selector, ports, issuers) = (Selector::default(), vec![], vec![]);
-        let said = Authentication { name, selector, ports, required: true, issuers };
+        let enforcement = Enforcement::Enforce;
+        let said = Authentication { name, selector, ports, required: true, enforcement, issuers };
         let policy =
             |elsewhere| Object::AuthenticationPolicy(AuthenticationPolicy { said: said.clone(), elsewhere });
         let by_url = policy(vec![(0, at.clone())]);

@@ -57,6 +57,9 @@ pub(super) struct RawAuthentication {
     ports: Option<Vec<RawPorts>>,
     /// Whether a request without a token is refused; left out, true. One with a token that cannot be verified always is.
     required: Option<bool>,
+    /// Audit refuses nothing and changes nothing of a request, and counts and logs what it would refuse; left out, Enforce.
+    #[cfg_attr(test, schemars(extend("enum" = ["Enforce", "Audit"])))]
+    enforcement: Option<String>,
     /// Whose tokens are taken: those of any of these.
     #[cfg_attr(test, schemars(length(min = 1, max = 8)))]
     issuers: Vec<RawIssuer>,
@@ -180,7 +183,8 @@ impl Check<'_> {
             issuers.push(issuer);
         }
         let required = raw.spec.required.unwrap_or(true);
-        let said = Authentication { name, selector, ports, required, issuers };
+        let enforcement = self.enforcement(raw.spec.enforcement.as_deref());
+        let said = Authentication { name, selector, ports, required, enforcement, issuers };
         Object::AuthenticationPolicy(AuthenticationPolicy { said, elsewhere })
     }
 

@@ -29,6 +29,7 @@ fn definitions() -> [(&'static str, Value); 4] {
             ("authenticationpolicies", "authenticationpolicy", "meshauthn"),
             &[
                 ("Required", "boolean", ".spec.required", 0),
+                ("Enforcement", "string", ".spec.enforcement", 0),
                 ("Issuer", "string", ".spec.issuers[0].issuer", 0),
                 ACCEPTED,
                 AGE,

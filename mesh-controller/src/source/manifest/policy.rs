@@ -325,7 +325,7 @@ impl Check<'_> {
         }
     }
 
-    fn enforcement(&mut self, text: Option<&str>) -> Enforcement {
+    pub(super) fn enforcement(&mut self, text: Option<&str>) -> Enforcement {
         match text {
             None | Some("Enforce") => Enforcement::Enforce,
             Some("Audit") => Enforcement::Audit,
