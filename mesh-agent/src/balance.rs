@@ -9,7 +9,7 @@ use std::{
 
 use mesh_core::{
     balance::{self, Candidate, Cause, How, Load},
-    model::{Endpoint, traffic::Ejection},
+    model::{Endpoint, Name, traffic::Ejection},
 };
 
 /// Endpoints whose load is remembered; at the limit the ones without a connection are forgotten, and start over as
@@ -28,14 +28,16 @@ pub struct Balancer {
 }
 
 /// A client of a service that lets each stay with its endpoint: where it connects from, and to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Client {
     /// The workload.
     pub local: u64,
     /// Its address.
     pub address: IpAddr,
-    /// The service's address and port.
-    pub asked: SocketAddr,
+    /// The service.
+    pub service: Name,
+    /// Its port.
+    pub port: u16,
 }
 
 /// The endpoint of a client, and until when.
@@ -203,8 +205,6 @@ impl Drop for Attempt {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::model::Name;
-
     use super::*;
 
     #[test]
@@ -231,7 +231,7 @@ mod tests {
         let all: Vec<Endpoint> = (1..=8).map(endpoint).collect();
         let balancer = Balancer::new();
         let address = [10, 1, 0, 1].into();
-        let client = Client { local: 1, address, asked: SocketAddr::from(([10, 96, 0, 1], 80)) };
+        let client = Client { local: 1, address, service: Name::new("shop", "web"), port: 80 };
         let pick = |endpoints: &[&Endpoint]| {
             let (index, attempt) = balancer.pick_for(&client, endpoints, None).unwrap();
             (endpoints[index].clone(), attempt)
@@ -247,7 +247,7 @@ mod tests {
         // It is remembered where it is, though others come that would have been its own.
         let others: Vec<_> = all.iter().filter(|it| **it != first).collect();
         let (second, attempt) = pick(&others);
-        balancer.stays(client, &attempt, Duration::from_secs(60));
+        balancer.stays(client.clone(), &attempt, Duration::from_secs(60));
         assert_eq!(pick(&every).0, second);
         // One that refuses is left, and if it was remembered still it is asked again when all refuse.
         attempt.failed();
@@ -255,7 +255,7 @@ mod tests {
         assert_eq!(pick(&[&second]).0, second);
         // When its time is over, it is as if it was new.
         attempt.connected();
-        balancer.stays(client, &attempt, Duration::ZERO);
+        balancer.stays(client.clone(), &attempt, Duration::ZERO);
         assert_eq!(pick(&every).0, first);
         assert!(balancer.pick_for(&client, &[], None).is_none());
     }

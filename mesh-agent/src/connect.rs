@@ -16,7 +16,7 @@ use mesh_core::{
     frame::Open,
     identity::SpiffeId,
     model::{
-        Endpoint, Service, Workload,
+        Endpoint, Name, Service, Workload,
         traffic::{Algorithm, HashBy, Traffic},
     },
     refusal::Reason,
@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// First bytes that go with OPEN: with both frames' headers they fit into one TLS record.
-const MAX_FIRST: usize = 16 * 1024 - 64;
+pub(crate) const MAX_FIRST: usize = 16 * 1024 - 64;
 
 /// Tunnels that are tried for one connection to one address: an idle one that was closed, and two new ones, should
 /// the destination be closing tunnels as fast as they come.
@@ -78,8 +78,6 @@ pub(crate) struct Ask<'a> {
     pub(crate) app: Option<&'a TcpStream>,
     /// Its own end, as the application knows it.
     pub(crate) address: SocketAddr,
-    /// What it asks for.
-    pub(crate) asked: SocketAddr,
     /// What it was decided on.
     pub(crate) view: &'a Snapshot,
 }
@@ -123,8 +121,14 @@ impl From<Stop> for Miss {
 
 impl Connector {
     /// Opens the way. What becomes known on it is written into the entry.
-    pub(crate) async fn open(&self, ask: &Ask<'_>, route: Route, entry: &mut Entry) -> Result<Opened, Stop> {
-        let mut first = First::default();
+    /// `first`: bytes of the application that were read already.
+    pub(crate) async fn open(
+        &self,
+        ask: &Ask<'_>,
+        route: Route,
+        mut first: First,
+        entry: &mut Entry,
+    ) -> Result<Opened, Stop> {
         match route {
             Route::Outside(to) => {
                 entry.told().destination.address = Some(to);
@@ -135,9 +139,10 @@ impl Connector {
                 let opened = self.reach(ask, &workload, to, &mut first, entry).await;
                 opened.map(|way| Opened { way, attempt: None }).map_err(Miss::stop)
             }
-            Route::Service { service, endpoints } => {
-                entry.told().destination.service = Some(service.name.clone());
-                self.any_of(ask, &service, &endpoints, &mut first, entry).await
+            Route::Service { service, port, endpoints } => {
+                // Unless another one was asked for, whose route leads to it.
+                entry.told().destination.service.get_or_insert_with(|| service.name.clone());
+                self.any_of(ask, (&service, port), &endpoints, &mut first, entry).await
             }
         }
     }
@@ -145,21 +150,24 @@ impl Connector {
     async fn any_of(
         &self,
         ask: &Ask<'_>,
-        service: &Service,
+        (service, port): (&Service, u16),
         endpoints: &[Endpoint],
         first: &mut First,
         entry: &mut Entry,
     ) -> Result<Opened, Stop> {
         let mut untried: Vec<&Endpoint> = endpoints.iter().collect();
         let mut last = Refusal::from(Reason::NoEndpoint);
-        let client = Client { local: ask.local.id(), address: ask.address.ip(), asked: ask.asked };
-        let traffic = service.port(ask.asked.port()).map(|it| &it.traffic);
+        let traffic = service.port(port).map(|it| &it.traffic);
         let source = balance::value_of(ask.address.ip());
-        let how = self.how(service, ask.asked.port(), traffic, &source);
-        let stays = service.choice.affinity.map(|seconds| (client, Duration::from_secs(seconds.into())));
+        let how = self.how(service, port, traffic, &source);
+        let stays = service.choice.affinity.map(|seconds| {
+            let (local, address) = (ask.local.id(), ask.address.ip());
+            let client = Client { local, address, service: service.name.clone(), port };
+            (client, Duration::from_secs(seconds.into()))
+        });
         for _ in 0..self.limits.endpoint_attempts {
-            let picked = match stays {
-                Some((client, _)) => self.balancer.pick_for(&client, &untried, how.ejection),
+            let picked = match &stays {
+                Some((client, _)) => self.balancer.pick_for(client, &untried, how.ejection),
                 None => self.balancer.pick(&untried, &how),
             };
             let Some((index, attempt)) = picked else { break };
@@ -192,9 +200,28 @@ impl Connector {
         to: SocketAddr,
     ) -> Result<Option<underway::Connection>, Refusal> {
         let Some(Owner::Service(service)) = view.owner(to.ip()) else { return Ok(None) };
-        let limits = service.port(to.port()).and_then(|it| it.traffic.limits);
+        self.room_at(service, to.port())
+    }
+
+    /// The same at the service that a route leads to, unless that is the one that was asked for.
+    pub(crate) fn room_behind(
+        &self,
+        route: &Route,
+        asked: &Name,
+        asked_port: u16,
+    ) -> Result<Option<underway::Connection>, Refusal> {
+        match route {
+            Route::Service { service, port, .. } if (&service.name, *port) != (asked, asked_port) => {
+                self.room_at(service, *port)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn room_at(&self, service: &Service, port: u16) -> Result<Option<underway::Connection>, Refusal> {
+        let limits = service.port(port).and_then(|it| it.traffic.limits);
         let Some(most) = limits.and_then(|it| it.connections) else { return Ok(None) };
-        self.underway.to(&service.name, to.port()).connection(most).map(Some)
+        self.underway.to(&service.name, port).connection(most).map(Some)
     }
 
     /// How an endpoint is chosen for what is not read.
@@ -287,7 +314,7 @@ impl Connector {
         entry.told().transport = Some(Transport::Plaintext);
         let dial = socket::dial(&ask.local.namespace, to, self.limits.dial_timeout);
         let stream = until_reset(ask.app, dial).await?.map_err(|e| Miss::NotTaken(dial_refusal(&e, to)))?;
-        // Only there when a tunnel to another endpoint was tried before.
+        // Only there when a tunnel to another endpoint was tried before, or when they said where it leads.
         let mut rest = first.bytes();
         while !rest.is_empty() {
             let broken = |_| Stop::from(Failure::DestinationReset);
@@ -556,12 +583,20 @@ impl Miss {
 
 /// The first bytes of the application, kept until somebody took them.
 #[derive(Debug, Default)]
-struct First {
+pub(crate) struct First {
     buffer: Option<Buffer>,
     len: usize,
 }
 
 impl First {
+    /// Bytes that were read already, [`MAX_FIRST`] at most.
+    pub(crate) fn of(bytes: &[u8]) -> Self {
+        let len = bytes.len().min(MAX_FIRST);
+        let mut buffer = Buffer::take();
+        buffer[..len].copy_from_slice(&bytes[..len]);
+        Self { buffer: Some(buffer), len }
+    }
+
     /// Reads what is there, once.
     fn read(&mut self, app: &TcpStream) -> io::Result<()> {
         if self.len > 0 {

@@ -8,7 +8,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// A TLS handshake, with SETTINGS on the source's side and with the wait for the first byte on the
-    /// destination's: 10 s, for a loaded peer on a long path.
+    /// destination's: 10 s, for a loaded peer on a long path. As long for an application's hello, where TLSRoutes go by it.
     pub handshake_timeout: Duration,
     /// From OPEN to ACCEPT or REFUSE: 10 s; more than [`Limits::dial_timeout`], which the destination's agent spends
     /// in between.

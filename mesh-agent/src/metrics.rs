@@ -122,6 +122,23 @@ pub struct AttemptLabels {
     pub backend: String,
 }
 
+/// Labels of `nodemesh_routed_connections_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RoutedLabels {
+    /// The workload of this node that connected, `namespace/name`.
+    pub workload: String,
+    /// The service that it asked for, `namespace/name`.
+    pub service: String,
+    /// The route that it fell under, `KIND/namespace/name`; empty for none.
+    pub route: String,
+    /// The service that it went to, `namespace/name`; empty for none.
+    pub backend: String,
+    /// `ok`, `refused` or `failed`.
+    pub outcome: &'static str,
+    /// The reason's label; empty for `ok`.
+    pub reason: &'static str,
+}
+
 /// A set of one label, that says which way.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct DirectionLabels {
@@ -216,6 +233,7 @@ pub struct ByteCounters {
 #[derive(Debug)]
 pub struct Metrics {
     connections: Family<ConnectionLabels, Counter>,
+    routed: Family<RoutedLabels, Counter>,
     active: Family<DirectionLabels, Gauge>,
     requests: Family<RequestLabels, Counter>,
     request_seconds: Durations,
@@ -264,6 +282,7 @@ impl Metrics {
             |direction| ByteCounters { sent: of(direction, "sent"), received: of(direction, "received") };
         let metrics = Self {
             connections: Family::default(),
+            routed: Family::default(),
             active: Family::default(),
             requests: Family::default(),
             request_seconds: Durations::default(),
@@ -305,6 +324,11 @@ impl Metrics {
         let mut registry = Registry::with_prefix("nodemesh");
         let m = &metrics;
         registry.register("connections", "Connections that ended", m.connections.clone());
+        registry.register(
+            "routed_connections",
+            "Connections of this node's workloads that ended, to ports of services that have TCPRoutes or TLSRoutes",
+            m.routed.clone(),
+        );
         registry.register("connections_active", "Connections that are carried now", m.active.clone());
         registry.register(
             "requests",
@@ -435,6 +459,11 @@ impl Metrics {
     /// A connection ended.
     pub fn connection_ended(&self, labels: &ConnectionLabels) {
         self.connections.get_or_create(labels).inc();
+    }
+
+    /// A connection that a route was looked up for ended.
+    pub fn connection_routed(&self, labels: &RoutedLabels) {
+        self.routed.get_or_create(labels).inc();
     }
 
     /// A request ended.
@@ -736,6 +765,14 @@ mod tests {
         metrics.kernel_map("kernel_map_destinations", 1, 65_536);
         metrics.view_entries.get_or_create(&KindLabels { kind: "workload" }).set(1);
         metrics.held(HoldOutcome::Captured);
+        metrics.connection_routed(&RoutedLabels {
+            workload: "shop/web".into(),
+            service: "shop/db".into(),
+            route: "TCPRoute/shop/db".into(),
+            backend: "shop/db-v2".into(),
+            outcome: "ok",
+            reason: "",
+        });
         metrics.request_ended(&RequestLabels {
             direction: Direction::Outbound,
             workload: "shop/web".into(),

@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     config::LogMode,
     live::{Connections, Live, Party, Registered, Told, transport_label},
-    metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics},
+    metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics, RoutedLabels},
     quota::Share,
     refusal::{Failure, Stop},
     spans::Spans,
@@ -190,6 +190,8 @@ pub(crate) struct Entry {
     pub(crate) view: Option<Arc<str>>,
     /// Its place among the node's connections. Here, and not on the way, to keep that small.
     pub(crate) place: Option<Box<Share<u64>>>,
+    /// The route of connections that it falls under.
+    pub(crate) by: Option<Box<ByRoute>>,
     would_refuse: OnceLock<WouldRefuse>,
     unanswered: bool,
     recorder: Recorder,
@@ -197,6 +199,23 @@ pub(crate) struct Entry {
     result: Result<(), Stop>,
     withdrawn: bool,
     _active: Counted,
+}
+
+/// Where a route of connections led.
+#[derive(Debug)]
+pub(crate) struct ByRoute {
+    /// The service that was asked for.
+    service: Name,
+    /// The route, `KIND/namespace/name`; none, if none is for what was asked for.
+    pub(crate) route: Option<String>,
+    /// The service that it led to, if it led to one that has endpoints.
+    pub(crate) backend: Option<Name>,
+}
+
+impl ByRoute {
+    pub(crate) fn of(service: &Name) -> Self {
+        Self { service: service.clone(), route: None, backend: None }
+    }
 }
 
 impl Recorder {
@@ -217,6 +236,7 @@ impl Recorder {
             rule: None,
             view: None,
             place: None,
+            by: None,
             would_refuse: OnceLock::new(),
             unanswered: false,
             recorder: self.clone(),
@@ -313,6 +333,8 @@ impl Entry {
             source: &told.source,
             destination: &told.destination,
             transport: transport_label(told.transport),
+            route: self.by.as_ref().and_then(|by| by.route.as_deref()),
+            backend: self.by.as_ref().and_then(|by| by.backend.as_ref()),
             rule: self.deciding_rule().map(ToString::to_string),
             would_refuse: self.would_refuse.get(),
             unanswered: self.unanswered,
@@ -347,6 +369,16 @@ impl Drop for Entry {
             reason: reason(&self.result).unwrap_or(""),
             transport: transport_label(self.told().transport),
         });
+        if let Some(by) = &self.by {
+            self.recorder.metrics.connection_routed(&RoutedLabels {
+                workload: self.live.workload.to_string(),
+                service: by.service.to_string(),
+                route: by.route.clone().unwrap_or_default(),
+                backend: by.backend.as_ref().map(ToString::to_string).unwrap_or_default(),
+                outcome: outcome(&self.result),
+                reason: reason(&self.result).unwrap_or(""),
+            });
+        }
         let usual = self.result.is_ok() && self.would_refuse.get().is_none() && !self.unanswered;
         if self.recorder.log.wants(usual) {
             self.write();
@@ -389,6 +421,10 @@ struct Event<'a> {
     source: &'a Party,
     destination: &'a Party,
     transport: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    route: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backend: Option<&'a Name>,
     rule: Option<String>,
     would_refuse: Option<&'a WouldRefuse>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]

@@ -46,13 +46,17 @@ pub enum Kind {
     HttpRoute,
     /// The Gateway API's; where calls to a Service lead.
     GrpcRoute,
+    /// The Gateway API's; where connections to a Service lead that ask for a server by its name in TLS.
+    TlsRoute,
+    /// The Gateway API's; where connections to a Service lead.
+    TcpRoute,
     /// The Gateway API's; which routes of other namespaces may lead here.
     ReferenceGrant,
 }
 
 impl Kind {
     /// All kinds, in the order in which a person reads them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Namespace,
         Self::Workload,
         Self::Service,
@@ -62,6 +66,8 @@ impl Kind {
         Self::AuthenticationPolicy,
         Self::HttpRoute,
         Self::GrpcRoute,
+        Self::TlsRoute,
+        Self::TcpRoute,
         Self::ReferenceGrant,
     ];
 
@@ -77,6 +83,8 @@ impl Kind {
             Self::AuthenticationPolicy => "AuthenticationPolicy",
             Self::HttpRoute => "HTTPRoute",
             Self::GrpcRoute => "GRPCRoute",
+            Self::TlsRoute => "TLSRoute",
+            Self::TcpRoute => "TCPRoute",
             Self::ReferenceGrant => "ReferenceGrant",
         }
     }
@@ -89,7 +97,9 @@ impl Kind {
             Self::Workload | Self::AuthorizationPolicy | Self::AuthenticationPolicy | Self::TrafficPolicy => {
                 "nodemesh.io/v1alpha1"
             }
-            Self::HttpRoute | Self::GrpcRoute => "gateway.networking.k8s.io/v1",
+            Self::HttpRoute | Self::GrpcRoute | Self::TlsRoute | Self::TcpRoute => {
+                "gateway.networking.k8s.io/v1"
+            }
             // Every version of the Gateway API that has the routes serves this one.
             Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",
         }
@@ -102,6 +112,11 @@ impl Kind {
             Self::ReferenceGrant => Some("gateway.networking.k8s.io/v1"),
             _ => None,
         }
+    }
+
+    /// Whether it is one of routes.
+    pub const fn is_route(self) -> bool {
+        matches!(self, Self::HttpRoute | Self::GrpcRoute | Self::TlsRoute | Self::TcpRoute)
     }
 
     /// The kind with this name.
@@ -281,7 +296,7 @@ pub enum Object {
     TrafficPolicy(Arc<TrafficPolicy>),
     /// A policy on end users.
     AuthenticationPolicy(AuthenticationPolicy),
-    /// Where requests or calls lead; shared with every model that has it, as one may be long.
+    /// Where requests, calls or connections lead; shared with every model that has it, as one may be long.
     Route(Arc<Route>),
     /// Which routes of other namespaces may lead here.
     ReferenceGrant(ReferenceGrant),

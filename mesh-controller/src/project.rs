@@ -93,9 +93,9 @@ impl Common {
         let traffic = traffic::resolve(model);
         let (ready, slices, mut checked) =
             (Ready::new(model), Slices::new(model), Checked::new(&heard.unhealthy));
-        let services = model.services.values();
-        let services =
-            services.map(|it| Arc::new(service(it, &ready, &slices, &traffic, &mut checked))).collect();
+        let (services, resolved) = (model.services.values(), routes::resolve(model));
+        let service = |it| Arc::new(service(it, &ready, &slices, &traffic, &mut checked, &resolved));
+        let services = services.map(service).collect();
         let Checked { mut of_workloads, failing, too_many: unchecked, .. } = checked;
         let mut old = before.wanted.iter().zip(&before.workloads).peekable();
         let mut next = |wanted: &Arc<model::Workload>| {
@@ -125,7 +125,7 @@ impl Common {
         }
         let authentications: Vec<Arc<Authentication>> = model.authentications.values().cloned().collect();
         let wanted = model.workloads.values().cloned().collect();
-        let (mut routes, holders) = (routes::resolve(model).routes, OnceLock::new());
+        let (mut routes, holders) = (resolved.routes, OnceLock::new());
         if traffic.speaks_of_routes() {
             routes.iter_mut().for_each(|route| traffic.tell(Arc::make_mut(route)));
         }
@@ -258,7 +258,7 @@ impl Common {
                 services.insert(it.name.clone());
             },
         );
-        for kind in RouteKind::ALL {
+        for kind in RouteKind::OF_REQUESTS {
             sorted_diff(
                 of_kind(&self.routes, kind),
                 of_kind(&next.routes, kind),
@@ -418,7 +418,7 @@ mod tests {
         let backends = vec![Backend { to, weight: 1, filters: Filters::default() }];
         let rules = vec![RouteRule { backends, ..RouteRule::default() }];
         let (name, parents) = (name.parse().unwrap(), vec![parent]);
-        Object::Route(Arc::new(Route { kind, name, created: 0, parents, rules }))
+        Object::Route(Arc::new(Route { kind, name, created: 0, parents, hostnames: vec!["a".parse().unwrap()], rules }))
     }
 
     #[test]

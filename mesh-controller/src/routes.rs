@@ -1,11 +1,11 @@
-//! Which routes are in force for which Services, and where their requests go: routes and grants as manifests want them
+//! Which routes are in force for which Services, and where their requests and connections go: routes and grants as manifests want them
 //! into the routes that agents have, with what became of each. Pure.
 //!
 //! A route is in force for those of its parents that accept it. What it refers to and may not have, or what is not there,
 //! takes nothing else of it out of force: its share of the requests goes nowhere, and is answered so.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
     fmt,
     sync::Arc,
 };
@@ -13,15 +13,22 @@ use std::{
 use mesh_core::model::{
     Name,
     http::{Backend, BackendTarget, Filters, Parent, RequestRoute, RouteKind, RouteRule},
+    tcp::{ConnectionRoute, Hostname, Share},
 };
 
 use crate::model::{Model, ParentRef, Port, Route, Service};
 
+/// Most bytes of routes of connections that the ports of a Service have in all: they are told with the Service, to every agent
+/// that knows it. Room for 10,000 names of servers.
+const MAX_BYTES: usize = 512 << 10;
+
 /// What became of all routes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolved {
-    /// Those that are in force, by kind and name.
+    /// Those of requests that are in force, by kind and name.
     pub routes: Vec<Arc<RequestRoute>>,
+    /// Those of connections that are in force, by the Service and the port that they are for; the older ones first.
+    pub connections: BTreeMap<(Name, u16), Vec<Arc<ConnectionRoute>>>,
     /// All of them.
     pub outcomes: BTreeMap<(RouteKind, Name), Outcome>,
 }
@@ -33,6 +40,9 @@ pub struct Outcome {
     pub parents: Vec<(ParentRef, Option<NotAccepted>)>,
     /// References that lead nowhere, in their order.
     pub broken: Vec<Broken>,
+    /// Parents that accept the route, by their places, of whose connections it gets none: another one is older and for the
+    /// same.
+    pub behind: Vec<(usize, Name)>,
 }
 
 /// Why a Service does not accept a route.
@@ -45,7 +55,9 @@ pub enum NotAccepted {
     /// Its requests cannot be told from others.
     NoAddress(Name),
     /// All ports that the route speaks of have routes of a kind that says more.
-    Conflicted(Name),
+    Conflicted(Name, RouteKind),
+    /// The Service has as many routes of connections as it may.
+    TooMany(Name),
 }
 
 impl NotAccepted {
@@ -54,7 +66,8 @@ impl NotAccepted {
         match self {
             Self::NoService(_) | Self::NoPort(_) => "NoMatchingParent",
             Self::NoAddress(_) => "UnsupportedValue",
-            Self::Conflicted(_) => "Conflicted",
+            Self::Conflicted(..) => "Conflicted",
+            Self::TooMany(_) => "TooManyRoutes",
         }
     }
 }
@@ -75,11 +88,18 @@ impl fmt::Display for NotAccepted {
             }
             Self::NoAddress(service) => write!(
                 f,
-                "Service {service} is headless: it has no address by which requests to it could be known"
+                "Service {service} is headless: it has no address by which what is sent to it could be known"
             ),
-            Self::Conflicted(service) => {
-                write!(f, "a GRPCRoute speaks of the same ports of Service {service}, and comes before this")
+            Self::Conflicted(service, by) => {
+                let by = by.as_str();
+                write!(f, "a {by} speaks of the same ports of Service {service}, and comes before this")
             }
+            Self::TooMany(service) => write!(
+                f,
+                "older TLSRoutes and TCPRoutes of Service {service} have all of the {} KiB that there are for their names and \
+                 backends",
+                MAX_BYTES >> 10
+            ),
         }
     }
 }
@@ -134,44 +154,143 @@ impl fmt::Display for Why {
 pub fn resolve(model: &Model) -> Resolved {
     let mut resolved = Resolved::default();
     let mut taken = Taken::default();
-    // In the order of kinds: the ones that say more come first.
-    for ((kind, name), route) in &model.routes {
+    // In the order of kinds: the ones that say more come first. Of one kind the older ones do, so that a new one never
+    // takes another's place.
+    let mut all: Vec<&Arc<Route>> = model.routes.values().collect();
+    all.sort_by_key(|route| (route.kind, route.created, &route.name));
+    for route in all {
         let mut outcome = Outcome::default();
         let mut parents = Vec::new();
         for parent in &route.parents {
             let verdict = accept(model, &taken, route, parent);
-            if let Ok(accepted) = &verdict
-                && !parents.contains(accepted)
-            {
-                parents.push(accepted.clone());
+            if let Ok(accepted) = &verdict {
+                if !parents.contains(accepted) {
+                    taken.note(model, route, accepted);
+                    parents.push(accepted.clone());
+                }
+                let behind = taken.behind(model, route, accepted);
+                outcome.behind.extend(behind.map(|name| (parent.index, name)));
             }
             outcome.parents.push((parent.clone(), verdict.err()));
         }
         let mut references = References { model, route, parents: &parents, broken: vec![] };
         let rules = references.rules();
         outcome.broken = references.broken;
-        resolved.outcomes.insert((*kind, name.clone()), outcome);
-        if !parents.is_empty() {
-            let (kind, name, created) = (*kind, name.clone(), route.created);
-            parents.iter().for_each(|parent| taken.note(model, route, parent));
+        let (kind, name, created) = (route.kind, route.name.clone(), route.created);
+        resolved.outcomes.insert((kind, name.clone()), outcome);
+        if kind.is_of_requests() && !parents.is_empty() {
             resolved.routes.push(Arc::new(RequestRoute { kind, name, created, parents, rules }));
+        } else if !kind.is_of_requests() {
+            let share = |it: Backend| Share { to: it.to, weight: it.weight };
+            let backends = rules.into_iter().flat_map(|rule| rule.backends).map(share).collect();
+            let hostnames = route.hostnames.clone();
+            let of_connections = Arc::new(ConnectionRoute { kind, name, created, hostnames, backends });
+            for (service, port) in taken.ports(model, route, &parents) {
+                resolved.connections.entry((service, port)).or_default().push(of_connections.clone());
+            }
         }
     }
+    resolved.routes.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
     resolved
 }
 
-/// The ports of which GRPCRoutes speak: the Service, its port, and whose requests, all or those of one namespace.
-#[derive(Default)]
-struct Taken(BTreeSet<(Name, u16, Option<String>)>);
+/// What a route speaks of: the Service, its port, and whose requests or connections, all or those of one namespace.
+type Place = (Name, u16, Option<String>);
 
-impl Taken {
-    fn note(&mut self, model: &Model, route: &Route, parent: &Parent) {
-        if route.kind == RouteKind::Grpc
-            && let Some(service) = model.services.get(&parent.service)
-        {
-            self.0.extend(places(route, service, parent.port));
+/// What is spoken of already.
+#[derive(Default)]
+struct Taken<'a> {
+    /// By routes of which kind.
+    kinds: BTreeMap<Place, RouteKind>,
+    /// By which route of connections: all of the place, or this name of a server.
+    names: HashMap<(Place, Option<&'a Hostname>), &'a Name>,
+    /// How many bytes of routes of connections the Services have.
+    bytes: BTreeMap<Name, usize>,
+}
+
+impl<'a> Taken<'a> {
+    /// A Service has accepted a route.
+    fn note(&mut self, model: &Model, route: &'a Route, parent: &Parent) {
+        let Some(service) = model.services.get(&parent.service) else { return };
+        for place in places(route, service, parent.port) {
+            let kind = *self.kinds.entry(place.clone()).or_insert(route.kind);
+            if kind != route.kind || kind.is_of_requests() {
+                continue;
+            }
+            *self.bytes.entry(service.name.clone()).or_default() += bytes(route);
+            for name in names(route) {
+                if let hash_map::Entry::Vacant(free) = self.names.entry((place.clone(), name)) {
+                    free.insert(&route.name);
+                }
+            }
         }
     }
+
+    /// Whether all that a route speaks of there is spoken of by another kind, and by which.
+    fn by_another(&self, route: &Route, service: &Service, port: Option<u16>) -> Option<RouteKind> {
+        let mut by = None;
+        for place in places(route, service, port) {
+            match self.kinds.get(&place) {
+                Some(kind) if *kind != route.kind => by = Some(*kind),
+                _ => return None,
+            }
+        }
+        by
+    }
+
+    /// Whether there is room at a Service for a route of connections.
+    fn has_room(&self, route: &Route, service: &Service, port: Option<u16>) -> bool {
+        let there = self.bytes.get(&service.name).copied().unwrap_or_default();
+        route.kind.is_of_requests()
+            || there + bytes(route) * places(route, service, port).count() <= MAX_BYTES
+    }
+
+    /// The route that has all that this one could have at a parent that accepts it.
+    fn behind(&self, model: &Model, route: &Route, parent: &Parent) -> Option<Name> {
+        if route.kind.is_of_requests() {
+            return None;
+        }
+        let service = model.services.get(&parent.service)?;
+        let mut other = None;
+        for place in places(route, service, parent.port) {
+            if self.kinds.get(&place) != Some(&route.kind) {
+                continue;
+            }
+            for name in names(route) {
+                match self.names.get(&(place.clone(), name)) {
+                    Some(by) if **by != route.name => other = Some(*by),
+                    _ => return None,
+                }
+            }
+        }
+        other.cloned()
+    }
+
+    /// The ports at which a route of connections is in force.
+    fn ports(&self, model: &Model, route: &Route, parents: &[Parent]) -> BTreeSet<(Name, u16)> {
+        let of_parent = |parent: &Parent| {
+            let service = model.services.get(&parent.service);
+            service.map(|it| places(route, it, parent.port).collect::<Vec<_>>()).unwrap_or_default()
+        };
+        let places = parents.iter().flat_map(of_parent);
+        let ours = places.filter(|place| self.kinds.get(place) == Some(&route.kind));
+        ours.map(|(service, port, _)| (service, port)).collect()
+    }
+}
+
+/// The names of servers that a route of connections is for; of a TCPRoute it is none, and all.
+fn names(route: &Route) -> impl Iterator<Item = Option<&Hostname>> {
+    let all = (route.kind == RouteKind::Tcp).then_some(None);
+    route.hostnames.iter().map(Some).chain(all)
+}
+
+/// About what a route of connections takes of a message, bytes.
+fn bytes(route: &Route) -> usize {
+    /// What a name of an object, a number and the like take.
+    const EACH: usize = 64;
+    let hostnames: usize = route.hostnames.iter().map(|it| it.to_string().len() + 2).sum();
+    let backends = route.rules.iter().flat_map(|rule| &rule.backends).count();
+    hostnames + EACH * (2 + backends)
 }
 
 /// What a route speaks of if this Service accepts it.
@@ -179,14 +298,14 @@ fn places<'a>(
     route: &'a Route,
     service: &'a Service,
     port: Option<u16>,
-) -> impl Iterator<Item = (Name, u16, Option<String>)> + 'a {
+) -> impl Iterator<Item = Place> + 'a {
     let is_consumers = route.name.namespace != service.name.namespace;
     let ports = service.ports.iter().map(|it| it.port).filter(move |it| port.is_none_or(|port| port == *it));
     ports.map(move |port| (service.name.clone(), port, is_consumers.then(|| route.name.namespace.clone())))
 }
 
 /// Whether a Service accepts a route, and for which port.
-fn accept(model: &Model, taken: &Taken, route: &Route, parent: &ParentRef) -> Result<Parent, NotAccepted> {
+fn accept(model: &Model, taken: &Taken<'_>, route: &Route, parent: &ParentRef) -> Result<Parent, NotAccepted> {
     let no_service = || NotAccepted::NoService(parent.service.clone());
     let service = model.services.get(&parent.service).ok_or_else(no_service)?;
     if service.addresses.is_empty() {
@@ -200,8 +319,11 @@ fn accept(model: &Model, taken: &Taken, route: &Route, parent: &ParentRef) -> Re
     let found = found.ok_or_else(|| NotAccepted::NoPort(parent.clone()))?;
     let all = parent.port.is_none() && parent.section.is_none();
     let port = (!all).then_some(found.port);
-    if route.kind == RouteKind::Http && places(route, service, port).all(|place| taken.0.contains(&place)) {
-        return Err(NotAccepted::Conflicted(service.name.clone()));
+    if let Some(by) = taken.by_another(route, service, port) {
+        return Err(NotAccepted::Conflicted(service.name.clone(), by));
+    }
+    if !taken.has_room(route, service, port) {
+        return Err(NotAccepted::TooMany(service.name.clone()));
     }
     Ok(Parent { service: service.name.clone(), port })
 }

@@ -13,6 +13,7 @@
 //! | [`policy`] | who may connect; the one `decide` |
 //! | [`authentication`] | whose token a request bears |
 //! | [`http`] | which rule a request falls under, and what is done with it |
+//! | [`tcp`] | which route a connection falls under, and where it leads |
 //! | [`balance`] | which endpoint takes the next connection |
 //! | [`health`] | which endpoints are well, by their checks |
 //! | [`frame`] | the frames inside a tunnel |
@@ -29,6 +30,7 @@ pub mod model;
 pub mod policy;
 pub mod refusal;
 pub mod route;
+pub mod tcp;
 pub mod version;
 pub mod view;
 pub mod wire;

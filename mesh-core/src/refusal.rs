@@ -125,8 +125,14 @@ reasons! {
         cure "the client is broken, or this is an attack; where the port speaks no HTTP, take the route away";
     NoRule = "no_rule" at Route, "The port has routes, and the request falls under no rule of theirs",
         cure "add a rule, or ask for what one matches: meshctl get routes";
-    NoBackend = "no_backend" at Route, "The rule sends the request to a backend that is not there, or that the route may not refer to",
+    NoBackend = "no_backend" at Route, "The route leads to a backend that is not there, or that it may not refer to",
         cure "read the route's condition ResolvedRefs";
+    NoServerName = "no_server_name" at Route, "The port has TLSRoutes, and none is for the name that the client asks for in TLS, if it does",
+        cure "add the name to a route's hostnames, or ask for one that is there: meshctl get routes";
+    BadHello = "bad_hello" at Route, "The port has TLSRoutes, and what the client sent is no beginning of TLS",
+        cure "let the client speak TLS from the first byte on, with a ClientHello of 16 KiB at most, or take the route away";
+    HelloTimeout = "hello_timeout" at Route, "The port has TLSRoutes, and the client did not say in time which name it asks for",
+        cure "look at the client; where the server speaks first on this port, take the route away";
     PlaintextToStrict = "plaintext_to_strict" at Authorize, "The destination is strict and the source spoke plaintext",
         cure "enrol the source, or make the destination's namespace permissive";
     PolicyDeny = "policy_deny" at Authorize, "A deny rule of an AuthorizationPolicy matches",

@@ -18,8 +18,10 @@ pub enum Route {
     Workload(Arc<Workload>, SocketAddr),
     /// To one of these endpoints, never empty.
     Service {
-        /// The service that was asked for.
+        /// The service.
         service: Arc<Service>,
+        /// Its port; where a route leads elsewhere, not the one that was asked for.
+        port: u16,
         /// Its ready endpoints of the address family that was asked for, as near to the client as the service wants.
         endpoints: Vec<Endpoint>,
     },
@@ -28,7 +30,7 @@ pub enum Route {
 }
 
 impl Route {
-    /// The service, where one was asked for.
+    /// The service, if it leads to one.
     pub fn service(&self) -> Option<&Name> {
         match self {
             Self::Service { service, .. } => Some(&service.name),
@@ -85,7 +87,7 @@ pub fn outbound(snapshot: &Snapshot, source: &Workload, destination: SocketAddr)
         Some(Owner::Workload(workload)) => Ok(Route::Workload(workload.clone(), destination)),
         Some(Owner::Service(service)) => {
             let endpoints = endpoints(service, destination.port(), destination.is_ipv4(), source)?;
-            Ok(Route::Service { service: service.clone(), endpoints })
+            Ok(Route::Service { service: service.clone(), port: destination.port(), endpoints })
         }
     }
 }
@@ -166,8 +168,15 @@ mod tests {
                     port: 80,
                     endpoints: vec![endpoint("10.0.0.1")],
                     traffic: Traffic::default(),
+                    routes: vec![],
                 },
-                ServicePort { name: "none".into(), port: 81, endpoints: vec![], traffic: Traffic::default() },
+                ServicePort {
+                    name: "none".into(),
+                    port: 81,
+                    endpoints: vec![],
+                    traffic: Traffic::default(),
+                    routes: vec![],
+                },
             ],
             choice: Choice::default(),
         };

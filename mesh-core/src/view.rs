@@ -19,6 +19,7 @@ use crate::{
         Authentication, IpNet, Name, Policy, Service, Workload,
         http::{RequestRoute, RouteKind},
     },
+    tcp,
 };
 
 /// Most addresses that a node may ask for at a time: what a view by demand is bounded by.
@@ -82,6 +83,9 @@ impl std::fmt::Display for Key {
             Self::Authentication(name) => write!(f, "policy/{}/{OF_USERS}{}", name.namespace, name.name),
             Self::Route(RouteKind::Http, name) => write!(f, "http-route/{name}"),
             Self::Route(RouteKind::Grpc, name) => write!(f, "grpc-route/{name}"),
+            // Routes of connections stand in the services that they speak of.
+            Self::Route(RouteKind::Tls, name) => write!(f, "tls-route/{name}"),
+            Self::Route(RouteKind::Tcp, name) => write!(f, "tcp-route/{name}"),
         }
     }
 }
@@ -419,6 +423,12 @@ impl Snapshot {
     /// carried as they come.
     pub fn table(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<Table>> {
         self.tables.get(service, port, client_namespace)
+    }
+
+    /// The routes of connections that workloads of a namespace open to a port of a service; `None` where there are none, or
+    /// where those of requests come before them.
+    pub fn connections(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<tcp::Table>> {
+        self.tables.connections(service, port, client_namespace)
     }
 
     /// The identity of a workload of this view.

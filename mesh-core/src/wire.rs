@@ -5,6 +5,7 @@
 mod asks;
 mod authentication;
 pub mod health;
+mod connections;
 mod routes;
 mod traffic;
 
@@ -190,6 +191,7 @@ fn service_to_proto(service: &model::Service) -> proto::Service {
             })
             .collect(),
         traffic: traffic::to_proto(&port.traffic),
+        routes: port.routes.iter().map(|route| connections::to_proto(route)).collect(),
     };
     proto::Service {
         namespace: service.name.namespace.clone(),
@@ -236,6 +238,7 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
             port: port_from_proto(key, "ports.port", port.port)?,
             endpoints: port.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
             traffic: traffic::from_proto(key, port.traffic.as_ref())?,
+            routes: port.routes.iter().map(|it| connections::from_proto(key, it)).collect::<Result<_, _>>()?,
         })
     };
     Ok(model::Service {

@@ -1,11 +1,13 @@
 //! ★ The story of a connection. [`outbound`] and [`inbound`] tell it from top to bottom; every line there is a step
 //! in a file with the step's name. `docs/LIFE_OF_A_CONNECTION.md` is the same story for readers.
 
+mod hello;
 mod identify;
 mod inbound;
 mod outbound;
 mod preface;
 mod requests;
+mod routed;
 mod turn;
 
 use std::{
@@ -39,8 +41,8 @@ use crate::{
     wants::{self, Denied, Known, Wants},
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
-use outbound::Reading;
 use requests::Upstreams;
+use routed::Heard;
 use turn::Turns;
 
 /// A captured connection: what the kernel programs steered to the agent.
@@ -292,20 +294,31 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
         Ok(outbound::Next::Requests(routed)) => {
             Box::pin(requests::serve(accepted, *routed, &node, entry)).await;
         }
-        Ok(outbound::Next::Ended) => end(accepted.stream, entry, Ok(())),
+        // Whoever had to be waited for has been.
+        Ok(outbound::Next::Ended | outbound::Next::Hello(_)) => end(accepted.stream, entry, Ok(())),
         Err(stop) => end(accepted.stream, entry, Err(stop)),
     }
 }
 
-/// The story of a connection that a workload opens; again, as one of bytes, where it is encrypted between the applications,
-/// so that there are no requests to be read.
+/// The story of a connection that a workload opens. It begins anew, as one of bytes, where these are encrypted between the
+/// applications, so that there are no requests to be read; and once it was heard which name the client asks for, where
+/// routes go by that. No view is held while a client is waited for.
 async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<outbound::Next, Stop> {
-    match outbound::serve(accepted, node, entry, Reading::Requests).await? {
-        outbound::Next::Requests(routed) if Box::pin(requests::are_hidden(&accepted.stream)).await => {
-            drop(routed);
-            Box::pin(outbound::serve(accepted, node, entry, Reading::Bytes)).await
-        }
-        next => Ok(next),
+    let mut heard = Heard::Nothing;
+    loop {
+        heard = match outbound::serve(accepted, node, entry, heard).await? {
+            outbound::Next::Requests(routed) if Box::pin(requests::are_hidden(&accepted.stream)).await => {
+                drop(routed);
+                Heard::Tls
+            }
+            outbound::Next::Hello(waiting) => {
+                let limit = node.limits().handshake_timeout;
+                let hello = Box::pin(hello::read(&accepted.stream, limit)).await?;
+                drop(waiting);
+                Heard::Hello(hello)
+            }
+            next => return Ok(next),
+        };
     }
 }
 

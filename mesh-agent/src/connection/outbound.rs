@@ -9,24 +9,22 @@ use mesh_core::{
     view::Snapshot,
 };
 
-use super::{Accepted, Asked, Node, identify, requests::Routed};
+use super::{
+    Accepted, Asked, Node, identify,
+    requests::Routed,
+    routed::{Heard, Routes},
+    wants,
+};
 use crate::{
     connect::{Ask, Opened, Way},
+    local::Admission,
     metrics::Direction,
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::{self, ResetOnDrop, tunnel::Stopped},
     trust::Led,
+    underway,
 };
-
-/// Whether requests may be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reading {
-    /// Where a route wants it.
-    Requests,
-    /// Not these bytes.
-    Bytes,
-}
 
 /// How the story of a connection goes on.
 #[derive(Debug)]
@@ -35,14 +33,20 @@ pub(super) enum Next {
     Ended,
     /// It is one of requests.
     Requests(Box<Routed>),
+    /// Its client has to say first which name it asks for.
+    Hello(Box<Waiting>),
 }
+
+/// What a connection has whose client is waited for: its place among the workload's, among those to the service, and the
+/// word that the address is used.
+pub(super) type Waiting = (Admission, Option<underway::Connection>, Option<wants::Held>);
 
 /// The story. Each `?` ends it with a reason; the caller resets the application then, and records either way.
 pub(super) async fn serve(
     accepted: &Accepted,
     node: &Node,
     entry: &mut Entry,
-    reading: Reading,
+    heard: Heard,
 ) -> Result<Next, Stop> {
     let connector = &node.inner.connector;
     let (local, app, address) = (&accepted.workload, &accepted.stream, accepted.peer);
@@ -61,7 +65,7 @@ pub(super) async fn serve(
         let room = connector.room(&view, original)?;
 
         // Where a route speaks of it, each request goes its own way.
-        if reading == Reading::Requests
+        if matches!(heard, Heard::Nothing)
             && let Some(service) = Routed::service(&view, original, local)
         {
             entry.told().destination.service = Some(service.clone());
@@ -69,16 +73,30 @@ pub(super) async fn serve(
         }
 
         // What do they ask for, and which way leads there? Whether they may is for the destination to say.
-        let route = match route::outbound(&view, &source, original) {
-            Err(Reason::DestinationUnanswered) => unanswered(&source, original, entry)?,
-            route => route?,
+        let routes = Routes::of(&view, original, &local.name.namespace);
+        if let Some(routes) = &routes {
+            entry.told().destination.service = Some(routes.service.name.clone());
+            if routes.wait_for(&heard) {
+                return Ok(Next::Hello(Box::new((place, room, held))));
+            }
+        }
+        let (route, there) = match &routes {
+            Some(routes) => {
+                let route = routes.lead(&view, &source, original, &heard, entry)?;
+                let there = connector.room_behind(&route, &routes.service.name, original.port())?;
+                (route, there)
+            }
+            None => match route::outbound(&view, &source, original) {
+                Err(Reason::DestinationUnanswered) => (unanswered(&source, original, entry)?, None),
+                route => (route?, None),
+            },
         };
-        let ask = Ask { local, identity: &identity, app: Some(app), address, asked: original, view: &view };
-        let opened = Box::pin(connector.open(&ask, route, entry)).await?;
+        let ask = Ask { local, identity: &identity, app: Some(app), address, view: &view };
+        let opened = Box::pin(connector.open(&ask, route, heard.first(), entry)).await?;
         // Behind a service is a workload of its own, of which every change is to be heard.
         let reached = entry.told().destination.address.filter(|reached| reached.ip() != original.ip());
         let reached = reached.and_then(|reached| node.hold(local, &view, reached.ip()));
-        (opened, Box::new(([held, reached], room)))
+        (opened, Box::new(([held, reached], [room, there])))
     };
     entry.opened();
 

@@ -175,6 +175,7 @@ impl Plan {
                 port: vip.port(),
                 endpoints,
                 traffic: Traffic::default(),
+                routes: vec![],
             }],
             choice: Choice::default(),
         }];
@@ -193,6 +194,7 @@ impl Plan {
                 port: 80,
                 endpoints: endpoints.iter().map(endpoint).collect(),
                 traffic: Traffic::default(),
+                routes: vec![],
             }],
             choice: Choice::default(),
         });

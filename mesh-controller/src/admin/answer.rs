@@ -378,7 +378,7 @@ pub struct IssuerRow {
 /// A line of `GET /api/v1/routes`: a route that has Services as parents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteRow {
-    /// `HTTPRoute` or `GRPCRoute`.
+    /// `HTTPRoute`, `GRPCRoute`, `TLSRoute` or `TCPRoute`.
     pub kind: String,
     /// `namespace/name`
     pub name: String,

@@ -9,10 +9,12 @@
 //! | [`whole`] | one answer out of those of all controllers |
 //! | [`why`] | one connection, decided and explained |
 //! | [`request`] | one request over it |
+//! | [`connection`] | itself, where connections are routed |
 //! | [`user`] | whose it is |
 
 pub mod answer;
 mod authentication;
+mod connection;
 pub mod request;
 mod route;
 mod traffic;
@@ -414,6 +416,8 @@ struct Question {
     /// The request's, a line each.
     #[serde(default)]
     headers: String,
+    /// The name that is asked for in TLS.
+    server_name: Option<String>,
 }
 
 async fn why(
@@ -421,9 +425,10 @@ async fn why(
     Query(question): Query<Question>,
 ) -> Result<Json<Why>, (StatusCode, Json<Failure>)> {
     let world = admin.hub.world();
-    let request = question.request.map(|line| Request::parse(&line, &question.headers)).transpose();
+    let request = question.request.as_ref().map(|line| Request::parse(line, &question.headers)).transpose();
     let answer = request.and_then(|request| {
-        why::explain(&world.common, &question.source, &question.destination, request.as_ref())
+        let Question { source, destination, server_name, .. } = &question;
+        why::explain_asked(&world.common, source, destination, request.as_ref(), server_name.as_deref())
     });
     match answer {
         Ok(why) => Ok(Json(why)),

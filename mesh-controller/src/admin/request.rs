@@ -127,7 +127,7 @@ fn chosen_rule(chosen: &Chosen<'_>) -> String {
     format!("{} {} spec.rules[{index}]{name}: {}", route.kind.as_str(), route.name, leads(rule))
 }
 
-fn answered(to: String, verdict: &str, says: &str) -> End {
+pub(super) fn answered(to: String, verdict: &str, says: &str) -> End {
     End {
         to,
         verdict: verdict.to_owned(),

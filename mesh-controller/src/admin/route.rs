@@ -9,13 +9,13 @@ use mesh_core::model::{
 
 use super::answer::{RouteParentRow, RouteRow};
 use crate::{
-    model::{Model, ParentRef},
+    model::{Model, ParentRef, Route},
     routes::{Outcome, resolve},
 };
 
 /// All routes of Services, by kind and name.
 pub(super) fn rows(model: &Model) -> Vec<RouteRow> {
-    let row = |((kind, name), Outcome { parents, broken }): ((RouteKind, Name), Outcome)| RouteRow {
+    let row = |((kind, name), Outcome { parents, broken, behind }): ((RouteKind, Name), Outcome)| RouteRow {
         kind: kind.as_str().to_owned(),
         parents: parents
             .into_iter()
@@ -23,14 +23,18 @@ pub(super) fn rows(model: &Model) -> Vec<RouteRow> {
                 service: service(&parent),
                 accepted: error.is_none(),
                 reason: error.as_ref().map_or("Accepted", |error| error.reason()).to_owned(),
-                says: error.map(|error| error.to_string()).unwrap_or_default(),
+                says: match (error, behind.iter().find(|(at, _)| *at == parent.index)) {
+                    (Some(error), _) => error.to_string(),
+                    (None, Some((_, name))) => format!("{name} is older and for the same"),
+                    (None, None) => String::new(),
+                },
             })
             .collect(),
         broken: broken.iter().map(|it| format!("{}: {}", it.field, it.why)).collect(),
         rules: model
             .routes
             .get(&(kind, name.clone()))
-            .map_or_else(Vec::new, |route| route.rules.iter().map(rule).collect()),
+            .map_or_else(Vec::new, |route| rules(route)),
         name: name.to_string(),
     };
     resolve(model).outcomes.into_iter().map(row).collect()
@@ -40,6 +44,21 @@ pub(super) fn rows(model: &Model) -> Vec<RouteRow> {
 fn service(parent: &ParentRef) -> String {
     let port = parent.port.map(|port| port.to_string()).or_else(|| parent.section.clone());
     port.map_or_else(|| parent.service.to_string(), |port| format!("{}:{port}", parent.service))
+}
+
+/// The rules of a route, a line each; of one of connections for whom it is, and where it leads.
+fn rules(route: &Route) -> Vec<String> {
+    let hostnames: Vec<String> = route.hostnames.iter().map(ToString::to_string).collect();
+    match route.kind {
+        RouteKind::Grpc | RouteKind::Http => route.rules.iter().map(rule).collect(),
+        RouteKind::Tls => {
+            let leads = |rule| format!("{} -> {}", hostnames.join(", "), leads(rule));
+            route.rules.iter().map(leads).collect()
+        }
+        RouteKind::Tcp => {
+            route.rules.iter().map(|rule| format!("every connection -> {}", leads(rule))).collect()
+        }
+    }
 }
 
 /// A rule on one line.
@@ -64,11 +83,16 @@ pub(super) fn leads(rule: &RouteRule) -> String {
 }
 
 fn backend(backend: &Backend, shares: bool) -> String {
-    let to = match &backend.to {
+    let to = target(&backend.to);
+    if shares { format!("{to} weight {}", backend.weight) } else { to }
+}
+
+/// What a reference leads to.
+pub(super) fn target(to: &BackendTarget) -> String {
+    match to {
         BackendTarget::Service { service, port } => format!("{service}:{port}"),
         BackendTarget::Nowhere => "nowhere".to_owned(),
-    };
-    if shares { format!("{to} weight {}", backend.weight) } else { to }
+    }
 }
 
 fn matched(it: &RequestMatch) -> String {

@@ -53,12 +53,24 @@ pub fn explain(
     destination: &str,
     request: Option<&AskedFor>,
 ) -> Result<Why, WhyError> {
+    explain_asked(common, source, destination, request, None)
+}
+
+/// The same, and to a connection that asks for a server by its name in TLS.
+pub fn explain_asked(
+    common: &Common,
+    source: &str,
+    destination: &str,
+    request: Option<&AskedFor>,
+    server_name: Option<&str>,
+) -> Result<Why, WhyError> {
     let unknown_source = || WhyError::Source(source.chars().take(300).collect());
     let name: Name = source.parse().map_err(|_| unknown_source())?;
     let workload = common.workloads().iter().find(|it| it.name == name).ok_or_else(unknown_source)?;
     let snapshot = Snapshot::new(&workload.node, "", &common.view_of_all())?;
     let asked = resolve(&snapshot, workload, destination)?;
-    let mut story = Story { snapshot: &snapshot, source: workload, asked, request, common, steps: vec![] };
+    let mut story =
+        Story { snapshot: &snapshot, source: workload, asked, request, server_name, common, steps: vec![] };
     let ends = story.tell();
     Ok(Why { source: name.to_string(), destination: asked.to_string(), steps: story.steps, ends })
 }
@@ -89,6 +101,8 @@ pub(super) struct Story<'a> {
     pub(super) asked: SocketAddr,
     pub(super) request: Option<&'a AskedFor>,
     common: &'a Common,
+    /// The name that it asks for in TLS.
+    pub(super) server_name: Option<&'a str>,
     steps: Vec<WhyStep>,
 }
 
@@ -97,6 +111,9 @@ impl Story<'_> {
         self.identify();
         if let Some((service, table)) = self.routed() {
             return self.requests(&service, &table);
+        }
+        if let Some((service, table)) = self.connections() {
+            return self.connection(&service, &table);
         }
         let route = match route::outbound(self.snapshot, self.source, self.asked) {
             Ok(route) => route,
@@ -121,7 +138,7 @@ impl Story<'_> {
                 );
                 vec![self.end(&workload, address)]
             }
-            Route::Service { service, endpoints } => {
+            Route::Service { service, endpoints, .. } => {
                 let count = endpoints.len();
                 self.step(
                     Step::Route,

@@ -1,8 +1,9 @@
-//! Routes of requests, and who may send some to whom, as manifests want it: what they refer to is not looked up yet.
+//! Routes of requests and of connections, and who may send some to whom, as manifests want it: what they refer to is not looked up yet.
 
 use mesh_core::model::{
     Name,
     http::{RouteKind, RouteRule},
+    tcp::Hostname,
 };
 use serde::{Deserialize, Serialize};
 
@@ -13,14 +14,16 @@ impl From<RouteKind> for Kind {
         match kind {
             RouteKind::Grpc => Self::GrpcRoute,
             RouteKind::Http => Self::HttpRoute,
+            RouteKind::Tls => Self::TlsRoute,
+            RouteKind::Tcp => Self::TcpRoute,
         }
     }
 }
 
-/// An HTTPRoute or a GRPCRoute.
+/// An HTTPRoute, GRPCRoute, TLSRoute or TCPRoute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// Which of the two.
+    /// Which of these.
     pub kind: RouteKind,
     /// Its name.
     pub name: Name,
@@ -28,7 +31,11 @@ pub struct Route {
     pub created: i64,
     /// Those of its parents that are Services: of others it is not ours to speak.
     pub parents: Vec<ParentRef>,
-    /// Its rules. Where one leads is as it was written, and nowhere if that is no Service.
+    /// Of a TLSRoute: the names of servers that it is for. Of others none: they mean nothing in a mesh.
+    #[serde(default)]
+    pub hostnames: Vec<Hostname>,
+    /// Its rules; of connections there is one, that has backends and nothing else. Where one leads is as it was written, and
+    /// nowhere if that is no Service.
     pub rules: Vec<RouteRule>,
 }
 
@@ -45,7 +52,7 @@ pub struct ParentRef {
     pub section: Option<String>,
 }
 
-/// Which routes of other namespaces may send requests to Services of this one.
+/// Which routes of other namespaces may lead to Services of this one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReferenceGrant {
     /// Its name.
@@ -57,7 +64,7 @@ pub struct ReferenceGrant {
 }
 
 impl ReferenceGrant {
-    /// Whether routes of a kind and a namespace may send requests to this Service.
+    /// Whether routes of a kind and a namespace may lead to this Service.
     pub fn permits(&self, kind: RouteKind, namespace: &str, service: &Name) -> bool {
         self.name.namespace == service.namespace
             && self.from.iter().any(|(of, from)| *of == kind && from == namespace)

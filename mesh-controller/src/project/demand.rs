@@ -86,6 +86,15 @@ fn targets(route: &RequestRoute) -> impl Iterator<Item = &Name> {
     })
 }
 
+/// The services that routes of connections to this one lead to.
+fn behind(service: &Service) -> impl Iterator<Item = &Name> {
+    let routes = service.ports.iter().flat_map(|port| &port.routes);
+    routes.flat_map(|route| &route.backends).filter_map(|share| match &share.to {
+        BackendTarget::Service { service, .. } => Some(service),
+        BackendTarget::Nowhere => None,
+    })
+}
+
 /// Few blocks that all of these addresses are in. Of one length for a family, so that an address more or less seldom
 /// changes them.
 fn blocks<'a>(addresses: impl Iterator<Item = &'a IpAddr>) -> Vec<IpNet> {
@@ -182,6 +191,7 @@ impl Demanded {
                 continue;
             }
             if let Some(service) = holders.services.get(name) {
+                next.extend(behind(service));
                 let endpoints = service.ports.iter().flat_map(|port| &port.endpoints);
                 reached.extend(service.addresses.iter().copied().chain(endpoints.map(|it| it.address)));
                 let service = Resource::Service(service.clone());
@@ -259,6 +269,7 @@ mod tests {
         model::{
             Choice, Distribution, Endpoint, Mode, Name, Place, Policy, Service, ServicePort, Workload, ZONE,
             http::{Backend, Filters, Mirror, Parent, RouteKind, RouteRule},
+            tcp::{ConnectionRoute, Share},
             traffic::Traffic,
         },
         route,
@@ -317,17 +328,34 @@ mod tests {
             address,
             port: 8080,
         });
-        (a_name(), vec(an_address(), 0..2), vec(endpoint, 0..4), a_choice()).prop_map(
-            |(name, addresses, endpoints, choice)| {
+        let leads = vec(vec(a_name(), 0..2).prop_map(|to| a_connection_route(&to)), 0..2);
+        (a_name(), vec(an_address(), 0..2), vec(endpoint, 0..4), a_choice(), leads).prop_map(
+            |(name, addresses, endpoints, choice, routes)| {
                 let ports = vec![ServicePort {
                     name: String::new(),
                     port: 80,
                     endpoints,
                     traffic: Traffic::default(),
+                    routes,
                 }];
                 Service { name, addresses, ports, choice }
             },
         )
+    }
+
+    /// A route of connections to some services.
+    fn a_connection_route(to: &[Name]) -> Arc<ConnectionRoute> {
+        let share = |service: &Name| Share {
+            to: BackendTarget::Service { service: service.clone(), port: 80 },
+            weight: 1,
+        };
+        Arc::new(ConnectionRoute {
+            kind: RouteKind::Tcp,
+            name: Name::new("a", "r"),
+            created: 0,
+            hostnames: vec![],
+            backends: to.iter().map(share).collect(),
+        })
     }
 
     /// A route for some services, to some others.
@@ -336,7 +364,7 @@ mod tests {
         let parents = vec((a_name(), port).prop_map(|(service, port)| Parent { service, port }), 1..3);
         let to = |service| BackendTarget::Service { service, port: 80 };
         let mirror = option::of(a_name().prop_map(move |it| Mirror { to: to(it), copies: 1, of: 1 }));
-        let kind = select(&RouteKind::ALL[..]);
+        let kind = select(&RouteKind::OF_REQUESTS[..]);
         (kind, a_name(), parents, vec(a_name(), 0..3), mirror).prop_map(
             move |(kind, name, parents, backends, mirror)| {
                 let filters = Filters { mirrors: mirror.into_iter().collect(), ..Filters::default() };
@@ -539,6 +567,7 @@ mod tests {
             port: 80,
             endpoints: (0..5).map(endpoint).collect(),
             traffic: Traffic::default(),
+            routes: vec![],
         };
         let virtual_address = IpAddr::from([10, 96, 0, 1]);
         let addresses = vec![virtual_address];

@@ -11,7 +11,7 @@ use mesh_core::model::{Choice, Distribution, Endpoint, Name, Place, Service, Ser
 use super::checked::Checked;
 use crate::{
     model::{self, Model},
-    traffic,
+    routes, traffic,
 };
 
 /// The workloads that are ready, by namespace and label, so that a service looks only at those that may be its own.
@@ -109,6 +109,7 @@ pub(super) fn service(
     slices: &Slices<'_>,
     traffic: &traffic::Resolved,
     checked: &mut Checked<'_>,
+    routes: &routes::Resolved,
 ) -> Service {
     let slices_of = slices.of(&wanted.name);
     let mut serving = ready.of(wanted);
@@ -127,7 +128,9 @@ pub(super) fn service(
             checked.port(&wanted.name, port.port, check, &mut endpoints);
         }
         let traffic = traffic.of_port(&wanted.name, port.port);
-        ServicePort { name: port.name.clone(), port: port.port, endpoints, traffic }
+        let of_port = routes.connections.get(&(wanted.name.clone(), port.port));
+        let routes = of_port.cloned().unwrap_or_default();
+        ServicePort { name: port.name.clone(), port: port.port, endpoints, traffic, routes }
     };
     let ports: Vec<ServicePort> = wanted.ports.iter().map(&mut port).collect();
     let places = match wanted.distribution {

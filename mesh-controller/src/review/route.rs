@@ -36,11 +36,19 @@ impl Review<'_> {
                 NotAccepted::NoAddress(_) => {
                     "give the Service a clusterIP, or make another one for clients".into()
                 }
-                NotAccepted::Conflicted(_) => {
-                    "give calls a port of their own, or remove one of the routes".into()
+                NotAccepted::Conflicted(..) => {
+                    "give each kind a port of its own, or remove one of the routes".into()
+                }
+                NotAccepted::TooMany(_) => {
+                    "name fewer servers, by *.DOMAIN where that is meant, or use more Services".into()
                 }
             };
             self.warn(key, &field, format!("it is not in force there: {error}"), cure);
+        }
+        for (index, name) in &outcome.behind {
+            let reason = format!("nothing comes to it: {name} is older, and for the same");
+            let cure = "remove one of the two, or put the backends of both into one";
+            self.warn(key, &format!("spec.parentRefs[{index}]"), reason, cure);
         }
         for broken in &outcome.broken {
             let cure = match &broken.why {
@@ -102,6 +110,8 @@ impl Review<'_> {
     /// Rules whose every match stands in an earlier one, which comes first then.
     fn repeated_matches(&mut self, key: &ObjectKey, route: &Route) {
         let path = match route.kind {
+            // Of connections there is one rule.
+            RouteKind::Tls | RouteKind::Tcp => return,
             RouteKind::Http => PathMatch::default(),
             RouteKind::Grpc => PathMatch::Call { service: None, method: None },
         };

@@ -37,6 +37,8 @@ const fn most_of(kind: Kind) -> Option<(usize, &'static str)> {
         Kind::AuthenticationPolicy => Some((MAX_AUTHENTICATIONS, "AuthenticationPolicies")),
         Kind::HttpRoute => Some((MAX_ROUTES, "HTTPRoutes")),
         Kind::GrpcRoute => Some((MAX_ROUTES, "GRPCRoutes")),
+        Kind::TlsRoute => Some((MAX_ROUTES, "TLSRoutes")),
+        Kind::TcpRoute => Some((MAX_ROUTES, "TCPRoutes")),
         Kind::Namespace | Kind::Workload | Kind::Service | Kind::EndpointSlice | Kind::ReferenceGrant => None,
     }
 }

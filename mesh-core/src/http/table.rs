@@ -1,4 +1,4 @@
-//! The rules for one port of a service, in the order in which they count.
+//! The rules for one port of a service, in the order in which they count, and of which ports there are some.
 //!
 //! Several routes of one service are as one: of all matches of all their rules the most specific one counts that a
 //! request is as (Gateway API, `HTTPRouteRule.matches`, `GRPCRouteRule.matches`). That order does not depend on the
@@ -7,14 +7,17 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
 use super::matches::Asked;
-use crate::model::{
-    Name, Service,
-    http::{PathMatch, RequestMatch, RequestRoute, RouteKind, RouteRule, TextMatch},
+use crate::{
+    model::{
+        Name, Service,
+        http::{PathMatch, RequestMatch, RequestRoute, RouteKind, RouteRule, TextMatch},
+    },
+    tcp,
 };
 
 /// The tables of all services that have routes.
@@ -27,7 +30,16 @@ struct OfPort {
     port: u16,
     /// The namespace whose workloads it is for; `None`: for all that have none of their own.
     clients: Option<String>,
-    table: Arc<Table>,
+    routes: Routes,
+}
+
+/// What the routes of a port are of.
+#[derive(Debug)]
+enum Routes {
+    /// Of requests.
+    Requests(Arc<Table>),
+    /// Of connections.
+    Connections(Arc<tcp::Table>),
 }
 
 /// What a route speaks of: a service, its port, and the namespace whose workloads' requests, or all.
@@ -55,20 +67,61 @@ impl Tables {
         }
         let mut tables = Self::default();
         for ((service, port, clients), routes) in of_ports {
-            let of_port =
-                OfPort { port, clients: clients.map(str::to_owned), table: Arc::new(Table::new(&routes)) };
+            let routes = Routes::Requests(Arc::new(Table::new(&routes)));
+            let of_port = OfPort { port, clients: clients.map(str::to_owned), routes };
             tables.0.entry(service.clone()).or_default().push(of_port);
         }
+        services.values().for_each(|service| tables.add_connections(service));
         tables
     }
 
-    /// The table for what workloads of a namespace ask of a port of a service.
-    pub fn get(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<Table>> {
+    /// The routes of connections to a service. Those of requests come before them, for the same clients (GEP-1294, "Route
+    /// types").
+    fn add_connections(&mut self, service: &Service) {
+        for port in service.ports.iter().filter(|port| !port.routes.is_empty()) {
+            let clients: BTreeSet<_> = port.routes.iter().map(|it| it.clients(&service.name)).collect();
+            for clients in clients {
+                let of_service = self.0.entry(service.name.clone()).or_default();
+                if of_service.iter().any(|it| it.is_for(port.port, clients)) {
+                    continue;
+                }
+                let all = port.routes.iter();
+                let routes: Vec<_> = all.filter(|it| it.clients(&service.name) == clients).collect();
+                of_service.extend(tcp::Table::new(&routes).map(|table| OfPort {
+                    port: port.port,
+                    clients: clients.map(str::to_owned),
+                    routes: Routes::Connections(Arc::new(table)),
+                }));
+            }
+        }
+    }
+
+    fn find(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Routes> {
         let of_service = self.0.get(service)?;
-        let find = |clients: Option<&str>| {
-            of_service.iter().find(|it| it.port == port && it.clients.as_deref() == clients)
-        };
-        find(Some(client_namespace)).or_else(|| find(None)).map(|it| &it.table)
+        let find = |clients: Option<&str>| of_service.iter().find(|it| it.is_for(port, clients));
+        find(Some(client_namespace)).or_else(|| find(None)).map(|it| &it.routes)
+    }
+
+    /// The table for the requests that workloads of a namespace send to a port of a service.
+    pub fn get(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<Table>> {
+        match self.find(service, port, client_namespace)? {
+            Routes::Requests(table) => Some(table),
+            Routes::Connections(_) => None,
+        }
+    }
+
+    /// The table for the connections that workloads of a namespace open to a port of a service.
+    pub fn connections(&self, service: &Name, port: u16, client_namespace: &str) -> Option<&Arc<tcp::Table>> {
+        match self.find(service, port, client_namespace)? {
+            Routes::Connections(table) => Some(table),
+            Routes::Requests(_) => None,
+        }
+    }
+}
+
+impl OfPort {
+    fn is_for(&self, port: u16, clients: Option<&str>) -> bool {
+        self.port == port && self.clients.as_deref() == clients
     }
 }
 
@@ -172,8 +225,8 @@ impl Table {
 /// What a rule says that says no match.
 fn every(kind: RouteKind) -> RequestMatch {
     let path = match kind {
-        RouteKind::Http => PathMatch::default(),
         RouteKind::Grpc => PathMatch::Call { service: None, method: None },
+        RouteKind::Http | RouteKind::Tls | RouteKind::Tcp => PathMatch::default(),
     };
     RequestMatch { path, ..RequestMatch::default() }
 }

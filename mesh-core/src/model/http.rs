@@ -20,17 +20,30 @@ pub enum RouteKind {
     Grpc,
     /// `HTTPRoute`.
     Http,
+    /// `TLSRoute`; of connections.
+    Tls,
+    /// `TCPRoute`; of connections.
+    Tcp,
 }
 
 impl RouteKind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Grpc, Self::Http];
+    /// All.
+    pub const ALL: [Self; 4] = [Self::Grpc, Self::Http, Self::Tls, Self::Tcp];
+    /// Those of requests.
+    pub const OF_REQUESTS: [Self; 2] = [Self::Grpc, Self::Http];
+
+    /// Whether routes of it are of requests, and not of connections.
+    pub const fn is_of_requests(self) -> bool {
+        matches!(self, Self::Grpc | Self::Http)
+    }
 
     /// `kind:` in a manifest.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Grpc => "GRPCRoute",
             Self::Http => "HTTPRoute",
+            Self::Tls => "TLSRoute",
+            Self::Tcp => "TCPRoute",
         }
     }
 }
@@ -38,7 +51,7 @@ impl RouteKind {
 /// How requests to services are routed, as one object says it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequestRoute {
-    /// Its kind.
+    /// Its kind, one of requests.
     pub kind: RouteKind,
     /// Its name.
     pub name: Name,
@@ -244,7 +257,8 @@ pub enum BackendTarget {
         /// Its port.
         port: u16,
     },
-    /// Nowhere: what it refers to is not there, or it may not refer to it. Its share is answered with 500.
+    /// Nowhere: what it refers to is not there, or it may not refer to it. Its share is answered with 500, or as connections
+    /// refused.
     Nowhere,
 }
 

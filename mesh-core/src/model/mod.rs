@@ -8,9 +8,10 @@ pub mod health;
 pub mod http;
 mod policy;
 mod request;
+pub mod tcp;
 pub mod traffic;
 
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +23,7 @@ pub use self::policy::{
     PortRangeError, Rule, Selector, Source, Target, Traits,
 };
 pub use self::request::{Asks, HeaderPattern, TextPattern, TextPatternError};
-use self::traffic::Traffic;
+use self::{tcp::ConnectionRoute, traffic::Traffic};
 use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 
 /// The label that says in which zone something runs (Kubernetes, "Well-Known Labels").
@@ -242,6 +243,9 @@ pub struct ServicePort {
     /// How requests and connections to it are sent.
     #[serde(default)]
     pub traffic: Traffic,
+    /// Where connections to it lead. None: to the endpoints.
+    #[serde(default)]
+    pub routes: Vec<Arc<ConnectionRoute>>,
 }
 
 /// One address and port that serves a service: a workload's, or one outside of the mesh.

@@ -25,6 +25,8 @@ pub(super) fn to_proto(route: &RequestRoute) -> proto::RequestRoute {
         kind: match route.kind {
             RouteKind::Http => proto::RouteKind::Http,
             RouteKind::Grpc => proto::RouteKind::Grpc,
+            RouteKind::Tls => proto::RouteKind::Tls,
+            RouteKind::Tcp => proto::RouteKind::Tcp,
         }
         .into(),
         created_unix: route.created,
@@ -68,7 +70,7 @@ pub(super) fn millis(duration: Option<Duration>) -> u64 {
     duration.map_or(0, |it| u64::try_from(it.as_millis()).unwrap_or(u64::MAX))
 }
 
-fn target_to_proto(to: &BackendTarget) -> (String, u32) {
+pub(super) fn target_to_proto(to: &BackendTarget) -> (String, u32) {
     match to {
         BackendTarget::Service { service, port } => (service.to_string(), (*port).into()),
         BackendTarget::Nowhere => (String::new(), 0),
@@ -166,7 +168,9 @@ pub(super) fn from_proto(key: &str, route: &proto::RequestRoute) -> Result<Reque
         kind: match route.kind() {
             proto::RouteKind::Http => RouteKind::Http,
             proto::RouteKind::Grpc => RouteKind::Grpc,
-            proto::RouteKind::Unspecified => return Err(error(key, "kind", UNKNOWN)),
+            proto::RouteKind::Tls | proto::RouteKind::Tcp | proto::RouteKind::Unspecified => {
+                return Err(error(key, "kind", UNKNOWN));
+            }
         },
         name: name_from_proto(key, &route.namespace, &route.name)?,
         created: route.created_unix,
@@ -219,7 +223,7 @@ fn service_from_proto(key: &str, field: &'static str, text: &str) -> Result<Name
     text.parse().map_err(|e| error(key, field, e))
 }
 
-fn target_from_proto(
+pub(super) fn target_from_proto(
     key: &str,
     field: &'static str,
     service: &str,

@@ -25,6 +25,7 @@ use mesh_core::{
             PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
             RouteRule, TextMatch, Timeouts, ValueMatch,
         },
+        tcp::{ConnectionRoute, Hostname, Share},
     },
     view::{Demand, Mesh, NodeView, Resource},
 };
@@ -256,16 +257,38 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 pub(crate) fn service() -> impl Strategy<Value = Service> {
-    let port = (option::of(word()), port(), vec(endpoint(), 0..4), traffic::traffic()).prop_map(
-        |(name, port, endpoints, traffic)| ServicePort {
+    let routes = vec(connection_route().prop_map(Arc::new), 0..3);
+    let port = (option::of(word()), port(), vec(endpoint(), 0..4), traffic::traffic(), routes).prop_map(
+        |(name, port, endpoints, traffic, routes)| ServicePort {
             name: name.unwrap_or_default(),
             port,
             endpoints,
             traffic,
+            routes,
         },
     );
     (name(), vec(address(), 0..3), vec(port, 0..3), choice())
         .prop_map(|(name, addresses, ports, choice)| Service { name, addresses, ports, choice })
+}
+
+/// A name of a server: few, so that some are another's and some are below another.
+pub(crate) fn server() -> impl Strategy<Value = String> {
+    vec(select(vec!["a", "b"]), 1..4).prop_map(|labels| labels.join("."))
+}
+
+pub(crate) fn connection_route() -> impl Strategy<Value = ConnectionRoute> {
+    let hostname = (any::<bool>(), server()).prop_map(|(under, name)| match under {
+        true => Hostname::Under(name),
+        false => Hostname::Exact(name),
+    });
+    let share = (backend_target(), 0u32..4).prop_map(|(to, weight)| Share { to, weight });
+    let kind = select(vec![RouteKind::Tls, RouteKind::Tcp]);
+    (kind, name(), 0i64..3, vec(hostname, 1..4), vec(share, 0..3)).prop_map(
+        |(kind, name, created, mut hostnames, backends)| {
+            hostnames.retain(|_| kind == RouteKind::Tls);
+            ConnectionRoute { kind, name, created, hostnames, backends }
+        },
+    )
 }
 
 fn choice() -> impl Strategy<Value = Choice> {
@@ -304,7 +327,7 @@ fn path_match(kind: RouteKind) -> BoxedStrategy<PathMatch> {
             1 => pattern.prop_map(|text| PathMatch::Pattern(text.parse().expect("a pattern"))),
         ]
         .boxed(),
-        RouteKind::Grpc => (option::of(text_match()), option::of(text_match()))
+        RouteKind::Grpc | RouteKind::Tls | RouteKind::Tcp => (option::of(text_match()), option::of(text_match()))
             .prop_map(|(service, method)| PathMatch::Call { service, method })
             .boxed(),
     }
@@ -390,7 +413,7 @@ fn route_rule(kind: RouteKind) -> impl Strategy<Value = RouteRule> {
 }
 
 pub(crate) fn route() -> impl Strategy<Value = RequestRoute> {
-    select(&RouteKind::ALL[..]).prop_flat_map(|kind| {
+    select(&RouteKind::OF_REQUESTS[..]).prop_flat_map(|kind| {
         let parent = (name(), option::of(port())).prop_map(|(service, port)| Parent { service, port });
         (name(), 0i64..3, vec(parent, 1..3), vec(route_rule(kind), 0..3)).prop_map(
             move |(name, created, parents, rules)| RequestRoute { kind, name, created, parents, rules },

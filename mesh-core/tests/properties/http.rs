@@ -105,7 +105,7 @@ fn before(kind: RouteKind, a: &RequestMatch, b: &RequestMatch) -> Ordering {
                 .then_with(|| more(&|it| it.headers.len()))
                 .then_with(|| more(&|it| it.query.len()))
         }
-        RouteKind::Grpc => {
+        _ => {
             let parts = |it: &RequestMatch| match &it.path {
                 PathMatch::Call { service, method } => (len(service), len(method)),
                 _ => (0, 0),
@@ -125,7 +125,7 @@ fn slowly(routes: &[Arc<RequestRoute>], request: &Request) -> Option<(String, us
     let kind = if grpc { RouteKind::Grpc } else { RouteKind::Http };
     let path = match kind {
         RouteKind::Http => PathMatch::default(),
-        RouteKind::Grpc => PathMatch::Call { service: None, method: None },
+        _ => PathMatch::Call { service: None, method: None },
     };
     let every = RequestMatch { path, ..RequestMatch::default() };
     let mut best: Option<(&RequestMatch, &RequestRoute, usize)> = None;

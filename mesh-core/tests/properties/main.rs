@@ -6,4 +6,5 @@ mod frame;
 mod http;
 mod policy;
 mod route;
+mod tcp;
 mod view;

@@ -30,7 +30,7 @@ fn leads_to(
 ) -> Result<(String, BTreeSet<Endpoint>), Reason> {
     Ok(match route::outbound(snapshot, from, to)? {
         Route::Workload(workload, address) => (format!("{} {address}", workload.name), BTreeSet::new()),
-        Route::Service { service, endpoints } => (service.name.to_string(), endpoints.into_iter().collect()),
+        Route::Service { service, endpoints, .. } => (service.name.to_string(), endpoints.into_iter().collect()),
         Route::Outside(address) => (address.to_string(), BTreeSet::new()),
     })
 }
@@ -63,7 +63,7 @@ proptest! {
         match (claims, route::outbound(&snapshot, &from, SocketAddr::new(ip, port))) {
             (0, Ok(Route::Outside(to))) => prop_assert_eq!(to, SocketAddr::new(ip, port)),
             (1, Ok(Route::Workload(workload, _))) => prop_assert!(workload.addresses.contains(&ip)),
-            (1, Ok(Route::Service { service, endpoints })) => {
+            (1, Ok(Route::Service { service, endpoints, .. })) => {
                 prop_assert!(service.addresses.contains(&ip) && !endpoints.is_empty());
                 prop_assert!(endpoints.iter().all(|it| it.address.is_ipv4() == ip.is_ipv4()));
                 let Choice { distribution, places, .. } = &service.choice;

@@ -120,7 +120,10 @@ impl Routed {
         let Some(Owner::Service(service)) = view.owner(destination.ip()) else { return None };
         let port = destination.port();
         let routed = view.table(&service.name, port, &local.name.namespace).is_some();
-        let is_read = routed || service.port(port).is_some_and(|it| it.traffic.reads_requests);
+        // Whoever routes connections wants them as they are, whatever is said of requests.
+        let as_bytes = || view.connections(&service.name, port, &local.name.namespace).is_some();
+        let is_read =
+            routed || service.port(port).is_some_and(|it| it.traffic.reads_requests) && !as_bytes();
         is_read.then(|| service.name.clone())
     }
 
@@ -183,7 +186,6 @@ impl Asker {
             local: &self.local,
             own,
             address: self.peer,
-            asked: self.original,
             view,
         }
     }

@@ -168,8 +168,6 @@ pub(super) struct Asking<'a> {
     pub(super) own: &'a Arc<SpiffeId>,
     /// The application's own end.
     pub(super) address: SocketAddr,
-    /// What it asked for.
-    pub(super) asked: SocketAddr,
     pub(super) view: &'a Snapshot,
 }
 
@@ -415,7 +413,6 @@ impl Opened {
             identity: from.own,
             app: None,
             address: from.address,
-            asked: from.asked,
             view: from.view,
         };
         match Box::pin(connector.open_endpoint(&ask, reached, to, &mut entry)).await {

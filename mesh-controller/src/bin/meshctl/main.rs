@@ -97,6 +97,9 @@ enum Command {
         /// A header of the request; may be given several times.
         #[arg(short = 'H', long = "header", value_name = "NAME:VALUE", requires = "request")]
         headers: Vec<String>,
+        /// The name that it asks for in TLS, where connections are routed by it, such as db.example.com.
+        #[arg(long, value_name = "NAME")]
+        server_name: Option<String>,
     },
     /// Connections that live now on this machine, the newest first, as its agent has them.
     Connections {
@@ -171,7 +174,7 @@ enum What {
     Policies,
     /// Policies on end users, whose tokens they take, and the workloads that they select.
     Authentication,
-    /// Routes of requests, the services that they are in force for, and where they lead.
+    /// Routes of requests and of connections, the services that they are in force for, and where they lead.
     Routes,
     /// Policies on how requests and connections are sent, and what they are in force for.
     Traffic,
@@ -269,10 +272,11 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
                 show::traffic(it)
             })?;
         }
-        Command::Why { source, destination, request, headers } => {
+        Command::Why { source, destination, request, headers, server_name } => {
             let headers = headers.join("\n");
             let mut question = vec![("source", source.as_str()), ("destination", destination.as_str())];
             question.extend(request.as_ref().map(|request| ("request", request.as_str())));
+            question.extend(server_name.as_ref().map(|name| ("server_name", name.as_str())));
             question.push(("headers", headers.as_str()));
             print(cli.output, &ask()?.get::<Why>("/api/v1/why", &question)?, show::why)?;
         }

@@ -242,9 +242,10 @@ pub(crate) fn routes(rows: &[RouteRow]) -> String {
         let parents: Vec<String> = row
             .parents
             .iter()
-            .map(|parent| match parent.accepted {
-                true => parent.service.clone(),
-                false => format!("{}: {}, {}", parent.service, parent.reason, parent.says),
+            .map(|parent| match (parent.accepted, parent.says.as_str()) {
+                (true, "") => parent.service.clone(),
+                (true, says) => format!("{}: {says}", parent.service),
+                (false, says) => format!("{}: {}, {says}", parent.service, parent.reason),
             })
             .collect();
         let rules = if row.rules.is_empty() { "none".to_owned() } else { row.rules.join("\n") };

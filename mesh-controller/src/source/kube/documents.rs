@@ -183,7 +183,7 @@ pub(super) fn of_defined(kind: Kind, object: &DynamicObject) -> Value {
     for (field, value) in fields {
         document[field] = value.clone();
     }
-    if matches!(kind, Kind::HttpRoute | Kind::GrpcRoute | Kind::TrafficPolicy) {
+    if kind.is_route() || kind == Kind::TrafficPolicy {
         document["metadata"]["creationTimestamp"] = json!(object.metadata.creation_timestamp);
     }
     if kind == Kind::Workload

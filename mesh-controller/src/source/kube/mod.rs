@@ -270,6 +270,8 @@ fn everything(client: &Client) -> Events {
         follow_defined(client, Followed::Authentications, Kind::AuthenticationPolicy),
         follow_defined(client, Followed::HttpRoutes, Kind::HttpRoute),
         follow_defined(client, Followed::GrpcRoutes, Kind::GrpcRoute),
+        follow_defined(client, Followed::TlsRoutes, Kind::TlsRoute),
+        follow_defined(client, Followed::TcpRoutes, Kind::TcpRoute),
         follow_defined(client, Followed::Grants, Kind::ReferenceGrant),
     ]))
 }
@@ -306,7 +308,7 @@ fn follow_defined(client: &Client, of: Followed, kind: Kind) -> Events {
                 "the cluster does not know the kind {kind}: none is in force; apply the custom resource definitions \
                  of this version, and it is followed from then on"
             ),
-            // Who has no routes of requests needs no Gateway API.
+            // Who has no routes needs no Gateway API, and older versions of it do not have all kinds of them.
             (true, false) => tracing::info!(
                 "the cluster does not know the kind {kind}: none is in force; apply the definitions of the Gateway \
                  API if there shall be some, and it is followed from then on"

@@ -49,11 +49,13 @@ pub(super) enum Followed {
     Authentications,
     HttpRoutes,
     GrpcRoutes,
+    TlsRoutes,
+    TcpRoutes,
     Grants,
 }
 
 impl Followed {
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 14] = [
         Self::Nodes,
         Self::Namespaces,
         Self::Pods,
@@ -65,6 +67,8 @@ impl Followed {
         Self::Authentications,
         Self::HttpRoutes,
         Self::GrpcRoutes,
+        Self::TlsRoutes,
+        Self::TcpRoutes,
         Self::Grants,
     ];
 
@@ -82,6 +86,8 @@ impl Followed {
             Self::Authentications => "authenticationpolicies",
             Self::HttpRoutes => "httproutes",
             Self::GrpcRoutes => "grpcroutes",
+            Self::TlsRoutes => "tlsroutes",
+            Self::TcpRoutes => "tcproutes",
             Self::Grants => "referencegrants",
         }
     }
@@ -95,16 +101,20 @@ impl Followed {
             Self::Authentications => Some(Kind::AuthenticationPolicy),
             Self::HttpRoutes => Some(Kind::HttpRoute),
             Self::GrpcRoutes => Some(Kind::GrpcRoute),
+            Self::TlsRoutes => Some(Kind::TlsRoute),
+            Self::TcpRoutes => Some(Kind::TcpRoute),
             Self::Grants => Some(Kind::ReferenceGrant),
             Self::Nodes | Self::Namespaces | Self::Pods | Self::Services | Self::Slices => None,
         }
     }
 
-    /// Routes of requests, of this kind.
-    const fn route(self) -> Option<RouteKind> {
+    /// Routes of this kind.
+    pub(super) const fn route(self) -> Option<RouteKind> {
         match self {
             Self::HttpRoutes => Some(RouteKind::Http),
             Self::GrpcRoutes => Some(RouteKind::Grpc),
+            Self::TlsRoutes => Some(RouteKind::Tls),
+            Self::TcpRoutes => Some(RouteKind::Tcp),
             _ => None,
         }
     }
@@ -746,7 +756,23 @@ mod tests {
                 "metadata": metadata(name, &json!({})), "spec": {"to": [to],
                     "from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "bank"}]}})
         });
-        prop_oneof![namespace, workload, service, slice, policy, route, grant]
+        let of_connections = (
+            name(),
+            one_of(&["TLSRoute", "TCPRoute"]),
+            one_of(&["", "other.example.com"]),
+            one_of(&["a.example", "A.example"]),
+        )
+            .prop_map(|(name, kind, group, hostname)| {
+                let mut metadata = metadata(name, &json!({}));
+                metadata["creationTimestamp"] = json!("1970-01-01T00:00:09Z");
+                let mut spec = json!({"parentRefs": [{"group": group, "kind": "Service", "name": "a"}],
+                    "rules": [{"backendRefs": [{"name": "b", "port": 80}]}]});
+                if kind == "TLSRoute" {
+                    spec["hostnames"] = json!([hostname]);
+                }
+                json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec})
+            });
+        prop_oneof![namespace, workload, service, slice, policy, route, of_connections, grant]
     }
 
     /// As the API server would tell of it.
@@ -762,6 +788,8 @@ mod tests {
             Some("Workload") => typed::<DynamicObject>(Followed::Workloads, document),
             Some("HTTPRoute") => typed::<DynamicObject>(Followed::HttpRoutes, document),
             Some("GRPCRoute") => typed::<DynamicObject>(Followed::GrpcRoutes, document),
+            Some("TLSRoute") => typed::<DynamicObject>(Followed::TlsRoutes, document),
+            Some("TCPRoute") => typed::<DynamicObject>(Followed::TcpRoutes, document),
             Some("ReferenceGrant") => typed::<DynamicObject>(Followed::Grants, document),
             _ => typed::<DynamicObject>(Followed::Policies, document),
         }

@@ -76,9 +76,9 @@ impl Subject {
             uid: object.uid().unwrap_or_default(),
             version: object.resource_version().unwrap_or_default(),
             generation: object.metadata.generation.unwrap_or_default(),
-            said: match of {
-                Followed::HttpRoutes | Followed::GrpcRoutes => Said::Route(Attached::of(object)),
-                _ => Said::Conditions(conditions(&object.data["status"])),
+            said: match of.route() {
+                Some(_) => Said::Route(Attached::of(object)),
+                None => Said::Conditions(conditions(&object.data["status"])),
             },
         }
     }

@@ -10,7 +10,7 @@
 //! | [`policy`] | authorization policies |
 //! | [`asks`] | what they say of requests |
 //! | [`authentication`] | policies on end users, and what policies say of claims |
-//! | [`route`] | routes of requests, and who may send some to whom |
+//! | [`route`] | routes of requests and of connections, and who may send some to whom |
 //! | [`traffic`] | how requests and connections are sent |
 //! | [`check`] | what is checked the same way in all of them |
 //!
@@ -72,8 +72,7 @@ pub fn parse(document: &Document<'_>) -> Outcome {
     };
     let key = key(kind, &tree);
     let mut check = Check { tree: &tree, problems: vec![] };
-    let is_route = matches!(kind, Kind::HttpRoute | Kind::GrpcRoute);
-    if is_route && check.api_version(kind).is_ok() && route::is_anothers(&tree) {
+    if kind.is_route() && check.api_version(kind).is_ok() && route::is_anothers(&tree) {
         return Outcome::Empty;
     }
     let object = check.api_version(kind).and_then(|()| match kind {
@@ -86,6 +85,8 @@ pub fn parse(document: &Document<'_>) -> Outcome {
         Kind::AuthenticationPolicy => document.typed(&tree).map(|raw| check.authentication(raw)),
         Kind::HttpRoute => document.typed(&tree).map(|raw| check.http_route(raw)),
         Kind::GrpcRoute => document.typed(&tree).map(|raw| check.grpc_route(raw)),
+        Kind::TlsRoute => document.typed(&tree).map(|raw| check.tls_route(raw)),
+        Kind::TcpRoute => document.typed(&tree).map(|raw| check.tcp_route(raw)),
         Kind::ReferenceGrant => document.typed(&tree).map(|raw| check.grant(raw)),
     });
     match object {

@@ -369,6 +369,12 @@ impl Check<'_> {
                 }
                 ("", TrafficTarget::Namespace)
             }
+            "TLSRoute" | "TCPRoute" => {
+                let reason = format!("nothing can be said of a {kind}, whose connections are not read");
+                let cure = "write kind: Service, and the name of the Service that it is for, or leads to";
+                self.problem(&format!("{at}.kind"), reason, cure);
+                return None;
+            }
             other => {
                 let cure = one_of(other, &["Service", "HTTPRoute", "GRPCRoute", "Namespace"]);
                 self.problem(&format!("{at}.kind"), format!("'{other}' is nothing that is sent to"), cure);

@@ -4,10 +4,12 @@
 
 use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
+use mesh_core::model::Name;
 use serde_json::{Value, json};
 
 use super::verdict::{ACCEPTED, Verdict, conditions};
 use crate::{
+    model::ParentRef,
     routes::{NotAccepted, Outcome},
     source::{Refused, manifest::GATEWAY_GROUP},
 };
@@ -52,8 +54,12 @@ impl Attached {
         }
         let Some(outcome) = outcome else { return vec![] };
         let resolved = resolved(outcome);
-        let verdicts = |error: &Option<NotAccepted>| vec![accepted(error.as_ref()), resolved.clone()];
-        outcome.parents.iter().map(|(parent, error)| (parent.index, verdicts(error))).collect()
+        let verdicts = |index: usize, error: &Option<NotAccepted>| {
+            let behind = outcome.behind.iter().find(|(at, _)| *at == index).map(|(_, name)| name);
+            vec![accepted(error.as_ref(), behind), resolved.clone()]
+        };
+        let of = |(parent, error): &(ParentRef, _)| (parent.index, verdicts(parent.index, error));
+        outcome.parents.iter().map(of).collect()
     }
 
     /// What `status.parents` has to be; nothing if it says all of this, and of us nothing else.
@@ -80,8 +86,12 @@ impl Attached {
     }
 }
 
-fn accepted(error: Option<&NotAccepted>) -> Verdict {
+fn accepted(error: Option<&NotAccepted>, behind: Option<&Name>) -> Verdict {
     match error {
+        None if let Some(name) = behind => {
+            let message = format!("{name} is older and for the same, so that nothing comes to this one.");
+            Verdict::new(ACCEPTED, true, "Accepted", &message)
+        }
         None => Verdict::new(ACCEPTED, true, "Accepted", "It is in force."),
         Some(error) => Verdict::new(ACCEPTED, false, error.reason(), &error.to_string()),
     }
@@ -93,19 +103,15 @@ fn resolved(outcome: &Outcome) -> Verdict {
         return Verdict::new(RESOLVED_REFS, true, RESOLVED_REFS, "All references lead to Services.");
     };
     let lines: Vec<String> = outcome.broken.iter().map(|it| format!("{}: {}.", it.field, it.why)).collect();
-    let message = format!("{} Its share of the requests is answered with 500.", lines.join(" "));
+    let message =
+        format!("{} Its share of the requests is answered with 500, of connections refused.", lines.join(" "));
     Verdict::new(RESOLVED_REFS, false, first.why.reason(), &message)
 }
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::model::Name;
-
     use super::*;
-    use crate::{
-        model::ParentRef,
-        routes::{Broken, Why},
-    };
+    use crate::routes::{Broken, Why};
 
     fn parent(index: usize, name: &str) -> ParentRef {
         ParentRef { index, service: Name::new("shop", name), port: None, section: None }
@@ -132,6 +138,7 @@ mod tests {
         Outcome {
             parents: vec![(parent(1, "a"), None), (parent(2, "b"), Some(missing))],
             broken: vec![broken("x"), broken("y")],
+            behind: vec![],
         }
     }
 

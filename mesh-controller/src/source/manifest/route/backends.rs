@@ -24,15 +24,23 @@ pub(super) struct RawBackend {
     filters: Vec<RawFilter>,
 }
 
+impl RawBackend {
+    /// One to which nothing is done on the way.
+    pub(super) fn new(to: RawTarget, weight: Option<u32>) -> Self {
+        let RawTarget { group, kind, namespace, name, port } = to;
+        Self { group, kind, namespace, name, port, weight, filters: vec![] }
+    }
+}
+
 /// What a reference says wherever it stands.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawTarget {
-    group: Option<String>,
-    kind: Option<String>,
-    namespace: Option<String>,
-    name: String,
-    port: Option<u16>,
+    pub(super) group: Option<String>,
+    pub(super) kind: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) name: String,
+    pub(super) port: Option<u16>,
 }
 
 impl Check<'_> {

@@ -172,6 +172,7 @@ impl Check<'_> {
         let known: &[&str] = match kind {
             RouteKind::Http => &TYPES,
             RouteKind::Grpc => &TYPES_OF_CALLS,
+            RouteKind::Tls | RouteKind::Tcp => &[],
         };
         let of = raw.r#type.as_str();
         if !known.contains(&of) {

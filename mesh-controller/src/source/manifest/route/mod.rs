@@ -1,8 +1,9 @@
-//! HTTPRoutes and GRPCRoutes whose parents are Services (Gateway API, GEP-1426). What a route asks for and nobody here
-//! does is refused: a request is not to go its way without it.
+//! HTTPRoutes, GRPCRoutes, TLSRoutes and TCPRoutes whose parents are Services (Gateway API, GEP-1426). What a route asks for
+//! and nobody here does is refused: a request is not to go its way without it.
 //!
 //! | module | what |
 //! |---|---|
+//! | [`connections`] | TLSRoutes and TCPRoutes |
 //! | [`matches`] | what a request has to be |
 //! | [`filters`] | what is done with it |
 //! | [`backends`] | where it goes |
@@ -10,6 +11,7 @@
 //! | [`grant`] | who may send requests to Services of another namespace |
 
 mod backends;
+mod connections;
 mod filters;
 mod grant;
 mod matches;
@@ -127,7 +129,7 @@ impl Check<'_> {
             Some(rules) => self.rules(rules, |check, at, raw| check.http_rule(at, &name, raw)),
             None => vec![RouteRule::default()],
         };
-        Object::Route(Arc::new(Route { kind: RouteKind::Http, name, created, parents, rules }))
+        Object::Route(Arc::new(Route { kind: RouteKind::Http, name, created, parents, hostnames: vec![], rules }))
     }
 
     pub(super) fn grpc_route(&mut self, raw: Raw<RawRoute<RawGrpcRule>>) -> Object {
@@ -135,7 +137,7 @@ impl Check<'_> {
         let parents = self.parents(&name, raw.spec.parent_refs);
         let rules =
             self.rules(raw.spec.rules.unwrap_or_default(), |check, at, raw| check.grpc_rule(at, &name, raw));
-        Object::Route(Arc::new(Route { kind: RouteKind::Grpc, name, created, parents, rules }))
+        Object::Route(Arc::new(Route { kind: RouteKind::Grpc, name, created, parents, hostnames: vec![], rules }))
     }
 
     /// `metadata.creationTimestamp`, seconds since 1970.
