@@ -466,6 +466,11 @@ impl Metrics {
         self.routed.get_or_create(labels).inc();
     }
 
+    /// How many of these ended with these labels.
+    pub fn routed(&self, labels: &RoutedLabels) -> u64 {
+        self.routed.get_or_create(labels).get()
+    }
+
     /// A request ended.
     pub fn request_ended(&self, labels: &RequestLabels) {
         self.requests.get_or_create(labels).inc();

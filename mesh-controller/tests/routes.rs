@@ -10,7 +10,11 @@ use mesh_controller::{
     routes::{Resolved, resolve},
     source::ledger::{FileContent, Ledger},
 };
-use mesh_core::model::http::{BackendTarget, RouteKind};
+use mesh_core::model::{
+    Name,
+    http::{BackendTarget, RouteKind},
+    tcp::ConnectionRoute,
+};
 
 /// Services of two namespaces: with two ports, with one, and without an address.
 const SERVICES: &str = "
@@ -209,4 +213,128 @@ fn a_route_for_gateways_alone_is_nobodys_here() {
     let gateways = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\nspec: \
                     {parentRefs: [{name: g}], rules: [{filters: [{type: OfAnother}], ofALaterVersion: 1}]}\n";
     assert_eq!(resolve(&model(gateways)), Resolved::default());
+}
+
+/// A route of connections, as old as that, with its port and one backend.
+fn of_connections(kind: &str, name: &str, created: u32, port: &str, more: &str) -> String {
+    let to = if name.starts_with("bank") { "bank, port: 80" } else { "v1, port: 8080" };
+    route(kind, name, &format!("name: web, namespace: shop{port}"), &format!("name: {to}"))
+        .replace("metadata: {", &format!("metadata: {{creationTimestamp: '1970-01-01T00:00:0{created}Z', "))
+        .replace("spec: {", &format!("spec: {{{more}"))
+}
+
+/// The routes of connections that are in force: `PORT: NAMES`, in their order.
+fn connections(resolved: &Resolved) -> Vec<String> {
+    let of = |((service, port), routes): (&(Name, u16), &Vec<Arc<ConnectionRoute>>)| {
+        let names: Vec<String> = routes.iter().map(|route| route.name.to_string()).collect();
+        format!("{}:{port} {}", service.name, names.join(" "))
+    };
+    resolved.connections.iter().map(of).collect()
+}
+
+const HOSTS: &str = "hostnames: [db.example, '*.example'], ";
+
+#[test]
+fn of_kinds_that_speak_of_one_port_the_one_that_says_more_is_in_force() {
+    let tcp = |port: &str| of_connections("TCPRoute", "shop/t", 0, port, "");
+    let tls = |port: &str| of_connections("TLSRoute", "shop/s", 0, port, HOSTS);
+    let http = |port: &str| of_connections("HTTPRoute", "shop/h", 0, port, "");
+    for (documents, expected, in_force) in [
+        (tcp(""), &["TCPRoute shop/t: Accepted; "][..], &["web:80 shop/t", "web:7070 shop/t"][..]),
+        (tcp(", port: 80"), &["TCPRoute shop/t: Accepted; "], &["web:80 shop/t"]),
+        (
+            tcp(", port: 80") + &tls(", port: 80"),
+            &["TLSRoute shop/s: Accepted; ", "TCPRoute shop/t: Conflicted; "],
+            &["web:80 shop/s"],
+        ),
+        // Some port is left.
+        (
+            tcp("") + &tls(", port: 80"),
+            &["TLSRoute shop/s: Accepted; ", "TCPRoute shop/t: Accepted; "],
+            &["web:80 shop/s", "web:7070 shop/t"],
+        ),
+        (
+            tcp("") + &tls(", port: 80") + &http(", sectionName: grpc"),
+            &["HTTPRoute shop/h: Accepted; ", "TLSRoute shop/s: Accepted; ", "TCPRoute shop/t: Conflicted; "],
+            &["web:80 shop/s"],
+        ),
+        (http("") + &tls(""), &["HTTPRoute shop/h: Accepted; ", "TLSRoute shop/s: Conflicted; "], &[]),
+        // One is for the clients of another namespace.
+        (
+            http("") + &of_connections("TCPRoute", "bank/t", 0, ", port: 80", ""),
+            &["HTTPRoute shop/h: Accepted; ", "TCPRoute bank/t: Accepted; "],
+            &["web:80 bank/t"],
+        ),
+    ] {
+        let resolved = check(&documents, expected);
+        assert_eq!(connections(&resolved), in_force, "{documents}");
+        assert!(resolved.routes.iter().all(|route| route.kind.is_of_requests()));
+    }
+    let resolved = resolve(&model(&(http("") + &tls(""))));
+    let (_, error) = &resolved.outcomes[&(RouteKind::Tls, Name::new("shop", "s"))].parents[0];
+    assert!(error.as_ref().unwrap().to_string().contains("a HTTPRoute speaks of the same ports"), "{error:?}");
+}
+
+#[test]
+fn of_two_routes_that_are_for_the_same_the_newer_one_is_told_that_nothing_comes_to_it() {
+    let behind = |documents: &str| -> Vec<String> {
+        let of = |((_, name), outcome): (&(RouteKind, Name), &mesh_controller::routes::Outcome)| {
+            assert!(outcome.parents.iter().all(|(_, error)| error.is_none()), "both are accepted");
+            outcome.behind.iter().map(|(at, by)| format!("{name} {at} {by}")).collect::<Vec<_>>()
+        };
+        resolve(&model(documents)).outcomes.iter().flat_map(of).collect()
+    };
+    let tcp = |name: &str, created, port: &str| of_connections("TCPRoute", name, created, port, "");
+    let tls = |name: &str, created, hosts: &str| {
+        of_connections("TLSRoute", name, created, ", port: 80", &format!("hostnames: [{hosts}], "))
+    };
+    assert_eq!(behind(&(tcp("shop/a", 2, ", port: 80") + &tcp("shop/b", 1, ""))), ["shop/a 0 shop/b"]);
+    assert_eq!(behind(&(tcp("shop/a", 2, "") + &tcp("shop/b", 1, ", port: 80"))), [""; 0]);
+    assert_eq!(behind(&(tcp("shop/a", 1, "") + &tcp("shop/b", 1, ""))), ["shop/b 0 shop/a"]);
+    assert_eq!(behind(&(tcp("bank/a", 2, "") + &tcp("shop/b", 1, ""))), [""; 0]);
+    assert_eq!(behind(&(tls("shop/a", 2, "x.y, z.y") + &tls("shop/b", 1, "z.y, x.y"))), ["shop/a 0 shop/b"]);
+    assert_eq!(behind(&(tls("shop/a", 2, "x.y, '*.y'") + &tls("shop/b", 1, "x.y"))), [""; 0]);
+}
+
+#[test]
+fn a_service_has_no_more_routes_of_connections_than_agents_can_be_told() {
+    let hosts: Vec<String> = (0..1000).map(|at| format!("{at}.{}.example", "a".repeat(60))).collect();
+    let hosts = format!("hostnames: [{}], ", hosts.join(", "));
+    let route = |at: u32| of_connections("TLSRoute", &format!("shop/r{at}"), 9 - at, ", port: 80", &hosts);
+    let documents: String = (0..9).map(route).collect();
+    let resolved = resolve(&model(&documents));
+    let refused: Vec<String> = resolved
+        .outcomes
+        .iter()
+        .filter(|(_, outcome)| outcome.parents[0].1.as_ref().is_some_and(|it| it.reason() == "TooManyRoutes"))
+        .map(|((_, name), _)| name.to_string())
+        .collect();
+    // About 74 KB each: seven are less than 512 KiB, and those are the older ones.
+    assert_eq!(refused, ["shop/r0", "shop/r1"]);
+    assert_eq!(resolved.connections[&(Name::new("shop", "web"), 80)].len(), 7);
+    // For each port once.
+    let twice = resolve(&model(&documents.replace(", port: 80}]", "}]")));
+    assert_eq!(twice.connections[&(Name::new("shop", "web"), 80)].len(), 3);
+}
+
+#[test]
+fn backends_of_connections_are_looked_up_as_those_of_requests_are() {
+    for kind in ["TCPRoute", "TLSRoute"] {
+        let hosts = if kind == "TLSRoute" { HOSTS } else { "" };
+        let to = |backend: &str| route(kind, "shop/r", "name: web", backend).replace("spec: {", &format!("spec: {{{hosts}"));
+        for (backend, expected) in [
+            ("name: v1, port: 8080, weight: 3", ""),
+            ("name: none, port: 80", "BackendNotFound"),
+            ("name: x, kind: Bucket, group: storage.example.com", "InvalidKind"),
+            ("name: bank, namespace: bank, port: 80", "RefNotPermitted"),
+        ] {
+            let resolved = check(&to(backend), &[&format!("{kind} shop/r: Accepted; {expected}")]);
+            let share = &resolved.connections[&(Name::new("shop", "web"), 80)][0].backends[0];
+            assert_eq!(matches!(share.to, BackendTarget::Nowhere), !expected.is_empty(), "{backend}");
+        }
+        let from = format!("{{group: gateway.networking.k8s.io, kind: {kind}, namespace: shop}}");
+        let documents =
+            to("name: bank, namespace: bank, port: 80") + &grant("bank", &from, "{group: '', kind: Service}");
+        check(&documents, &[&format!("{kind} shop/r: Accepted; ")]);
+    }
 }

@@ -1,4 +1,4 @@
-//! Every field of an HTTPRoute, a GRPCRoute and a ReferenceGrant, and what is read from it.
+//! Every field of an HTTPRoute, a GRPCRoute, a TLSRoute, a TCPRoute and a ReferenceGrant, and what is read from it.
 
 // A test's unwrap is its failure.
 #![allow(clippy::unwrap_used)]
@@ -354,4 +354,66 @@ spec:
         assert!(grant.permits(RouteKind::Http, "shop", &Name::new("bank", "web")));
         assert!(!grant.permits(RouteKind::Http, "shop", &Name::new("bank", "other")));
     }
+}
+
+#[track_caller]
+fn check_refused(text: &str, field: &str, reason: &str, cure: &str) {
+    let said = refused(text);
+    assert_eq!(said[0].field, field, "{said:?}");
+    assert!(said[0].reason.contains(reason) && said[0].cure.contains(cure), "{said:?}");
+}
+
+/// A TLSRoute or TCPRoute that says this of servers and of its rules.
+fn of_connections(kind: &str, says: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\nmetadata: {{name: r, namespace: shop}}\n\
+         spec: {{parentRefs: [{{group: '', kind: Service, name: web, port: 80}}], {says}}}\n"
+    )
+}
+
+#[test]
+fn a_route_of_connections_says_servers_and_backends() {
+    let rules = "rules: [{name: all, backendRefs: [{name: v1, port: 5432, weight: 9}, {name: v2, namespace: b, port: 1}]}]";
+    let share = |service: &str, port, weight| Backend {
+        to: BackendTarget::Service { service: service.parse().unwrap(), port },
+        weight,
+        filters: Filters::default(),
+    };
+    let backends = vec![share("shop/v1", 5432, 9), share("b/v2", 1, 1)];
+    let expected = [RouteRule { name: "all".into(), backends, ..RouteRule::default() }];
+    let tcp = only(&of_connections("TCPRoute", rules));
+    assert_eq!((tcp.kind, &tcp.hostnames[..], &tcp.rules[..]), (RouteKind::Tcp, &[][..], &expected[..]));
+    let tls = only(&of_connections("TLSRoute", &format!("hostnames: [db.example, '*.example'], {rules}")));
+    let hostnames: Vec<String> = tls.hostnames.iter().map(ToString::to_string).collect();
+    assert_eq!((tls.kind, &tls.rules[..]), (RouteKind::Tls, &expected[..]));
+    assert_eq!(hostnames, ["db.example", "*.example"]);
+}
+
+#[test]
+fn what_a_route_of_connections_cannot_say_is_told() {
+    let good = "rules: [{backendRefs: [{name: v1, port: 80}]}]";
+    let many: Vec<String> = (0..1025).map(|at| format!("a{at}.b")).collect();
+    let many = format!("hostnames: [{}], {good}", many.join(", "));
+    for (kind, says, field, reason, cure) in [
+        ("TLSRoute", good, "spec.hostnames", "no name", "make it a TCPRoute"),
+        ("TLSRoute", &format!("hostnames: ['*'], {good}"), "spec.hostnames[0]", "not a name", "*.example.com"),
+        ("TLSRoute", &format!("hostnames: [a.b, 10.0.0.1], {good}"), "spec.hostnames[1]", "not a name", "lower case"),
+        ("TLSRoute", &many, "spec.hostnames", "1025", "1024"),
+        ("TCPRoute", &format!("hostnames: [a.b], {good}"), "spec.hostnames", "no field", "parentRefs"),
+        ("TCPRoute", "rules: []", "spec.rules", "has one rule, and this one has 0", "write one"),
+        ("TCPRoute", "rules: [{backendRefs: []}]", "spec.rules[0].backendRefs", "leads nowhere", "at least one"),
+        ("TCPRoute", "rules: [{backendRefs: [{name: v1}]}]", "spec.rules[0].backendRefs[0].port", "missing", "port:"),
+        (
+            "TCPRoute",
+            "rules: [{backendRefs: [{name: v1, port: 80, weight: 1000001}]}]",
+            "spec.rules[0].backendRefs[0].weight",
+            "too heavy",
+            "1000000",
+        ),
+        ("TCPRoute", "rules: [{matches: []}]", "spec.rules[0].matches", "no field", "backendRefs"),
+    ] {
+        check_refused(&of_connections(kind, says), field, reason, cure);
+    }
+    let two = "rules: [{backendRefs: [{name: v1, port: 80}]}, {backendRefs: [{name: v2, port: 80}]}]";
+    check_refused(&of_connections("TCPRoute", two), "spec.rules", "this one has 2", "a route of each");
 }

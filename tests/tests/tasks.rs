@@ -22,6 +22,7 @@ use mesh_tests::{
     wait::holds,
     workload::TIMEOUT,
 };
+use rustls::{ClientConfig, ClientConnection, RootCertStore, crypto::ring};
 use serde_json::Value;
 
 /// The file of the applied documents.
@@ -37,7 +38,7 @@ struct Shop {
 type Task = (&'static str, fn(&Shop));
 
 /// All pages.
-const TASKS: [Task; 16] = [
+const TASKS: [Task; 18] = [
     ("canary", canary),
     ("blue-green", blue_green),
     ("route-by-path", route_by_path),
@@ -54,6 +55,8 @@ const TASKS: [Task; 16] = [
     ("sessions", sessions),
     ("consumer-route", consumer_route),
     ("migrate", migrate),
+    ("canary-of-connections", canary_of_connections),
+    ("by-server-name", by_server_name),
 ];
 
 /// Version one of `shop/pay` is on the client's node, version two, and both endpoints of `shop/cart`, are on the other.
@@ -352,6 +355,50 @@ fn sessions(shop: &Shop) {
 fn consumer_route(shop: &Shop) {
     until("the office gets version two", TIMEOUT, || by_version_two(shop, "desk", "GET /", ""));
     assert!(by_version_one(&get(shop, "")), "the shop does not");
+}
+
+fn canary_of_connections(shop: &Shop) {
+    until("version two gets some", TIMEOUT, || by_version_two(shop, "web", "GET /", ""));
+    // As with the canary of requests: each of these has a connection of its own.
+    let by_two = (0..500).filter(|_| get(shop, "").contains("pay-v2 saw ")).count();
+    assert!((10..=105).contains(&by_two), "{by_two} of 500 by version two");
+    let of_route = |line: &Value| line["route"] == "TCPRoute/shop/pay" && line["backend"] == "shop/pay-v2";
+    let line = shop.world.agent("a").wait_log("a connection", of_route);
+    assert_eq!(line["outcome"], "ok", "{line}");
+}
+
+fn by_server_name(shop: &Shop) {
+    let to = (shop.world.service("shop/pay").v4, 80).into();
+    for (name, route, backend) in [
+        ("new.pay.example", "TLSRoute/shop/pay-new", "shop/pay-v2"),
+        ("old.pay.example", "TLSRoute/shop/pay", "shop/pay-v1"),
+    ] {
+        let led = |line: &Value| line["route"] == route && line["backend"] == backend;
+        until(&format!("{name} leads to {backend}"), TIMEOUT, || {
+            let mut stream = shop.world.workload("web").connect(to).map_err(|e| e.to_string())?;
+            stream.write_all(&client_hello(name)).map_err(|e| e.to_string())?;
+            // The application speaks no TLS, and ends it.
+            let _ = stream.read_to_end(&mut vec![]);
+            let lines = shop.world.agent("a").access_log().map_err(|e| format!("{e:#}"))?;
+            holds(lines.iter().any(led), || format!("{:?}", lines.last()))
+        });
+    }
+    let plain = ask(shop, "web", "GET /", "");
+    assert!(plain.is_err() || plain.as_deref() == Ok(""), "{plain:?}");
+    shop.world.agent("a").wait_log("what is no TLS", |line: &Value| line["reason"] == "bad_hello");
+}
+
+/// What a client says first that asks for this server in TLS.
+fn client_hello(server: &'static str) -> Vec<u8> {
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(RootCertStore::empty())
+        .with_no_client_auth();
+    let mut client = ClientConnection::new(Arc::new(config), server.try_into().unwrap()).unwrap();
+    let mut bytes = vec![];
+    client.write_tls(&mut bytes).unwrap();
+    bytes
 }
 
 fn by_version_one(answer: &str) -> bool {

@@ -81,6 +81,12 @@ impl Ca {
         Self { issuer: Issuer::new(params, key), root }
     }
 
+    /// What it signs leads to this.
+    #[allow(dead_code, reason = "for applications that speak TLS themselves")]
+    pub(crate) fn root(&self) -> CertificateDer<'static> {
+        self.root.clone()
+    }
+
     /// Signs whatever is asked for, with a new key.
     pub(crate) fn sign(
         &self,

@@ -479,6 +479,48 @@ spec:
     }
 
     #[test]
+    fn connections_are_routed_as_the_agents_do() {
+        let routes = "---
+apiVersion: v1
+kind: Service
+metadata: {name: front, namespace: shop}
+spec: {clusterIP: 10.96.0.2, ports: [{port: 5432}, {port: 443}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: t, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: front, port: 5432}]
+  rules: [{backendRefs: [{name: db, port: 5432, weight: 9}, {name: none, port: 1}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TLSRoute
+metadata: {name: s, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: front, port: 443}]
+  hostnames: ['*.db.example']
+  rules: [{backendRefs: [{name: db, port: 5432}]}]
+";
+        let common = common_of(&format!("{MANIFESTS}{routes}"));
+        let why = |port: u16, name: Option<&str>| {
+            explain_asked(&common, "shop/web", &format!("shop/front:{port}"), None, name).unwrap()
+        };
+        let of_tcp = why(5432, None);
+        let ends: Vec<&str> = of_tcp.ends.iter().map(|end| end.verdict.as_str()).collect();
+        assert_eq!(ends, ["allowed", "refused"], "{of_tcp:?}");
+        assert_eq!(of_tcp.ends[0].rule.as_deref(), Some("shop/db-clients[0]"));
+        assert_eq!(of_tcp.ends[1].reason.as_deref(), Some(Reason::NoBackend.label()));
+        let told = |why: &Why, says: &str| why.steps.iter().any(|step| step.says.contains(says));
+        assert!(told(&of_tcp, "TCPRoute shop/t: shop/db:5432 weight 9, nowhere weight 1"), "{of_tcp:?}");
+
+        assert_eq!(why(443, None).ends[0].verdict, "routed");
+        let named = why(443, Some("A.db.example"));
+        assert!(named.ends[0].verdict == "allowed" && told(&named, "TLSRoute shop/s: shop/db:5432"), "{named:?}");
+        let other = why(443, Some("db.example"));
+        assert_eq!(other.ends[0].reason.as_deref(), Some(Reason::NoServerName.label()), "{other:?}");
+    }
+
+    #[test]
     fn requests_are_authorized_as_the_agents_do() {
         let policies = "---
 apiVersion: nodemesh.io/v1alpha1

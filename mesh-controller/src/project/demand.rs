@@ -619,6 +619,38 @@ mod tests {
     }
 
     #[test]
+    fn a_service_brings_those_that_its_routes_of_connections_lead_to() {
+        let trust_domain = TrustDomain::parse("td").unwrap();
+        let mut common = Common::nothing(Arc::new(Mesh { trust_domain, roots: vec![vec![1]] }));
+        let address = |place: u8| IpAddr::from([10, 96, 0, place]);
+        let service = |(place, name, to): (u8, &str, &[Name])| {
+            let routes = vec![a_connection_route(to)];
+            let port = ServicePort {
+                name: String::new(),
+                port: 80,
+                endpoints: vec![],
+                traffic: Traffic::default(),
+                routes,
+            };
+            let (name, addresses) = (Name::new("ns", name), vec![address(place)]);
+            Arc::new(Service { name, addresses, ports: vec![port], choice: Choice::default() })
+        };
+        let leads = |to: &str| [Name::new("ns", to)];
+        common.services =
+            [(0, "a", &leads("b")[..]), (1, "b", &leads("c")), (2, "c", &[]), (3, "d", &leads("a"))]
+                .map(service)
+                .into();
+        let knows = |asked: u8| {
+            let demanded = common.demanded("n", &[address(asked)].into());
+            let snapshot = Snapshot::new("n", "", demanded.view()).unwrap();
+            snapshot.services().map(|it| it.name.name.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(knows(0), ["a", "b", "c"]);
+        assert_eq!(knows(2), ["c"]);
+        assert_eq!(knows(3), ["a", "b", "c", "d"]);
+    }
+
+    #[test]
     fn blocks_are_the_nodes_ranges_while_these_are_few() {
         let of = |texts: &[&str]| -> Vec<String> {
             let all: Vec<IpAddr> = texts.iter().map(|text| text.parse().unwrap()).collect();

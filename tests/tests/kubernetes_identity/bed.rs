@@ -55,7 +55,7 @@ rules:
   - {{apiGroups: [""], resources: [nodes, namespaces, pods, services], verbs: [list, watch]}}
   - {{apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}}
   - {{apiGroups: [nodemesh.io], resources: [workloads, authorizationpolicies, authenticationpolicies, trafficpolicies], verbs: [list, watch]}}
-  - {{apiGroups: [gateway.networking.k8s.io], resources: [httproutes, grpcroutes, referencegrants], verbs: [list, watch]}}
+  - {{apiGroups: [gateway.networking.k8s.io], resources: [httproutes, grpcroutes, tlsroutes, tcproutes, referencegrants], verbs: [list, watch]}}
   - {{apiGroups: [""], resources: [pods/status], verbs: [patch]}}
   - {{apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}}
 ---

@@ -185,6 +185,22 @@ mod tests {
     }
 
     #[test]
+    fn a_route_that_is_accepted_behind_another_says_so() {
+        let behind = Outcome { behind: vec![(2, Name::new("shop", "older"))], ..outcome() };
+        let behind = Outcome { parents: behind.parents.into_iter().map(|(it, _)| (it, None)).collect(), ..behind };
+        let attached = attached(json!([]));
+        let verdicts = attached.verdicts(&[], Some(&behind));
+        let written = attached.missing(&verdicts, 1, Timestamp::now()).unwrap();
+        let accepted = [0, 1].map(|at| {
+            let condition = &written[at]["conditions"][0];
+            assert_eq!((&condition["status"], &condition["reason"]), (&json!("True"), &json!("Accepted")));
+            condition["message"].as_str().unwrap().to_owned()
+        });
+        assert_eq!(accepted[0], "It is in force.");
+        assert!(accepted[1].starts_with("shop/older is older and for the same"), "{accepted:?}");
+    }
+
+    #[test]
     fn a_route_that_is_refused_is_accepted_by_none_of_its_services() {
         let refused = Refused {
             file: "kubernetes/httproutes/shop/r".into(),
