@@ -418,7 +418,14 @@ mod tests {
         let backends = vec![Backend { to, weight: 1, filters: Filters::default() }];
         let rules = vec![RouteRule { backends, ..RouteRule::default() }];
         let (name, parents) = (name.parse().unwrap(), vec![parent]);
-        Object::Route(Arc::new(Route { kind, name, created: 0, parents, hostnames: vec!["a".parse().unwrap()], rules }))
+        Object::Route(Arc::new(Route {
+            kind,
+            name,
+            created: 0,
+            parents,
+            hostnames: vec!["a".parse().unwrap()],
+            rules,
+        }))
     }
 
     #[test]

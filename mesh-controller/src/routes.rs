@@ -92,7 +92,7 @@ impl fmt::Display for NotAccepted {
             ),
             Self::Conflicted(service, by) => {
                 let by = by.as_str();
-                write!(f, "a {by} speaks of the same ports of Service {service}, and comes before this")
+                write!(f, "{by}s speak of the same ports of Service {service}, and come before this")
             }
             Self::TooMany(service) => write!(
                 f,
@@ -294,18 +294,19 @@ fn bytes(route: &Route) -> usize {
 }
 
 /// What a route speaks of if this Service accepts it.
-fn places<'a>(
-    route: &'a Route,
-    service: &'a Service,
-    port: Option<u16>,
-) -> impl Iterator<Item = Place> + 'a {
+fn places<'a>(route: &'a Route, service: &'a Service, port: Option<u16>) -> impl Iterator<Item = Place> + 'a {
     let is_consumers = route.name.namespace != service.name.namespace;
     let ports = service.ports.iter().map(|it| it.port).filter(move |it| port.is_none_or(|port| port == *it));
     ports.map(move |port| (service.name.clone(), port, is_consumers.then(|| route.name.namespace.clone())))
 }
 
 /// Whether a Service accepts a route, and for which port.
-fn accept(model: &Model, taken: &Taken<'_>, route: &Route, parent: &ParentRef) -> Result<Parent, NotAccepted> {
+fn accept(
+    model: &Model,
+    taken: &Taken<'_>,
+    route: &Route,
+    parent: &ParentRef,
+) -> Result<Parent, NotAccepted> {
     let no_service = || NotAccepted::NoService(parent.service.clone());
     let service = model.services.get(&parent.service).ok_or_else(no_service)?;
     if service.addresses.is_empty() {

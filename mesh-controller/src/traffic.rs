@@ -249,7 +249,10 @@ mod tests {
         let rule = |name: &str| RouteRule { name: name.to_owned(), ..RouteRule::default() };
         let rules = vec![rule("a"), rule("b")];
         let name = Name::new("shop", "canary");
-        Object::Route(Route { kind: RouteKind::Http, name, created: 0, parents: vec![], hostnames: vec![], rules }.into())
+        Object::Route(
+            Route { kind: RouteKind::Http, name, created: 0, parents: vec![], hostnames: vec![], rules }
+                .into(),
+        )
     }
 
     fn policy(name: &str, created: i64, targets: &[TrafficTarget], traffic: Traffic) -> Object {

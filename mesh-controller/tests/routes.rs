@@ -272,7 +272,7 @@ fn of_kinds_that_speak_of_one_port_the_one_that_says_more_is_in_force() {
     }
     let resolved = resolve(&model(&(http("") + &tls(""))));
     let (_, error) = &resolved.outcomes[&(RouteKind::Tls, Name::new("shop", "s"))].parents[0];
-    assert!(error.as_ref().unwrap().to_string().contains("a HTTPRoute speaks of the same ports"), "{error:?}");
+    assert!(error.as_ref().unwrap().to_string().contains("HTTPRoutes speak of the same ports"), "{error:?}");
 }
 
 #[test]
@@ -321,7 +321,9 @@ fn a_service_has_no_more_routes_of_connections_than_agents_can_be_told() {
 fn backends_of_connections_are_looked_up_as_those_of_requests_are() {
     for kind in ["TCPRoute", "TLSRoute"] {
         let hosts = if kind == "TLSRoute" { HOSTS } else { "" };
-        let to = |backend: &str| route(kind, "shop/r", "name: web", backend).replace("spec: {", &format!("spec: {{{hosts}"));
+        let to = |backend: &str| {
+            route(kind, "shop/r", "name: web", backend).replace("spec: {", &format!("spec: {{{hosts}"))
+        };
         for (backend, expected) in [
             ("name: v1, port: 8080, weight: 3", ""),
             ("name: none, port: 80", "BackendNotFound"),

@@ -396,13 +396,37 @@ fn what_a_route_of_connections_cannot_say_is_told() {
     let many = format!("hostnames: [{}], {good}", many.join(", "));
     for (kind, says, field, reason, cure) in [
         ("TLSRoute", good, "spec.hostnames", "no name", "make it a TCPRoute"),
-        ("TLSRoute", &format!("hostnames: ['*'], {good}"), "spec.hostnames[0]", "not a name", "*.example.com"),
-        ("TLSRoute", &format!("hostnames: [a.b, 10.0.0.1], {good}"), "spec.hostnames[1]", "not a name", "lower case"),
+        (
+            "TLSRoute",
+            &format!("hostnames: ['*'], {good}"),
+            "spec.hostnames[0]",
+            "not a name",
+            "*.example.com",
+        ),
+        (
+            "TLSRoute",
+            &format!("hostnames: [a.b, 10.0.0.1], {good}"),
+            "spec.hostnames[1]",
+            "not a name",
+            "lower case",
+        ),
         ("TLSRoute", &many, "spec.hostnames", "1025", "1024"),
         ("TCPRoute", &format!("hostnames: [a.b], {good}"), "spec.hostnames", "no field", "parentRefs"),
         ("TCPRoute", "rules: []", "spec.rules", "has one rule, and this one has 0", "write one"),
-        ("TCPRoute", "rules: [{backendRefs: []}]", "spec.rules[0].backendRefs", "leads nowhere", "at least one"),
-        ("TCPRoute", "rules: [{backendRefs: [{name: v1}]}]", "spec.rules[0].backendRefs[0].port", "missing", "port:"),
+        (
+            "TCPRoute",
+            "rules: [{backendRefs: []}]",
+            "spec.rules[0].backendRefs",
+            "leads nowhere",
+            "at least one",
+        ),
+        (
+            "TCPRoute",
+            "rules: [{backendRefs: [{name: v1}]}]",
+            "spec.rules[0].backendRefs[0].port",
+            "missing",
+            "port:",
+        ),
         (
             "TCPRoute",
             "rules: [{backendRefs: [{name: v1, port: 80, weight: 1000001}]}]",

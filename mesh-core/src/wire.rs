@@ -238,7 +238,11 @@ fn service_from_proto(key: &str, service: &proto::Service) -> Result<model::Serv
             port: port_from_proto(key, "ports.port", port.port)?,
             endpoints: port.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
             traffic: traffic::from_proto(key, port.traffic.as_ref())?,
-            routes: port.routes.iter().map(|it| connections::from_proto(key, it)).collect::<Result<_, _>>()?,
+            routes: port
+                .routes
+                .iter()
+                .map(|it| connections::from_proto(key, it))
+                .collect::<Result<_, _>>()?,
         })
     };
     Ok(model::Service {

@@ -108,7 +108,7 @@ fn prefaces() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-const DOCUMENTS: [(&str, &str); 11] = [
+const DOCUMENTS: [(&str, &str); 12] = [
     (
         "namespace",
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels: {nodemesh.io/enroll: 'true'}\n",
@@ -132,6 +132,10 @@ const DOCUMENTS: [(&str, &str); 11] = [
     (
         "route",
         "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n  rules:\n  - name: a\n    matches: [{path: {type: RegularExpression, value: '/a+'}, headers: [{name: x-a, value: '1'}], method: GET}]\n    filters: [{type: URLRewrite, urlRewrite: {hostname: b.example, path: {type: ReplaceFullPath, replaceFullPath: /b}}}]\n    backendRefs: [{name: web, port: 80, weight: 3}]\n    timeouts: {request: 1s}\n    retry: {codes: [503]}\n    sessionPersistence: {type: Header, sessionName: s}\n",
+    ),
+    (
+        "routes_of_connections",
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: TLSRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web, port: 80}]\n  hostnames: [a.example, '*.b.example']\n  rules: [{name: a, backendRefs: [{name: web, port: 80, weight: 3}]}]\n---\napiVersion: gateway.networking.k8s.io/v1\nkind: TCPRoute\nmetadata: {name: web, namespace: other}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web, namespace: shop}]\n  rules: [{backendRefs: [{name: web, namespace: shop, port: 80}]}]\n",
     ),
     (
         "traffic",

@@ -18,7 +18,8 @@ use mesh_tests::{
 };
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned, crypto::ring,
+    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
+    crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer},
 };
 use serde_json::Value;
@@ -81,8 +82,7 @@ fn a_canary_gets_its_share_of_connections_in_which_the_server_speaks_first() {
     let mut wire = world.capture().unwrap();
     assert!((0..10).all(|_| greeted(&world).unwrap().starts_with("db-2\n")));
     assert!(wire.plaintext(b"you said").unwrap().is_empty(), "by mutual TLS, as every connection");
-    let line =
-        world.agent("a").wait_log("the connection", |line: &Value| line["backend"] == "shop/db-2");
+    let line = world.agent("a").wait_log("the connection", |line: &Value| line["backend"] == "shop/db-2");
     assert_eq!(
         (&line["route"], &line["destination"]["service"], &line["destination"]["workload"]),
         (&"TCPRoute/shop/canary".into(), &"shop/db".into(), &"shop/db-2".into()),

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, BufRead, BufReader, Read, Write},
+    net::Shutdown,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -377,6 +378,7 @@ fn by_server_name(shop: &Shop) {
         until(&format!("{name} leads to {backend}"), TIMEOUT, || {
             let mut stream = shop.world.workload("web").connect(to).map_err(|e| e.to_string())?;
             stream.write_all(&client_hello(name)).map_err(|e| e.to_string())?;
+            let _ = stream.shutdown(Shutdown::Write);
             // The application speaks no TLS, and ends it.
             let _ = stream.read_to_end(&mut vec![]);
             let lines = shop.world.agent("a").access_log().map_err(|e| format!("{e:#}"))?;

@@ -8,6 +8,7 @@ mod outbound;
 mod preface;
 mod requests;
 mod routed;
+mod server_name;
 mod turn;
 
 use std::{

@@ -80,7 +80,8 @@ impl Routes {
         by.route = Some(format!("{}/{}", route.kind.as_str(), route.name));
         let to = tcp::share(&route.backends, rand::random());
         let led = tcp::to(view, source, to, original.is_ipv4());
-        let led = led.map_err(|reason| Refusal::new(reason, format!("{} {}", route.kind.as_str(), route.name)));
+        let led =
+            led.map_err(|reason| Refusal::new(reason, format!("{} {}", route.kind.as_str(), route.name)));
         if let Ok(Route::Service { service, .. }) = &led {
             by.backend = Some(service.name.clone());
         }

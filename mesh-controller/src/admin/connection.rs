@@ -29,8 +29,10 @@ impl Story<'_> {
     /// How a connection ends that falls under these routes.
     pub(super) fn connection(&mut self, service: &Service, table: &Table) -> Vec<End> {
         let by = if table.is_by_name() { ", by the name that a client asks for in TLS" } else { "" };
-        let says =
-            format!("{} is service {}, whose connections at this port are routed{by}", self.asked, service.name);
+        let says = format!(
+            "{} is service {}, whose connections at this port are routed{by}",
+            self.asked, service.name
+        );
         self.step(Step::Route, says);
         let to = service.name.to_string();
         if table.is_by_name() && self.server_name.is_none() {

@@ -31,10 +31,7 @@ pub(super) fn rows(model: &Model) -> Vec<RouteRow> {
             })
             .collect(),
         broken: broken.iter().map(|it| format!("{}: {}", it.field, it.why)).collect(),
-        rules: model
-            .routes
-            .get(&(kind, name.clone()))
-            .map_or_else(Vec::new, |route| rules(route)),
+        rules: model.routes.get(&(kind, name.clone())).map_or_else(Vec::new, |route| rules(route)),
         name: name.to_string(),
     };
     resolve(model).outcomes.into_iter().map(row).collect()

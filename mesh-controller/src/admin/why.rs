@@ -515,7 +515,10 @@ spec:
 
         assert_eq!(why(443, None).ends[0].verdict, "routed");
         let named = why(443, Some("A.db.example"));
-        assert!(named.ends[0].verdict == "allowed" && told(&named, "TLSRoute shop/s: shop/db:5432"), "{named:?}");
+        assert!(
+            named.ends[0].verdict == "allowed" && told(&named, "TLSRoute shop/s: shop/db:5432"),
+            "{named:?}"
+        );
         let other = why(443, Some("db.example"));
         assert_eq!(other.ends[0].reason.as_deref(), Some(Reason::NoServerName.label()), "{other:?}");
     }

@@ -122,7 +122,22 @@ mod tests {
             assert_eq!(text.parse::<Hostname>().map(|it| it.to_string()).as_deref(), Ok(text));
         }
         let long = format!("{}.example", "a".repeat(64));
-        for text in ["", "*", "*.", ".a", "a.", "a..b", "A.b", "a_b", "-a", "a-", "10.0.0.1", "*.10.0.0.1", "a.*.b", &long] {
+        for text in [
+            "",
+            "*",
+            "*.",
+            ".a",
+            "a.",
+            "a..b",
+            "A.b",
+            "a_b",
+            "-a",
+            "a-",
+            "10.0.0.1",
+            "*.10.0.0.1",
+            "a.*.b",
+            &long,
+        ] {
             assert!(text.parse::<Hostname>().is_err(), "{text}");
         }
         let longest = ["a".repeat(63).as_str(); 4].join(".");

@@ -327,9 +327,11 @@ fn path_match(kind: RouteKind) -> BoxedStrategy<PathMatch> {
             1 => pattern.prop_map(|text| PathMatch::Pattern(text.parse().expect("a pattern"))),
         ]
         .boxed(),
-        RouteKind::Grpc | RouteKind::Tls | RouteKind::Tcp => (option::of(text_match()), option::of(text_match()))
-            .prop_map(|(service, method)| PathMatch::Call { service, method })
-            .boxed(),
+        RouteKind::Grpc | RouteKind::Tls | RouteKind::Tcp => {
+            (option::of(text_match()), option::of(text_match()))
+                .prop_map(|(service, method)| PathMatch::Call { service, method })
+                .boxed()
+        }
     }
 }
 

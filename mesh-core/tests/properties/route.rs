@@ -30,7 +30,9 @@ fn leads_to(
 ) -> Result<(String, BTreeSet<Endpoint>), Reason> {
     Ok(match route::outbound(snapshot, from, to)? {
         Route::Workload(workload, address) => (format!("{} {address}", workload.name), BTreeSet::new()),
-        Route::Service { service, endpoints, .. } => (service.name.to_string(), endpoints.into_iter().collect()),
+        Route::Service { service, endpoints, .. } => {
+            (service.name.to_string(), endpoints.into_iter().collect())
+        }
         Route::Outside(address) => (address.to_string(), BTreeSet::new()),
     })
 }

@@ -114,7 +114,11 @@ fn decided_by(
     }
     let table = snapshot.connections(&name, 80, from)?;
     assert!(snapshot.connections(&name, 81, from).is_none());
-    Some(["a", "a.a", "b", "b.b.a"].map(|it| table.choose(Some(it)).map(|it| it.name.to_string()).unwrap_or_default()).to_vec())
+    Some(
+        ["a", "a.a", "b", "b.b.a"]
+            .map(|it| table.choose(Some(it)).map(|it| it.name.to_string()).unwrap_or_default())
+            .to_vec(),
+    )
 }
 
 proptest! {

@@ -38,6 +38,21 @@ metadata: {name: calls, namespace: shop}
 spec:
   parentRefs: [{group: "", kind: Service, name: front, port: 80}, {group: "", kind: Service, name: none}]
   rules: [{filters: [{type: ExtensionRef, extensionRef: {group: a.example.com, kind: Some, name: x}}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: connections, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: front, port: 80}]
+  rules: [{backendRefs: [{name: front, port: 80, weight: 3}, {name: none, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TLSRoute
+metadata: {name: named, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: accounts, namespace: bank}]
+  hostnames: ["*.bank.example"]
+  rules: [{backendRefs: [{name: accounts, namespace: bank, port: 80}]}]
 "#;
 
 const GRANT: &str = r#"
@@ -117,6 +132,12 @@ pub(crate) fn are_followed_once_their_kinds_come_and_say_what_became_of_them(
     );
     let (front, none) = (refused("front"), refused("none"));
     until_said(cluster, controller, "one that is refused says so", ("grpcroute", "calls"), &[&front, &none]);
+    let conflicted =
+        "nodemesh.io/controller front: Accepted=False Conflicted, ResolvedRefs=False BackendNotFound";
+    let of_connections = ("tcproute", "connections");
+    until_said(cluster, controller, "requests come before connections", of_connections, &[conflicted]);
+    let named = "nodemesh.io/controller accounts: Accepted=True Accepted, ResolvedRefs=True ResolvedRefs";
+    until_said(cluster, controller, "a consumer's route is accepted", ("tlsroute", "named"), &[named]);
     let row = controller.row("routes", "shop/split").unwrap();
     assert_eq!(row["parents"][0]["service"], "shop/front:http", "{row}");
     assert!(controller.row("routes", "shop/calls").is_none());
@@ -128,6 +149,8 @@ pub(crate) fn are_followed_once_their_kinds_come_and_say_what_became_of_them(
     let without = r#"[{"op": "remove", "path": "/spec/parentRefs/1"}]"#;
     cluster.kubectl(&[&patch[..], &[without]].concat()).unwrap();
     until_said(cluster, controller, "what is no parent any more has no entry of ours", split, &[theirs]);
+    let accepted = format!("{accepted}, ResolvedRefs=False BackendNotFound");
+    until_said(cluster, controller, "nothing comes before connections now", of_connections, &[&accepted]);
     until("and it is in force nowhere", SOON, || {
         let row = controller.row("routes", "shop/split");
         wait::holds(row.is_none(), || format!("{row:?}"))

@@ -122,8 +122,7 @@ impl Routed {
         let routed = view.table(&service.name, port, &local.name.namespace).is_some();
         // Whoever routes connections wants them as they are, whatever is said of requests.
         let as_bytes = || view.connections(&service.name, port, &local.name.namespace).is_some();
-        let is_read =
-            routed || service.port(port).is_some_and(|it| it.traffic.reads_requests) && !as_bytes();
+        let is_read = routed || service.port(port).is_some_and(|it| it.traffic.reads_requests) && !as_bytes();
         is_read.then(|| service.name.clone())
     }
 
@@ -181,13 +180,7 @@ impl Asker {
 
     /// Who asks, to a backend.
     fn asking<'a>(&'a self, own: &'a Arc<SpiffeId>, view: &'a Snapshot) -> upstream::Asking<'a> {
-        upstream::Asking {
-            node: &self.node,
-            local: &self.local,
-            own,
-            address: self.peer,
-            view,
-        }
+        upstream::Asking { node: &self.node, local: &self.local, own, address: self.peer, view }
     }
 }
 

@@ -408,13 +408,8 @@ impl Opened {
             told.source.identity = Some(from.own.clone());
             told.source.address = Some(from.address);
         }
-        let ask = Ask {
-            local: from.local,
-            identity: from.own,
-            app: None,
-            address: from.address,
-            view: from.view,
-        };
+        let ask =
+            Ask { local: from.local, identity: from.own, app: None, address: from.address, view: from.view };
         match Box::pin(connector.open_endpoint(&ask, reached, to, &mut entry)).await {
             Ok(way) => {
                 entry.opened();

@@ -103,8 +103,10 @@ fn resolved(outcome: &Outcome) -> Verdict {
         return Verdict::new(RESOLVED_REFS, true, RESOLVED_REFS, "All references lead to Services.");
     };
     let lines: Vec<String> = outcome.broken.iter().map(|it| format!("{}: {}.", it.field, it.why)).collect();
-    let message =
-        format!("{} Its share of the requests is answered with 500, of connections refused.", lines.join(" "));
+    let message = format!(
+        "{} Its share of the requests is answered with 500, of connections refused.",
+        lines.join(" ")
+    );
     Verdict::new(RESOLVED_REFS, false, first.why.reason(), &message)
 }
 
@@ -187,7 +189,8 @@ mod tests {
     #[test]
     fn a_route_that_is_accepted_behind_another_says_so() {
         let behind = Outcome { behind: vec![(2, Name::new("shop", "older"))], ..outcome() };
-        let behind = Outcome { parents: behind.parents.into_iter().map(|(it, _)| (it, None)).collect(), ..behind };
+        let behind =
+            Outcome { parents: behind.parents.into_iter().map(|(it, _)| (it, None)).collect(), ..behind };
         let attached = attached(json!([]));
         let verdicts = attached.verdicts(&[], Some(&behind));
         let written = attached.missing(&verdicts, 1, Timestamp::now()).unwrap();

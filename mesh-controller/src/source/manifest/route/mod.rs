@@ -129,7 +129,14 @@ impl Check<'_> {
             Some(rules) => self.rules(rules, |check, at, raw| check.http_rule(at, &name, raw)),
             None => vec![RouteRule::default()],
         };
-        Object::Route(Arc::new(Route { kind: RouteKind::Http, name, created, parents, hostnames: vec![], rules }))
+        Object::Route(Arc::new(Route {
+            kind: RouteKind::Http,
+            name,
+            created,
+            parents,
+            hostnames: vec![],
+            rules,
+        }))
     }
 
     pub(super) fn grpc_route(&mut self, raw: Raw<RawRoute<RawGrpcRule>>) -> Object {
@@ -137,7 +144,14 @@ impl Check<'_> {
         let parents = self.parents(&name, raw.spec.parent_refs);
         let rules =
             self.rules(raw.spec.rules.unwrap_or_default(), |check, at, raw| check.grpc_rule(at, &name, raw));
-        Object::Route(Arc::new(Route { kind: RouteKind::Grpc, name, created, parents, hostnames: vec![], rules }))
+        Object::Route(Arc::new(Route {
+            kind: RouteKind::Grpc,
+            name,
+            created,
+            parents,
+            hostnames: vec![],
+            rules,
+        }))
     }
 
     /// `metadata.creationTimestamp`, seconds since 1970.
