@@ -11,6 +11,7 @@ use mesh_core::{
     authentication::{self, Authenticated},
     http::matches::Asked,
     identity::SpiffeId,
+    intake,
     model::{Name, Workload},
     policy::{self, Content, Decision, Reads, Request, RuleRef, Verdict, WouldRefuse, decide},
     refusal::Reason,
@@ -40,6 +41,10 @@ pub(crate) fn inbound(
         }
         would_refuse = authentication::would_refuse(policies, port, None, 0).or(would_refuse);
     }
+    if verdict.allows() && matches!(content, Content::Bytes) && limits(view, destination, port) {
+        let detail = "a TrafficPolicy limits requests to this port".to_owned();
+        return Err(Denied { reason: Reason::RequestsUnreadable, rule: None, detail });
+    }
     match verdict {
         Verdict::AllowedByDefault | Verdict::ByRequest => Ok(Allowed { rule: None, would_refuse }),
         Verdict::Allowed(rule) => Ok(Allowed { rule: Some(rule), would_refuse }),
@@ -49,8 +54,16 @@ pub(crate) fn inbound(
 
 /// Whether requests to a port of a workload of this node have to be read.
 pub(crate) fn reads(view: &Snapshot, destination: &Workload, port: u16) -> Reads {
+    if limits(view, destination, port) {
+        return Reads::Enforce;
+    }
     let of_users = authentication::reads(view.authentications_of(destination), port);
     of_users.max(policy::reads(view.policies_of(destination), port))
+}
+
+/// Whether requests to a port of a workload of this node are limited, so that what is none cannot be let through.
+fn limits(view: &Snapshot, destination: &Workload, port: u16) -> bool {
+    intake::is_read(view.port_intake(&destination.name, port))
 }
 
 /// Whose request it is that comes to a workload of this node, by the token that it bears; and what audited policies would say.

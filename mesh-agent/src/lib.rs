@@ -14,7 +14,7 @@
 //! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`], [`spans`] | what the steps stand on; how near limits are; the connections that live now; spans of requests |
 //! | 8 | [`wants`] | the addresses that connections use, and what the controller is asked for |
 //! | 9 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`trust`], [`stalled`], [`underway`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; to which root a peer's certificate led; what waits for readers; what is under way to services |
-//! | 10 | [`refusal`], [`net`], [`quota`], [`surroundings`], [`health`], [`privileges`], [`secrets`] | how a connection ends; sockets and namespaces; who holds how much; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from |
+//! | 10 | [`refusal`], [`net`], [`quota`], [`rates`], [`surroundings`], [`health`], [`privileges`], [`secrets`] | how a connection ends; sockets and namespaces; who holds how much; what is left of what workloads take; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from |
 
 pub mod admin;
 pub mod agent;
@@ -40,6 +40,7 @@ pub mod net;
 pub mod ownership;
 pub mod privileges;
 pub mod quota;
+pub mod rates;
 pub mod record;
 pub mod refusal;
 pub mod relay;

@@ -13,7 +13,7 @@ use mesh_core::{model::Name, refusal::Reason};
 use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
-use crate::{net::netns::Namespace, refusal::Refusal};
+use crate::{net::netns::Namespace, rates::Rates, refusal::Refusal};
 
 /// An enrolled workload of this node.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct Local {
     pub addresses: Vec<IpAddr>,
     /// Its network namespace, inside which the agent's sockets are.
     pub namespace: Namespace,
+    /// How much is left of what it takes.
+    pub(crate) rates: Rates,
     id: u64,
     connections: AtomicUsize,
     leaving: CancellationToken,
@@ -40,6 +42,7 @@ impl Local {
             name,
             addresses,
             namespace,
+            rates: Rates::default(),
             id,
             connections,
             leaving: CancellationToken::new(),

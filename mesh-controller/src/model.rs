@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     authentication::{AuthenticationPolicy, Fetched, KeysAt},
     route::{ParentRef, ReferenceGrant, Route},
-    traffic::{TrafficPolicy, TrafficTarget},
+    traffic::{Takes, TrafficPolicy, TrafficTarget},
 };
 
 /// The kinds that the controller understands.

@@ -6,6 +6,7 @@
 
 mod checked;
 pub mod demand;
+mod intake;
 mod serving;
 
 use std::{
@@ -18,6 +19,7 @@ use mesh_core::{
     model::{
         Authentication, Mode, Name, Policy, Service, Workload,
         http::{RequestRoute, RouteKind},
+        intake::Intake,
     },
     view::{Delta, Key, Mesh, NodeView, Resource},
 };
@@ -45,6 +47,8 @@ pub struct Common {
     policies: Vec<Arc<Policy>>,
     /// Those on end users, by name.
     authentications: Vec<Arc<Authentication>>,
+    /// How much workloads take of which that is said, by their names.
+    intakes: Vec<Arc<Intake>>,
     /// By kind and name.
     routes: Vec<Arc<RequestRoute>>,
     /// The workloads of each node, by namespace: what its policies are chosen by.
@@ -70,7 +74,7 @@ impl Common {
     fn nothing(mesh: Arc<Mesh>) -> Self {
         let (wanted, workloads, services, policies, routes) = Default::default();
         let (by_node, by_namespace, holders, failing, unchecked) = Default::default();
-        let authentications = Vec::new();
+        let (authentications, intakes) = Default::default();
         Self {
             mesh,
             wanted,
@@ -78,6 +82,7 @@ impl Common {
             services,
             policies,
             authentications,
+            intakes,
             routes,
             by_node,
             by_namespace,
@@ -124,6 +129,7 @@ impl Common {
             by_namespace.entry(policy.name.namespace.clone()).or_insert(place..place).end = place + 1;
         }
         let authentications: Vec<Arc<Authentication>> = model.authentications.values().cloned().collect();
+        let intakes = intake::all(model, &traffic);
         let wanted = model.workloads.values().cloned().collect();
         let (mut routes, holders) = (resolved.routes, OnceLock::new());
         if traffic.speaks_of_routes() {
@@ -136,6 +142,7 @@ impl Common {
             services,
             policies,
             authentications,
+            intakes,
             routes,
             by_node,
             by_namespace,
@@ -190,6 +197,11 @@ impl Common {
         &self.authentications
     }
 
+    /// How much workloads take of which that is said, by their names.
+    pub fn intakes(&self) -> &[Arc<Intake>] {
+        &self.intakes
+    }
+
     /// All routes of requests that are in force, by kind and name.
     pub fn routes(&self) -> &[Arc<RequestRoute>] {
         &self.routes
@@ -208,7 +220,8 @@ impl Common {
             .chain(self.routes.iter().cloned().map(Resource::Route))
     }
 
-    /// What only this node's view has: the policies, on end users too, that select one of its workloads.
+    /// What only this node's view has: the policies, on end users too, that select one of its workloads, and how much these
+    /// take.
     pub fn own(&self, node: &str) -> NodeView {
         let local = self.by_node.get(node).into_iter().flatten();
         let policies = local.flat_map(|(namespace, workloads)| {
@@ -216,7 +229,17 @@ impl Common {
             let selects = |it: &&Arc<Policy>| workloads.iter().any(|workload| it.selects(workload));
             self.policies[range].iter().filter(selects)
         });
-        policies.cloned().map(Resource::Policy).chain(self.of_users(node)).collect()
+        policies.cloned().map(Resource::Policy).chain(self.of_users(node)).chain(self.taken(node)).collect()
+    }
+
+    fn taken(&self, node: &str) -> impl Iterator<Item = Resource> {
+        let local = self.by_node.get(node).filter(|_| !self.intakes.is_empty());
+        let workloads = local.into_iter().flat_map(|of_node| of_node.values().flatten());
+        let of = |workload: &Arc<Workload>| {
+            let found = self.intakes.binary_search_by(|it| it.workload.cmp(&workload.name)).ok()?;
+            Some(Resource::Intake(self.intakes[found].clone()))
+        };
+        workloads.filter_map(of)
     }
 
     fn of_users(&self, node: &str) -> impl Iterator<Item = Resource> {
@@ -288,6 +311,16 @@ impl Common {
                 namespaces.insert(it.name.namespace.clone());
             },
         );
+        sorted_diff(
+            &self.intakes,
+            &next.intakes,
+            |it| &it.workload,
+            (Resource::Intake, Key::Intake),
+            &mut Delta::default(),
+            |it| {
+                namespaces.insert(it.workload.namespace.clone());
+            },
+        );
         changes
     }
 
@@ -295,7 +328,8 @@ impl Common {
     pub fn view_of_all(&self) -> NodeView {
         let policies = self.policies.iter().cloned().map(Resource::Policy);
         let of_users = self.authentications.iter().cloned().map(Resource::Authentication);
-        self.shared().chain(policies).chain(of_users).collect()
+        let intakes = self.intakes.iter().cloned().map(Resource::Intake);
+        self.shared().chain(policies).chain(of_users).chain(intakes).collect()
     }
 }
 

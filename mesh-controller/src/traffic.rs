@@ -17,13 +17,15 @@ use mesh_core::model::{
     traffic::Traffic,
 };
 
-use crate::model::{Model, TrafficPolicy, TrafficTarget};
+use crate::model::{Model, Takes, TrafficPolicy, TrafficTarget};
 
 /// What became of all policies.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolved {
     at: BTreeMap<Place, Traffic>,
     checks: BTreeMap<Place, HealthCheck>,
+    /// What is said to those who take, of Services and of their ports alone.
+    takes: BTreeMap<Place, Takes>,
     /// All of them.
     pub outcomes: BTreeMap<Name, Outcome>,
 }
@@ -94,9 +96,13 @@ pub fn resolve(model: &Model) -> Resolved {
         for target in &policy.targets {
             let verdict = places(model, &policy.name.namespace, target).and_then(|place| {
                 let traffic = of_place(&place, &policy.traffic);
-                let conflict = take(&mut said, &place, policy, &traffic);
+                let conflict = take(&mut said, &place, policy);
                 if let Some(check) = &policy.health_check {
                     resolved.checks.entry(place.clone()).or_insert_with(|| check.clone());
+                }
+                if !policy.takes.is_empty() {
+                    let takes = resolved.takes.entry(place.clone()).or_default();
+                    *takes = takes.or(&policy.takes);
                 }
                 let at = resolved.at.entry(place).or_default();
                 *at = at.or(&traffic);
@@ -121,11 +127,9 @@ fn take<'a>(
     said: &mut BTreeMap<(Place, &'static str), &'a Name>,
     place: &Place,
     policy: &'a TrafficPolicy,
-    traffic: &Traffic,
 ) -> Option<NotInForce> {
     let (mut parts, mut with) = (vec![], None);
-    let health_check = policy.health_check.is_some().then_some("healthCheck");
-    for part in parts_of(traffic).chain(health_check) {
+    for part in parts_of(policy) {
         match said.entry((place.clone(), part)) {
             Entry::Vacant(free) => drop(free.insert(&policy.name)),
             Entry::Occupied(other) if *other.get() == &policy.name => {}
@@ -139,9 +143,10 @@ fn take<'a>(
 }
 
 /// The fields of the spec that say something.
-fn parts_of(traffic: &Traffic) -> impl Iterator<Item = &'static str> {
+fn parts_of(policy: &TrafficPolicy) -> impl Iterator<Item = &'static str> {
     let Traffic { balancing, timeouts, retries, limits, ejection, faults, hedge, reads_requests: _ } =
-        traffic;
+        &policy.traffic;
+    let Takes { rates, sizes } = &policy.takes;
     [
         ("balancing", balancing.is_some()),
         ("timeouts", timeouts.is_some()),
@@ -150,6 +155,9 @@ fn parts_of(traffic: &Traffic) -> impl Iterator<Item = &'static str> {
         ("ejection", ejection.is_some()),
         ("faults", faults.is_some()),
         ("hedge", hedge.is_some()),
+        ("healthCheck", policy.health_check.is_some()),
+        ("rateLimits", rates.is_some()),
+        ("sizeLimits", sizes.is_some()),
     ]
     .into_iter()
     .filter_map(|(part, says)| says.then_some(part))
@@ -190,6 +198,18 @@ impl Resolved {
         around(service, port).iter().find_map(|place| self.checks.get(place))
     }
 
+    /// What is said of what the workloads behind a port of a Service take.
+    pub fn takes(&self, service: &Name, port: u16) -> Takes {
+        let places = [Place::Port(service.clone(), port), Place::Service(service.clone())];
+        let said = places.iter().filter_map(|place| self.takes.get(place));
+        said.fold(Takes::default(), |nearer, farther| nearer.or(farther))
+    }
+
+    /// Whether anything is said of what any workload takes.
+    pub fn speaks_of_takes(&self) -> bool {
+        !self.takes.is_empty()
+    }
+
     /// Tells the rules of a route what is said of them.
     pub fn tell(&self, route: &mut RequestRoute) {
         let RequestRoute { kind, name, rules, .. } = route;
@@ -227,6 +247,7 @@ mod tests {
         Distribution,
         health::{Pace, Probe},
         http::{RouteRule, Timeouts},
+        intake::Sizes,
         traffic::{Algorithm, Balancing, Limits},
     };
 
@@ -257,7 +278,18 @@ mod tests {
 
     fn policy(name: &str, created: i64, targets: &[TrafficTarget], traffic: Traffic) -> Object {
         let (name, targets) = (Name::new("shop", name), targets.to_vec());
-        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic, health_check: None }.into())
+        let takes = Takes::default();
+        Object::TrafficPolicy(
+            TrafficPolicy { name, created, targets, traffic, health_check: None, takes }.into(),
+        )
+    }
+
+    fn taking(name: &str, created: i64, targets: &[TrafficTarget], takes: Takes) -> Object {
+        let (name, targets) = (Name::new("shop", name), targets.to_vec());
+        let traffic = Traffic::default();
+        Object::TrafficPolicy(
+            TrafficPolicy { name, created, targets, traffic, health_check: None, takes }.into(),
+        )
     }
 
     fn of_service(port: Option<&str>) -> TrafficTarget {
@@ -359,6 +391,24 @@ mod tests {
         let verdict = all.outcomes[&Name::new("shop", "web")].targets[0].1.clone().unwrap();
         assert_eq!(verdict.to_string(), "healthCheck is said by shop/older already, which is older");
         assert!(!all.of_port(&Name::new("shop", "web"), 80).reads_requests);
+    }
+
+    #[test]
+    fn what_workloads_take_is_told_to_nobody_who_sends_and_the_nearest_counts() {
+        let sizes = |head| Takes { sizes: Some(Sizes { head: Some(head), body: None }), rates: None };
+        let all = resolved(&[
+            taking("web", 0, &[of_service(None)], Takes { rates: Some(vec![]), ..sizes(1) }),
+            taking("http", 0, &[of_service(Some("http"))], sizes(2)),
+            taking("newer", 1, &[of_service(Some("http"))], sizes(3)),
+        ]);
+        let web = |port| all.takes(&Name::new("shop", "web"), port);
+        assert_eq!(web(80), Takes { rates: Some(vec![]), ..sizes(2) });
+        assert_eq!(web(81), Takes { rates: Some(vec![]), ..sizes(1) });
+        assert_eq!(all.takes(&Name::new("shop", "db"), 80), Takes::default());
+        assert_eq!(all.of_port(&Name::new("shop", "web"), 80), Traffic::default());
+        let (_, verdict) = &all.outcomes[&Name::new("shop", "newer")].targets[0];
+        let says = verdict.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert_eq!(says, "sizeLimits is said by shop/http already, which is older");
     }
 
     #[test]

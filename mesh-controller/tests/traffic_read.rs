@@ -6,15 +6,17 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use mesh_controller::{
-    model::{TrafficPolicy, TrafficTarget},
+    model::{Takes, TrafficPolicy, TrafficTarget},
     source::{
         Refused,
         ledger::{FileContent, Ledger},
     },
 };
 use mesh_core::model::{
+    Asks, Name,
     health::{HealthCheck, Pace, Probe},
     http::{RouteKind, TextMatch, Timeouts},
+    intake::{RateBy, RateLimit, Sizes},
     traffic::{
         Algorithm, Balancing, Ejection, FailureShare, Fault, FaultEffect, HashBy, Hedge, Limits, Retries,
         RetryBudget, Traffic,
@@ -311,4 +313,77 @@ fn what_means_nothing_is_refused_by_its_field() {
     let of_route = refused("{kind: HTTPRoute, name: r}", "balancing: {}, ejection: {}, retries: {}");
     let fields: Vec<&str> = of_route.iter().map(|it| it.field.as_str()).collect();
     assert_eq!(fields, ["spec.balancing", "spec.ejection"], "a route has no endpoints");
+}
+
+#[test]
+fn what_workloads_take_is_read_with_what_is_meant_where_nothing_is_said() {
+    let limit = |index, by, requests, per, burst| RateLimit {
+        policy: Name::new("shop", "p"),
+        index,
+        by,
+        requests,
+        per: secs(per),
+        burst,
+        only: Asks::default(),
+    };
+    let read = |says: &str| policy(WEB, says).takes;
+    let says = "rateLimits: [{requests: 5}, {by: Identity, requests: 5, per: 1m, burst: 9}, {by: Header, header: X-A, \
+                requests: 1, match: {methods: [POST], paths: [/login*], headers: [{name: x-b}]}}]";
+    let mut of_header = limit(2, RateBy::Header("x-a".into()), 1, 1, 1);
+    of_header.only = Asks {
+        methods: vec!["POST".into()],
+        paths: vec!["/login*".parse().unwrap()],
+        headers: vec![mesh_core::model::HeaderPattern { name: "x-b".into(), values: vec![] }],
+        ..Asks::default()
+    };
+    let limits = vec![limit(0, RateBy::All, 5, 1, 5), limit(1, RateBy::Identity, 5, 60, 9), of_header];
+    assert_eq!(read(says), Takes { rates: Some(limits), sizes: None });
+    assert_eq!(read("rateLimits: []").rates, Some(vec![]), "which is that there is none");
+    let sizes = |head, body| Some(Sizes { head, body });
+    assert_eq!(read("sizeLimits: {headerBytes: 256}").sizes, sizes(Some(256), None));
+    assert_eq!(read("sizeLimits: {bodyBytes: 0}").sizes, sizes(None, Some(0)));
+    assert!(
+        policy(WEB, "rateLimits: [{requests: 1}]").traffic.is_empty(),
+        "it says nothing to those who send"
+    );
+}
+
+#[test]
+fn limits_that_mean_nothing_or_cannot_be_kept_are_refused_by_their_field() {
+    let at = "spec.rateLimits[0]";
+    for (says, field, reason) in [
+        ("rateLimits: [{requests: 0}]", "requests", "nothing could come"),
+        ("rateLimits: [{requests: 1000001}]", "requests", "too much"),
+        ("rateLimits: [{requests: 1, burst: 0}]", "burst", "nothing could come"),
+        ("rateLimits: [{requests: 1, per: 500ms}]", "per", "not of whole seconds"),
+        ("rateLimits: [{requests: 1, per: 1500ms}]", "per", "not of whole seconds"),
+        ("rateLimits: [{requests: 1, per: 2h}]", "per", "too long"),
+        ("rateLimits: [{requests: 1, by: Path}]", "by", "tells nobody apart"),
+        ("rateLimits: [{requests: 1, by: Header}]", "header", "missing"),
+        ("rateLimits: [{requests: 1, by: Header, header: 'a b'}]", "header", "not a name"),
+        ("rateLimits: [{requests: 1, by: Identity, header: x-a}]", "header", "for by: Header alone"),
+        ("rateLimits: [{requests: 1, match: {}}]", "match", "says nothing"),
+        ("rateLimits: [{requests: 1, match: {paths: []}}]", "match.paths", "is empty"),
+        ("rateLimits: [{requests: 1, match: {paths: [/%61]}}]", "match.paths[0]", "no path has"),
+        ("sizeLimits: {}", "spec.sizeLimits", "limits nothing"),
+        ("sizeLimits: {headerBytes: 255}", "spec.sizeLimits.headerBytes", "no such limit"),
+        ("sizeLimits: {headerBytes: 131073}", "spec.sizeLimits.headerBytes", "no such limit"),
+        ("sizeLimits: {bodyBytes: 1125899906842625}", "spec.sizeLimits.bodyBytes", "too much"),
+    ] {
+        let said = refused(WEB, says);
+        let field = if field.starts_with("spec") { field.to_owned() } else { format!("{at}.{field}") };
+        assert!(!said.is_empty(), "{says}");
+        assert!(said.iter().any(|it| it.field == field && it.reason.contains(reason)), "{says}: {said:?}");
+    }
+    let nine = ["{requests: 1}"; 9].join(", ");
+    assert_eq!(refused(WEB, &format!("rateLimits: [{nine}]"))[0].field, "spec.rateLimits");
+    for (target, reason) in [
+        ("{kind: HTTPRoute, name: r}", "knows no routes"),
+        ("{kind: Namespace, name: shop}", "has to speak HTTP"),
+    ] {
+        let said = refused(target, "rateLimits: [{requests: 1}], sizeLimits: {bodyBytes: 1}");
+        let fields: Vec<&str> = said.iter().map(|it| it.field.as_str()).collect();
+        assert_eq!(fields, ["spec.rateLimits", "spec.sizeLimits"], "{target}");
+        assert!(said.iter().all(|it| it.reason.contains(reason)), "{said:?}");
+    }
 }

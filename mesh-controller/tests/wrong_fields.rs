@@ -60,7 +60,10 @@ fn documents() -> [Value; 10] {
                 "faults": [{"percent": 0.5, "headers": [{"name": "x-tester", "value": "me"}], "delay": "2s"}],
                 "hedge": {"after": "100ms", "calls": ["shop.v1.Cart/Get"], "budget": {"percent": 5, "perSecond": 1}},
                 "healthCheck": {"http": {"path": "/healthz", "host": "pay.example", "statuses": [200, 204]}, "port": 8081,
-                    "interval": "5s", "timeout": "1s", "unhealthyAfter": 3, "healthyAfter": 2, "panicPercent": 10}}}),
+                    "interval": "5s", "timeout": "1s", "unhealthyAfter": 3, "healthyAfter": 2, "panicPercent": 10},
+                "rateLimits": [{"requests": 5, "per": "1m", "burst": 9, "by": "Header", "header": "x-a", "match": {
+                    "methods": ["POST"], "hosts": ["web"], "paths": ["/a"], "headers": [{"name": "x-b", "values": ["c"]}]}}],
+                "sizeLimits": {"headerBytes": 8192, "bodyBytes": 1}}}),
     ]
 }
 
@@ -158,6 +161,9 @@ const REQUIRED: &[&str] = &[
     "spec.faults[0].delay",
     "spec.healthCheck.http",
     "spec.healthCheck.http.path",
+    "spec.rateLimits[0].requests",
+    "spec.rateLimits[0].header",
+    "spec.rateLimits[0].match.headers[0].name",
     "spec.faults[0].headers[0].name",
     "spec.faults[0].headers[0].value",
     "spec.issuers",

@@ -16,6 +16,7 @@
 //! | [`tcp`] | which route a connection falls under, and where it leads |
 //! | [`balance`] | which endpoint takes the next connection |
 //! | [`health`] | which endpoints are well, by their checks |
+//! | [`intake`] | whether a workload takes a request |
 //! | [`frame`] | the frames inside a tunnel |
 //! | [`refusal`] | every reason for which a connection is refused |
 //! | [`wire`] | the contract between controller and agents, and its conversions |
@@ -26,6 +27,7 @@ pub mod frame;
 pub mod health;
 pub mod http;
 pub mod identity;
+pub mod intake;
 pub mod model;
 pub mod policy;
 pub mod refusal;

@@ -185,6 +185,14 @@ reasons! {
         cure "look why the service is slow, or raise limits.requests or limits.pending of the policy: meshctl get traffic";
     FaultInjected = "fault_injected" at Route, "A TrafficPolicy wants this request to fail",
         cure "take the fault out of the policy: meshctl get traffic";
+    RequestsUnreadable = "requests_unreadable" at Identify, "What came to a port whose requests are limited is no HTTP that can be read",
+        cure "let the TrafficPolicy with rateLimits or sizeLimits name a port that speaks HTTP (sectionName): meshctl get traffic";
+    LimitRate = "limit_rate" at Authorize, "The request is one too many for a rate limit of the destination",
+        cure "let the client wait as Retry-After says, or raise rateLimits of the policy that the detail names";
+    LimitHeaders = "limit_headers" at Authorize, "The request's head is longer than the destination takes",
+        cure "look which header is so long (cookies, as a rule), or raise sizeLimits.headerBytes: meshctl get traffic";
+    LimitBody = "limit_body" at Authorize, "The request's body is longer than the destination takes",
+        cure "let the client send less at a time, or raise sizeLimits.bodyBytes: meshctl get traffic";
     DestinationBecameStrict = "destination_became_strict" at Relay, "The destination became strict while the connection was open in plaintext",
         cure "connect again: it goes through a tunnel once the destination is captured";
     WorkloadLeft = "workload_left" at Relay, "The workload left the mesh, or moved, while the connection was open",

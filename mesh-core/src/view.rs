@@ -18,6 +18,7 @@ use crate::{
     model::{
         Authentication, IpNet, Name, Policy, Service, Workload,
         http::{RequestRoute, RouteKind},
+        intake::{Intake, PortIntake},
     },
     tcp,
 };
@@ -31,6 +32,8 @@ pub const MAX_BLOCKS: usize = 128;
 /// What the name of a policy on end users begins with in its key: whoever knows nothing of these takes it for an
 /// authorization policy, and no object of Kubernetes has such a name.
 pub(crate) const OF_USERS: &str = "authentication~";
+/// The same for how much a workload takes; the rest of the name is the workload's.
+pub(crate) const OF_INTAKE: &str = "limits~";
 
 /// What the whole mesh shares.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -67,6 +70,8 @@ pub enum Key {
     Policy(Name),
     /// A policy on end users.
     Authentication(Name),
+    /// How much the workload of this name takes.
+    Intake(Name),
     /// A route of requests.
     Route(RouteKind, Name),
 }
@@ -81,6 +86,7 @@ impl std::fmt::Display for Key {
             Self::Service(name) => write!(f, "service/{name}"),
             Self::Policy(name) => write!(f, "policy/{name}"),
             Self::Authentication(name) => write!(f, "policy/{}/{OF_USERS}{}", name.namespace, name.name),
+            Self::Intake(name) => write!(f, "policy/{}/{OF_INTAKE}{}", name.namespace, name.name),
             Self::Route(RouteKind::Http, name) => write!(f, "http-route/{name}"),
             Self::Route(RouteKind::Grpc, name) => write!(f, "grpc-route/{name}"),
             // Routes of connections stand in the services that they speak of.
@@ -107,11 +113,13 @@ impl std::str::FromStr for Key {
         match kind {
             "workload" => Ok(Self::Workload(name)),
             "service" => Ok(Self::Service(name)),
-            "policy" => Ok(match name.name.strip_prefix(OF_USERS) {
-                Some(of_users) if !of_users.is_empty() => {
-                    Self::Authentication(Name::new(name.namespace, of_users))
+            "policy" => Ok({
+                let of = |word| name.name.strip_prefix(word).filter(|rest: &&str| !rest.is_empty());
+                match (of(OF_USERS), of(OF_INTAKE)) {
+                    (Some(of_users), _) => Self::Authentication(Name::new(name.namespace.clone(), of_users)),
+                    (None, Some(workload)) => Self::Intake(Name::new(name.namespace.clone(), workload)),
+                    (None, None) => Self::Policy(name),
                 }
-                _ => Self::Policy(name),
             }),
             "http-route" => Ok(Self::Route(RouteKind::Http, name)),
             "grpc-route" => Ok(Self::Route(RouteKind::Grpc, name)),
@@ -137,6 +145,8 @@ pub enum Resource {
     Policy(Arc<Policy>),
     /// A policy on end users that selects a workload of this node.
     Authentication(Arc<Authentication>),
+    /// How much a workload of this node takes.
+    Intake(Arc<Intake>),
     /// Where requests to services of this view lead.
     Route(Arc<RequestRoute>),
 }
@@ -152,6 +162,7 @@ impl Resource {
             Self::Service(service) => Key::Service(service.name.clone()),
             Self::Policy(policy) => Key::Policy(policy.name.clone()),
             Self::Authentication(policy) => Key::Authentication(policy.name.clone()),
+            Self::Intake(intake) => Key::Intake(intake.workload.clone()),
             Self::Route(route) => Key::Route(route.kind, route.name.clone()),
         }
     }
@@ -244,6 +255,7 @@ pub struct Snapshot {
     services: BTreeMap<Name, Arc<Service>>,
     policies: BTreeMap<Name, Arc<Policy>>,
     authentications: BTreeMap<Name, Arc<Authentication>>,
+    intakes: BTreeMap<Name, Arc<Intake>>,
     routes: Vec<Arc<RequestRoute>>,
     tables: Tables,
     identities: HashMap<Name, Arc<SpiffeId>>,
@@ -278,6 +290,7 @@ impl Snapshot {
         let mut services = BTreeMap::new();
         let mut policies = BTreeMap::new();
         let mut authentications = BTreeMap::new();
+        let mut intakes = BTreeMap::new();
         let mut routes = Vec::new();
         for resource in view.resources() {
             match resource {
@@ -290,6 +303,7 @@ impl Snapshot {
                 Resource::Authentication(found) => {
                     drop(authentications.insert(found.name.clone(), found.clone()));
                 }
+                Resource::Intake(found) => drop(intakes.insert(found.workload.clone(), found.clone())),
                 Resource::Route(found) => routes.push(found.clone()),
             }
         }
@@ -327,6 +341,7 @@ impl Snapshot {
             services,
             policies,
             authentications,
+            intakes,
             routes,
             tables,
             identities,
@@ -464,6 +479,21 @@ impl Snapshot {
         self.authentications.values()
     }
 
+    /// How much a workload takes.
+    pub fn intake(&self, workload: &Name) -> Option<&Arc<Intake>> {
+        self.intakes.get(workload)
+    }
+
+    /// How much a workload takes at a port; `None` where nobody limits it.
+    pub fn port_intake(&self, workload: &Name, port: u16) -> Option<&PortIntake> {
+        self.intakes.get(workload)?.ports.get(&port)
+    }
+
+    /// How much each workload takes of which that is said, by name.
+    pub fn intakes(&self) -> impl Iterator<Item = &Arc<Intake>> {
+        self.intakes.values()
+    }
+
     /// All policies, by name.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.values()
@@ -536,6 +566,7 @@ pub(crate) mod tests {
             "workload/shop/web",
             "service/shop/web",
             "policy/shop/web",
+            "policy/shop/limits~web",
             "http-route/shop/web",
             "grpc-route/shop/web",
         ] {

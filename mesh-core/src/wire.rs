@@ -4,8 +4,9 @@
 
 mod asks;
 mod authentication;
-pub mod health;
 mod connections;
+pub mod health;
+mod intake;
 mod routes;
 mod traffic;
 
@@ -79,6 +80,7 @@ fn resource_to_proto(resource: &view::Resource) -> proto::Resource {
         view::Resource::Service(service) => Body::Service(service_to_proto(service)),
         view::Resource::Policy(policy) => Body::AuthorizationPolicy(policy_to_proto(policy)),
         view::Resource::Authentication(policy) => Body::AuthorizationPolicy(authentication::to_proto(policy)),
+        view::Resource::Intake(intake) => Body::AuthorizationPolicy(intake::to_proto(intake)),
         view::Resource::Route(route) => Body::RequestRoute(routes::to_proto(route)),
     };
     proto::Resource { key: resource.key().to_string(), body: Some(body) }
@@ -102,10 +104,14 @@ fn resource_from_proto(resource: &proto::Resource) -> Result<view::Resource, Wir
             view::Resource::Workload(Arc::new(workload_from_proto(key, workload)?))
         }
         Some(Body::Service(service)) => view::Resource::Service(Arc::new(service_from_proto(key, service)?)),
-        Some(Body::AuthorizationPolicy(policy)) => match authentication::from_proto(key, policy)? {
-            None => view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?)),
-            Some(of_users) => view::Resource::Authentication(Arc::new(of_users)),
-        },
+        Some(Body::AuthorizationPolicy(policy)) => {
+            match (authentication::from_proto(key, policy)?, &policy.intake) {
+                (None, None) => view::Resource::Policy(Arc::new(policy_from_proto(key, policy)?)),
+                (Some(of_users), None) => view::Resource::Authentication(Arc::new(of_users)),
+                (None, Some(it)) => view::Resource::Intake(Arc::new(intake::from_proto(key, policy, it)?)),
+                (Some(_), Some(_)) => return Err(error(key, "body", UNKNOWN)),
+            }
+        }
         Some(Body::RequestRoute(route)) => view::Resource::Route(Arc::new(routes::from_proto(key, route)?)),
     };
     if converted.key().to_string() != key {
@@ -294,6 +300,7 @@ fn policy_to_proto(policy: &model::Policy) -> proto::AuthorizationPolicy {
         rules: policy.rules.iter().map(rule).collect(),
         authentication: None,
         audited_authentication: None,
+        intake: None,
     }
 }
 

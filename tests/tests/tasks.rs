@@ -39,7 +39,7 @@ struct Shop {
 type Task = (&'static str, fn(&Shop));
 
 /// All pages.
-const TASKS: [Task; 18] = [
+const TASKS: [Task; 19] = [
     ("canary", canary),
     ("blue-green", blue_green),
     ("route-by-path", route_by_path),
@@ -49,6 +49,7 @@ const TASKS: [Task; 18] = [
     ("hedge", hedge),
     ("break-circuits", break_circuits),
     ("check-health", check_health),
+    ("limit-rates", limit_rates),
     ("inject-faults", inject_faults),
     ("mirror", mirror),
     ("authorize", authorize),
@@ -286,6 +287,39 @@ fn check_health(shop: &Shop) {
     assert!(told.contains("unhealthy, left out: shop/cart-1 "), "{told}");
     let metrics = shop.world.agent("b").metrics().unwrap();
     assert!(metrics.sum("nodemesh_unhealthy_endpoints", &[("service", "shop/cart")]) >= 1.0);
+}
+
+fn limit_rates(shop: &Shop) {
+    let order = |tenant: &str| ask(shop, "web", "POST /orders", &format!("x-tenant: {tenant}\r\n"));
+    // Those before the policy was in force do not count.
+    let mut taken = 0;
+    until("a tenant has had all", TIMEOUT, || {
+        let answer = order("a")?;
+        taken += usize::from(answer.starts_with("http/1.1 200 "));
+        holds(answer.starts_with("http/1.1 429 "), || answer.clone())
+    });
+    assert!(taken >= 5, "{taken}");
+    let answer = order("a").unwrap();
+    for says in ["\nretry-after: ", "\nratelimit-policy: \"1\";q=5;w=3600\r", "\nratelimit: \"1\";r=0;t="] {
+        assert!(answer.contains(says), "{says}: {answer}");
+    }
+    assert!(by_version_one(&order("b").unwrap()), "another tenant has his own");
+    assert!(by_version_one(&get(shop, "x-tenant: a\r\n")), "another request is not counted");
+    let long = ask(shop, "web", "POST /", "content-length: 65537\r\n").unwrap();
+    assert!(long.starts_with("http/1.1 413 "), "{long}");
+    assert!(get(shop, &format!("x-pad: {}\r\n", "a".repeat(8192))).starts_with("http/1.1 431 "));
+    let agent = shop.world.agent("a");
+    for reason in ["limit_rate", "limit_body", "limit_headers"] {
+        let labels = [("direction", "inbound"), ("workload", "shop/pay-v1"), ("reason", reason)];
+        let counted =
+            || agent.metrics().map(|it| it.sum("nodemesh_requests_total", &labels)).unwrap_or_default();
+        until(reason, TIMEOUT, || holds(counted() >= 1.0, || "not counted".to_owned()));
+    }
+    let why = ["why", "shop/web", "shop/pay:80", "--request", "POST /orders", "-H", "content-length: 65537"];
+    let why = shop.world.meshctl(&why).unwrap().stdout;
+    for says in ["shop/pay-limits spec.rateLimits[1] counts it", "limit_body"] {
+        assert!(why.contains(says), "{says}: {why}");
+    }
 }
 
 fn inject_faults(shop: &Shop) {

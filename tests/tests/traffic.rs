@@ -196,6 +196,51 @@ fn an_endpoint_that_fails_its_checks_gets_nothing_until_it_is_well_whoever_start
 }
 
 #[test]
+fn each_workload_takes_so_much_from_each_identity_and_its_sender_is_told() {
+    let world = shop();
+    let _apps = ["pay-1", "pay-2"].map(|name| world.workload(name).serve(8080, apps::http(name)).unwrap());
+    let says = "balancing: {algorithm: RoundRobin}, sizeLimits: {headerBytes: 1000}, \
+                rateLimits: [{by: Identity, requests: 3, per: 1h}]";
+    world.yaml.write("policy.yaml", &policy("few", says)).unwrap();
+    until("the limit is in force", TIMEOUT, || {
+        let answer = get(&world, "/", &format!("x-pad: {}\r\n", "a".repeat(1000)))?;
+        holds(answer.starts_with("HTTP/1.1 431 "), || answer.clone())
+    });
+    // The other one may have heard of it later.
+    until("both have given all", TIMEOUT, || {
+        for _ in 0..2 {
+            let answer = get(&world, "/", "")?;
+            holds(answer.starts_with("HTTP/1.1 429 "), || answer.clone())?;
+        }
+        Ok(())
+    });
+    let answer = get(&world, "/last", "").unwrap();
+    assert!(answer.to_lowercase().contains("\nretry-after: "), "{answer}");
+    for (agent, workload) in [("a", "shop/pay-1"), ("b", "shop/pay-2")] {
+        let is = |line: &Value| line["reason"] == "limit_rate" && line["destination"]["workload"] == workload;
+        let line = world.agent(agent).wait_log("one too many", is);
+        assert_eq!((&line["status"], &line["rule"]), (&429.into(), &"shop/few[0]".into()), "{line}");
+        let labels = [("workload", workload), ("reason", "limit_rate"), ("status", "429")];
+        assert!(world.agent(agent).metrics().unwrap().sum("nodemesh_requests_total", &labels) >= 1.0);
+    }
+    let ejected = world.agent("a").metrics().unwrap().sum("nodemesh_ejections_total", &[]);
+    assert!(ejected.abs() < f64::EPSILON, "a refusal is no failure of an endpoint");
+    let why = world.meshctl(&["why", "shop/web", "shop/pay:80", "--request", "GET /last"]).unwrap().stdout;
+    assert!(why.contains("at most 3 requests in 3600s from each identity, at each workload"), "{why}");
+    let traffic = world.meshctl(&["get", "traffic"]).unwrap().stdout;
+    assert!(traffic.contains("heads of requests of at most 1000 bytes"), "{traffic}");
+
+    world.yaml.remove("policy.yaml").unwrap();
+    until("there is no limit any more", TIMEOUT, || {
+        for _ in 0..2 {
+            let answer = get(&world, "/", "")?;
+            holds(answer.contains(" saw "), || answer.clone())?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn who_reads_does_not_notice_that_backends_die_and_come_back() {
     let world = shop();
     let text = policy("pay", "retries: {}");

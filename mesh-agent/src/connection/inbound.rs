@@ -2,6 +2,7 @@
 //! carry one such connection after another. Where a policy says something of requests, [`reading`] goes on.
 
 mod authentication;
+mod intake;
 mod reading;
 
 use std::{

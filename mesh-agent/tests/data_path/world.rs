@@ -119,6 +119,7 @@ pub(crate) struct Plan {
     pub(crate) services: Vec<Service>,
     pub(crate) policies: Vec<mesh_core::model::Policy>,
     pub(crate) authentications: Vec<mesh_core::model::Authentication>,
+    pub(crate) intakes: Vec<mesh_core::model::intake::Intake>,
     pub(crate) routes: Vec<RequestRoute>,
     /// Set: the view has not everything, and there is more in all of loopback.
     pub(crate) by_demand: bool,
@@ -151,6 +152,7 @@ impl Default for Plan {
             services: vec![],
             policies: vec![],
             authentications: vec![],
+            intakes: vec![],
             routes: vec![],
             by_demand: false,
         }
@@ -215,6 +217,7 @@ impl Plan {
             .chain(self.services.iter().map(|s| Resource::Service(Arc::new(s.clone()))))
             .chain(self.policies.iter().map(|p| Resource::Policy(Arc::new(p.clone()))))
             .chain(self.authentications.iter().map(|p| Resource::Authentication(Arc::new(p.clone()))))
+            .chain(self.intakes.iter().map(|it| Resource::Intake(Arc::new(it.clone()))))
             .chain(self.routes.iter().map(|r| Resource::Route(Arc::new(r.clone()))))
             .chain(self.by_demand.then(|| Resource::Demand(Arc::new(demand))))
             .collect();

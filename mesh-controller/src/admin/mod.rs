@@ -11,12 +11,14 @@
 //! | [`request`] | one request over it |
 //! | [`connection`] | itself, where connections are routed |
 //! | [`user`] | whose it is |
+//! | [`taken`] | whether its destination takes it |
 
 pub mod answer;
 mod authentication;
 mod connection;
 pub mod request;
 mod route;
+mod taken;
 mod traffic;
 mod user;
 mod whole;
@@ -48,8 +50,7 @@ use self::{
     answer::{
         AgentRow, AuthenticationRow, Certificates, Documents, Failure, Fill, HeldCertificate, LogLevel,
         OwnView, PolicyRow, Root, RouteRow, ServicePortRow, ServiceRow, Setting, Status, TrafficRow,
-        UnhealthyRow, Why,
-        WorkloadRow,
+        UnhealthyRow, Why, WorkloadRow,
     },
     request::Request,
 };

@@ -2,6 +2,7 @@
 
 use mesh_core::model::{
     health::{HealthCheck, Pace, Probe},
+    intake::PortIntake,
     traffic::{Algorithm, Balancing, Fault, FaultEffect, HashBy, Hedge, Retries, Traffic},
 };
 
@@ -15,7 +16,9 @@ use crate::{
 pub(super) fn rows(model: &Model) -> Vec<TrafficRow> {
     let row = |(name, outcome): (_, crate::traffic::Outcome)| TrafficRow {
         says: model.traffic.get(&name).map_or_else(Vec::new, |policy| {
-            words(&policy.traffic).into_iter().chain(policy.health_check.as_ref().map(checked)).collect()
+            let checks = policy.health_check.as_ref().map(checked);
+            let takes = taken(&policy.takes.clone().of_port());
+            words(&policy.traffic).into_iter().chain(checks).chain(takes).collect()
         }),
         targets: outcome
             .targets
@@ -96,6 +99,14 @@ fn checked(check: &HealthCheck) -> String {
          {healthy_after} successes, all asked if fewer than {} percent are healthy",
         check.panic_percent
     )
+}
+
+/// What is said of what a workload takes, a line for each limit.
+pub(super) fn taken(intake: &PortIntake) -> Vec<String> {
+    let head = intake.sizes.head.map(|bytes| format!("heads of requests of at most {bytes} bytes"));
+    let body = intake.sizes.body.map(|bytes| format!("bodies of requests of at most {bytes} bytes"));
+    let rates = intake.rates.iter().map(|rate| format!("at most {rate}, at each workload"));
+    head.into_iter().chain(body).chain(rates).collect()
 }
 
 fn balancing(balancing: &Balancing) -> String {

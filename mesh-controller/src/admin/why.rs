@@ -6,6 +6,7 @@ use std::{
 };
 
 use mesh_core::{
+    intake,
     model::{Endpoint, Name, Workload, traffic::Traffic},
     policy::{self, Content, Decision, Reads, Request, Verdict, decide},
     refusal::{Reason, Step},
@@ -234,7 +235,10 @@ impl Story<'_> {
         };
         let asked = of_user.request.as_ref();
         let reading = asked.map(|it| it.reading().of_user(of_user.claims.as_ref()));
-        let content = match (of_user.reads.max(policy::reads(policies.clone(), address.port())), &reading) {
+        let limited = self.snapshot.port_intake(&destination.name, address.port());
+        let of_limits = if intake::is_read(limited) { Reads::Enforce } else { Reads::No };
+        let reads = of_user.reads.max(of_limits).max(policy::reads(policies.clone(), address.port()));
+        let content = match (reads, &reading) {
             (Reads::No, _) => Content::Bytes,
             (_, Some(reading)) => Content::Request(reading),
             (_, None) => Content::Requests,
@@ -253,6 +257,10 @@ impl Story<'_> {
         }
         if let Some(would) = &would_refuse {
             self.step(Step::Authorize, format!("audited policy {would} would refuse it, were it enforced"));
+        }
+        let too_large = limited.filter(|_| verdict.allows()).and_then(|limited| self.taken(limited));
+        if let Some(reason) = too_large {
+            return End { mode: Some(destination.mode), ..refused(to, word(transport), reason) };
         }
         let (end, rule) = match verdict {
             Verdict::AllowedByDefault => {
@@ -596,6 +604,41 @@ spec:
         }
         let why = explain(&common, "shop/db", "shop/web:80", None).unwrap();
         assert!(why.steps.iter().any(|step| step.says.contains("their tokens verified")), "{why:?}");
+    }
+
+    #[test]
+    fn what_a_destination_takes_is_told_as_its_agent_has_it() {
+        let policies = "---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.3, selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {name: few, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: web}]
+  rateLimits: [{requests: 5}, {requests: 9, by: Identity, match: {paths: [/login]}}]
+  sizeLimits: {bodyBytes: 10}
+";
+        let common = common_of(&format!("{MANIFESTS}{policies}"));
+        let asked = |line: &str, headers: &str| {
+            let request = AskedFor::parse(line, headers).unwrap();
+            explain(&common, "shop/db", "shop/web:80", Some(&request)).unwrap()
+        };
+        let tells = |why: &Why, says: &str| why.steps.iter().any(|step| step.says.contains(says));
+        let cart = asked("POST /cart", "host: web\ncontent-length: 10");
+        assert_eq!(cart.ends[0].verdict, "allowed", "{cart:?}");
+        assert!(tells(&cart, "bodies of requests of at most 10 bytes"), "{cart:?}");
+        assert!(tells(&cart, "at most 9 requests in 1s from each identity, with path /login"), "{cart:?}");
+        assert!(tells(&cart, "shop/few spec.rateLimits[0] counts it"), "{cart:?}");
+        assert!(!tells(&cart, "spec.rateLimits[1] counts it"), "{cart:?}");
+        assert!(tells(&asked("GET /login", "host: web"), "spec.rateLimits[1] counts it"));
+        let large = asked("POST /cart", "host: web\ncontent-length: 11");
+        assert_eq!(large.ends[0].reason.as_deref(), Some("limit_body"), "{large:?}");
+        let why = explain(&common, "shop/db", "shop/web:80", None).unwrap();
+        assert!(tells(&why, "what is none is refused"), "{why:?}");
     }
 
     #[test]

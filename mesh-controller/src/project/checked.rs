@@ -156,8 +156,10 @@ mod tests {
         let health_check = Some(HealthCheck { probe: Probe::Tcp, port: Some(9000), pace, panic_percent });
         let target = |name: &&str| TrafficTarget::Service { name: (*name).to_owned(), port: None };
         let targets = services.iter().map(target).collect();
-        let (name, traffic) = (Name::new("shop", "checks"), Traffic::default());
-        Object::TrafficPolicy(TrafficPolicy { name, created: 0, targets, traffic, health_check }.into())
+        let (name, traffic, takes) = (Name::new("shop", "checks"), Traffic::default(), Default::default());
+        Object::TrafficPolicy(
+            TrafficPolicy { name, created: 0, targets, traffic, health_check, takes }.into(),
+        )
     }
 
     fn endpoint(service: &str, last: u8) -> CheckedEndpoint {

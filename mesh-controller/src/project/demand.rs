@@ -71,6 +71,7 @@ fn addresses(resource: &Resource) -> &[IpAddr] {
         | Resource::Nobody(_)
         | Resource::Policy(_)
         | Resource::Authentication(_)
+        | Resource::Intake(_)
         | Resource::Route(_) => &[],
     }
 }

@@ -6,6 +6,7 @@
 mod authentication;
 pub mod health;
 pub mod http;
+pub mod intake;
 mod policy;
 mod request;
 pub mod tcp;

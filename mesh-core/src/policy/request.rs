@@ -58,6 +58,11 @@ impl<'a> Reading<'a> {
             && self.is_so(none_of).into_iter().all(|it| it.of_unwanted(action))
     }
 
+    /// Whether it could be read as all of this says; what says nothing is every request.
+    pub fn could_be(&self, asks: &Asks) -> bool {
+        self.matches(asks, &Asks::default(), Action::Deny)
+    }
+
     /// Of each list that is given, and of each header, how likely it is.
     fn is_so(&self, asks: &Asks) -> Vec<Likely> {
         let Asks { methods, hosts, paths, headers, claims } = asks;

@@ -38,7 +38,7 @@ pub(super) fn target_from_proto(key: &str, target: &proto::Target) -> Result<mod
 }
 
 /// Nothing for what says nothing: most targets are of connections.
-fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
+pub(super) fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
     let texts = |patterns: &[model::TextPattern]| patterns.iter().map(ToString::to_string).collect();
     let header = |header: &model::HeaderPattern| proto::HeaderPattern {
         name: header.name.clone(),
@@ -53,7 +53,7 @@ fn to_proto(asks: &model::Asks) -> Option<proto::Asks> {
     })
 }
 
-fn from_proto(key: &str, asks: Option<&proto::Asks>) -> Result<model::Asks, WireError> {
+pub(super) fn from_proto(key: &str, asks: Option<&proto::Asks>) -> Result<model::Asks, WireError> {
     let Some(asks) = asks else { return Ok(model::Asks::default()) };
     let texts = |field: &'static str, texts: &[String]| {
         let parsed = texts.iter().map(|text| text.parse::<model::TextPattern>());

@@ -49,6 +49,7 @@ pub(super) fn to_proto(policy: &Authentication) -> proto::AuthorizationPolicy {
         rules: vec![proto::Rule { from: vec![], to: target.into_iter().collect() }],
         authentication: enforced,
         audited_authentication: audited,
+        intake: None,
     }
 }
 

@@ -25,6 +25,7 @@ use mesh_core::{
             PersistBy, Persistence, Redirect, RequestMatch, RequestRoute, Retry, Rewrite, RouteKind,
             RouteRule, TextMatch, Timeouts, ValueMatch,
         },
+        intake::{Intake, PortIntake, RateBy, RateLimit, Sizes},
         tcp::{ConnectionRoute, Hostname, Share},
     },
     view::{Demand, Mesh, NodeView, Resource},
@@ -205,6 +206,24 @@ pub(crate) fn authentication() -> impl Strategy<Value = Authentication> {
             issuers,
         },
     )
+}
+
+fn rate_limit() -> impl Strategy<Value = RateLimit> {
+    let by = prop_oneof![Just(RateBy::All), Just(RateBy::Identity), word().prop_map(RateBy::Header)];
+    let tokens = (1u32..9, 1u64..9, 1u32..9);
+    (name(), 0u32..3, by, tokens, asks()).prop_map(|(policy, index, by, (requests, per, burst), only)| {
+        RateLimit { policy, index, by, requests, per: Duration::from_millis(per), burst, only }
+    })
+}
+
+fn intake() -> impl Strategy<Value = Intake> {
+    let sizes = (option::of(1u32..9), option::of(0u64..9)).prop_map(|(head, body)| Sizes { head, body });
+    let of_port = (sizes, vec(rate_limit(), 0..3)).prop_map(|(sizes, rates)| PortIntake { sizes, rates });
+    (name(), labels(), btree_map(port(), of_port, 0..3)).prop_map(|(workload, labels, ports)| Intake {
+        workload,
+        labels,
+        ports,
+    })
 }
 
 pub(crate) fn mode() -> impl Strategy<Value = Mode> {
@@ -431,18 +450,22 @@ fn mesh() -> impl Strategy<Value = Mesh> {
 /// A view with everything that a view can have.
 pub(crate) fn view() -> impl Strategy<Value = NodeView> {
     let demand = option::of(vec(block(), 0..4).prop_map(|blocks| Demand { blocks }));
-    let answers = (demand, vec(address(), 0..3), vec(route(), 0..3), vec(authentication(), 0..3));
+    let own = (vec(authentication(), 0..3), vec(intake(), 0..3));
+    let answers = (demand, vec(address(), 0..3), vec(route(), 0..3), own);
     let parts = (option::of(mesh()), vec(workload(), 0..6), vec(service(), 0..4), vec(policy(), 0..4));
-    (parts, answers).prop_map(|((mesh, workloads, services, policies), (demand, nobody, routes, users))| {
-        mesh.map(|it| Resource::Mesh(Arc::new(it)))
-            .into_iter()
-            .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
-            .chain(services.into_iter().map(|it| Resource::Service(Arc::new(it))))
-            .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
-            .chain(users.into_iter().map(|it| Resource::Authentication(Arc::new(it))))
-            .chain(demand.map(|it| Resource::Demand(Arc::new(it))))
-            .chain(nobody.into_iter().map(Resource::Nobody))
-            .chain(routes.into_iter().map(|it| Resource::Route(Arc::new(it))))
-            .collect()
-    })
+    (parts, answers).prop_map(
+        |((mesh, workloads, services, policies), (demand, nobody, routes, (users, intakes)))| {
+            mesh.map(|it| Resource::Mesh(Arc::new(it)))
+                .into_iter()
+                .chain(workloads.into_iter().map(|it| Resource::Workload(Arc::new(it))))
+                .chain(services.into_iter().map(|it| Resource::Service(Arc::new(it))))
+                .chain(policies.into_iter().map(|it| Resource::Policy(Arc::new(it))))
+                .chain(users.into_iter().map(|it| Resource::Authentication(Arc::new(it))))
+                .chain(intakes.into_iter().map(|it| Resource::Intake(Arc::new(it))))
+                .chain(demand.map(|it| Resource::Demand(Arc::new(it))))
+                .chain(nobody.into_iter().map(Resource::Nobody))
+                .chain(routes.into_iter().map(|it| Resource::Route(Arc::new(it))))
+                .collect()
+        },
+    )
 }

@@ -5,6 +5,7 @@ mod authentication;
 mod frame;
 mod http;
 mod policy;
+mod rate;
 mod route;
 mod tcp;
 mod view;

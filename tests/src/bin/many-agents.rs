@@ -146,6 +146,7 @@ fn size(view: &Snapshot) -> usize {
         .chain(view.services().cloned().map(Resource::Service))
         .chain(view.policies().cloned().map(Resource::Policy))
         .chain(view.authentications().cloned().map(Resource::Authentication))
+        .chain(view.intakes().cloned().map(Resource::Intake))
         .chain(view.routes().cloned().map(Resource::Route))
         .collect();
     let delta = Delta { upserts, removes: vec![] };

@@ -310,6 +310,7 @@ fn resources(snapshot: &Snapshot) -> NodeView {
         .chain(snapshot.services().cloned().map(Resource::Service))
         .chain(snapshot.policies().cloned().map(Resource::Policy))
         .chain(snapshot.authentications().cloned().map(Resource::Authentication))
+        .chain(snapshot.intakes().cloned().map(Resource::Intake))
         .chain(snapshot.routes().cloned().map(Resource::Route))
         .collect()
 }

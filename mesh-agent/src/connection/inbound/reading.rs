@@ -45,7 +45,7 @@ use super::{
             websocket::{self, Way},
         },
     },
-    At, Proved, Stage, authentication, may, revoked,
+    At, Proved, Stage, authentication, intake, may, revoked,
 };
 use crate::{
     authorize::Allowed,
@@ -253,6 +253,13 @@ async fn tell(
     let unready = |reason: Reason| Declined::new(StatusCode::SERVICE_UNAVAILABLE, reason);
     let view = guest.node.view().map_err(unready)?;
     exchange.decided(view.shared_version());
+    let port = guest.at.original.port();
+    let limits = view.intake(&guest.at.workload.name).filter(|it| it.ports.contains_key(&port)).cloned();
+    // As it came, with the token that may be taken away of it; said to those alone who may ask.
+    let measured = limits.as_ref().map_or(Ok(()), |limits| {
+        let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
+        intake::measure(limits, port, &asked)
+    });
     let (user, no_user) = authentication::user(&view, &guest.at, &mut request)?;
     {
         let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
@@ -262,6 +269,7 @@ async fn tell(
             may.map_err(|refusal| Declined::new(StatusCode::FORBIDDEN, refusal))?;
         exchange.allowed(rule, no_user.or(would_refuse));
     }
+    measured.map_err(intake::larger)?;
 
     // To the application, with who asks.
     let upgrade =
@@ -270,6 +278,14 @@ async fn tell(
     heads::take_hop(request.headers_mut(), upgrade);
     // What a client says to be of its connection alone is none of what we say.
     user.tell(request.headers_mut());
+    if let Some(limits) = &limits {
+        // As the application sees it: nobody is somebody else by a header that is taken away.
+        let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
+        let reading = Reading::of(&asked).of_user(user.claims.as_ref());
+        let source = guest.proved.as_ref().map(|it| &it.identity);
+        let metrics = &guest.node.inner.connector.metrics;
+        intake::count(limits, &guest.at, source, (asked.headers, &reading), metrics)?;
+    }
     exchange.goes_on(request.headers_mut());
     request.headers_mut().remove(CLIENT_CERT);
     if let Some(proved) = &guest.proved {
@@ -280,7 +296,19 @@ async fn tell(
         }
     }
     drop(view);
-    let response = guest.application.send(guest, request.map(Body::Carried)).await.map_err(Ended::Gone)?;
+    let most = limits.and_then(|it| it.ports.get(&port)?.sizes.body);
+    let measured = most.map(|most| (most, exchange.is_measured()));
+    let request = request.map(|body| match &measured {
+        Some((most, longer)) => Body::measured(body, *most, longer),
+        None => Body::Carried(body),
+    });
+    let response = match guest.application.send(guest, request).await {
+        Ok(response) => response,
+        Err(_) if measured.as_ref().is_some_and(|(_, longer)| longer.is()) => {
+            return Err(intake::longer().into());
+        }
+        Err(refusal) => return Err(Ended::Gone(refusal)),
+    };
 
     // And back.
     let (mut parts, incoming) = response.into_parts();

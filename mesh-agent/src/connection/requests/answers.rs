@@ -1,7 +1,9 @@
 //! What a request is answered with: what its backend said, or a word of our own, which tells nobody outside why.
 
+use std::time::Duration;
+
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode, header, response};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh_core::refusal::Reason;
@@ -15,23 +17,71 @@ use super::{
 };
 use crate::refusal::Refusal;
 
+/// gRPC's status for what is more than somebody takes.
+const RESOURCE_EXHAUSTED: u16 = 8;
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+
 /// Why a request is answered by ourselves.
 #[derive(Debug)]
 pub(in crate::connection) struct Declined {
     status: StatusCode,
-    /// What has to be shown instead (RFC 9110, section 11.6.1).
-    challenge: Option<&'static str>,
+    /// What the client is told besides, if anything.
+    more: Option<Box<More>>,
     refusal: Refusal,
+}
+
+/// What a client is told besides a status.
+#[derive(Debug)]
+struct More {
+    /// But for one of gRPC.
+    headers: HeaderMap,
+    /// The status of a call, if it is none that follows from the other.
+    call: Option<Call>,
 }
 
 impl Declined {
     pub(in crate::connection) fn new(status: StatusCode, refusal: impl Into<Refusal>) -> Self {
-        Self { status, challenge: None, refusal: refusal.into() }
+        Self { status, more: None, refusal: refusal.into() }
     }
 
     /// Its client has not shown who it is.
     pub(in crate::connection) fn unauthorized(challenge: &'static str, refusal: Refusal) -> Self {
-        Self { challenge: Some(challenge), ..Self::new(StatusCode::UNAUTHORIZED, refusal) }
+        // What has to be shown instead (RFC 9110, section 11.6.1).
+        let mut headers = HeaderMap::new();
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        let more = Some(Box::new(More { headers, call: None }));
+        Self { more, ..Self::new(StatusCode::UNAUTHORIZED, refusal) }
+    }
+
+    /// It is more than its destination takes. `wait`: for how long it is.
+    pub(in crate::connection) fn exhausted(
+        status: StatusCode,
+        headers: HeaderMap,
+        wait: Option<Duration>,
+        refusal: Refusal,
+    ) -> Self {
+        let call = Some(Call { status: RESOURCE_EXHAUSTED, wait });
+        Self { more: Some(Box::new(More { headers, call })), ..Self::new(status, refusal) }
+    }
+}
+
+/// How a call ends that is not answered by its server.
+#[derive(Debug)]
+struct Call {
+    status: u16,
+    /// It may be tried again after this (gRPC A6, "Pushback").
+    wait: Option<Duration>,
+}
+
+impl Call {
+    fn ended(&self) -> Response<Body> {
+        let mut response = call_ended(self.status);
+        if let Some(wait) = self.wait {
+            // Not a moment too early.
+            let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+            response.headers_mut().insert(PUSHBACK, millis.into());
+        }
+        response
     }
 }
 
@@ -59,12 +109,16 @@ pub(in crate::connection) fn respond(
             exchange.answered(parts.status, &parts.headers);
             Response::from_parts(parts, Body::answer(incoming, used, exchange))
         }
-        Err(Declined { status, challenge, refusal }) => {
-            let mut response = said(status, form);
-            if let (Some(challenge), false) = (challenge, form == Form::Call) {
-                let challenge = HeaderValue::from_static(challenge);
-                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
-            }
+        Err(Declined { status, more, refusal }) => {
+            let response = match (form, more.map(|more| *more)) {
+                (Form::Call, Some(More { call: Some(call), .. })) => call.ended(),
+                (Form::Call, _) | (_, None) => said(status, form),
+                (_, Some(More { headers, .. })) => {
+                    let mut response = said(status, form);
+                    response.headers_mut().extend(headers);
+                    response
+                }
+            };
             exchange.answered(response.status(), response.headers());
             exchange.refused(refusal);
             exchange.complete();

@@ -3,7 +3,10 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -24,10 +27,58 @@ pub(in crate::connection) enum Body {
     Carried(Incoming),
     /// The same, whose end somebody waits for: it shares this until then.
     Sending(Incoming, #[allow(dead_code, reason = "it goes with the body")] Arc<()>),
+    /// As it comes, as long as it is not longer than it may be.
+    Measured(Measured),
     /// This, then the end.
     Whole(Option<Bytes>),
     /// An answer's, with what has to be told when it ends.
     Answer(Box<Answer>),
+}
+
+/// A body that is broken off if it is longer than it may be.
+#[derive(Debug)]
+pub(in crate::connection) struct Measured {
+    body: Incoming,
+    left: u64,
+    longer: Longer,
+}
+
+/// Whether a body was longer than it may be, for whoever has to tell.
+#[derive(Debug, Clone, Default)]
+pub(in crate::connection) struct Longer(Arc<AtomicBool>);
+
+impl Longer {
+    pub(in crate::connection) fn is(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Why a body ends before its end.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::connection) enum Broken {
+    /// Whoever sends it has broken it off.
+    #[error(transparent)]
+    Off(#[from] hyper::Error),
+    /// We have.
+    #[error("the body is longer than it may be")]
+    Longer,
+}
+
+impl Measured {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            let came = frame.data_ref().map_or(0, |data| data.len() as u64);
+            match self.left.checked_sub(came) {
+                Some(left) => self.left = left,
+                None => {
+                    self.longer.0.store(true, Ordering::Release);
+                    return Poll::Ready(Some(Err(Broken::Longer)));
+                }
+            }
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Broken::Off)))
+    }
 }
 
 /// The body of a backend's answer.
@@ -41,6 +92,11 @@ pub(in crate::connection) struct Answer {
 impl Body {
     pub(super) const fn empty() -> Self {
         Self::Whole(None)
+    }
+
+    /// As it comes, and no more than so many bytes of it.
+    pub(in crate::connection) fn measured(body: Incoming, most: u64, longer: &Longer) -> Self {
+        Self::Measured(Measured { body, left: most, longer: longer.clone() })
     }
 
     /// The same, that shares this until it has been sent, if that takes time.
@@ -84,14 +140,14 @@ impl Answer {
 
 impl HttpBody for Body {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = Broken;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         match self.get_mut() {
-            Self::Carried(body) | Self::Sending(body, _) => Pin::new(body).poll_frame(cx),
+            Self::Carried(body) | Self::Sending(body, _) => {
+                Pin::new(body).poll_frame(cx).map_err(Broken::Off)
+            }
+            Self::Measured(measured) => measured.poll_frame(cx),
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Answer(answer) => {
                 let frame = ready!(Pin::new(&mut answer.body).poll_frame(cx));
@@ -104,7 +160,7 @@ impl HttpBody for Body {
                 if answer.body.is_end_stream() && matches!(frame, Some(Ok(_))) {
                     answer.ended();
                 }
-                Poll::Ready(frame)
+                Poll::Ready(frame.map(|frame| frame.map_err(Broken::Off)))
             }
         }
     }
@@ -112,6 +168,7 @@ impl HttpBody for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Carried(body) | Self::Sending(body, _) => body.is_end_stream(),
+            Self::Measured(measured) => measured.body.is_end_stream(),
             Self::Whole(bytes) => bytes.is_none(),
             Self::Answer(answer) => answer.body.is_end_stream(),
         }
@@ -120,6 +177,7 @@ impl HttpBody for Body {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Carried(body) | Self::Sending(body, _) => body.size_hint(),
+            Self::Measured(measured) => measured.body.size_hint(),
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Answer(answer) => answer.body.size_hint(),
         }

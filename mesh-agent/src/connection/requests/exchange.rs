@@ -21,7 +21,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use self::span::Traced;
 use super::{
     attempt::{Try, has_failed},
-    body::grpc_status,
+    body::{Longer, grpc_status},
 };
 use crate::{
     live::Party,
@@ -69,6 +69,8 @@ struct Told {
     refusal: Option<Refusal>,
     view: Option<std::sync::Arc<str>>,
     complete: bool,
+    /// Set if its own body was longer than it may be.
+    longer: Option<Longer>,
     /// The trace that it is of.
     trace: Option<TraceId>,
     traced: Option<Box<Traced>>,
@@ -100,6 +102,7 @@ impl Exchange {
             refusal: None,
             view: None,
             complete: false,
+            longer: None,
             trace: traced.as_ref().map(|traced| traced.place.trace).or(said.trace()),
             traced,
         })))
@@ -200,6 +203,15 @@ impl Exchange {
         }
     }
 
+    /// Its body is measured: what it is broken off for is told here, should its answer have begun then.
+    pub(in crate::connection) fn is_measured(&mut self) -> Longer {
+        let longer = Longer::default();
+        if let Some(told) = self.told() {
+            told.longer = Some(longer.clone());
+        }
+        longer
+    }
+
     /// Bytes of the answer's body went by.
     pub(super) fn received(&mut self, n: usize) {
         if let Some(told) = self.told() {
@@ -255,6 +267,9 @@ impl Told {
 impl Drop for Told {
     fn drop(&mut self) {
         let took = self.began.elapsed();
+        if self.longer.as_ref().is_some_and(Longer::is) && !self.complete && self.refusal.is_none() {
+            self.refusal = Some(Refusal::new(Reason::LimitBody, "its answer had begun"));
+        }
         let recorded = self.traced.as_ref().map(|it| it.place).filter(|place| place.sampled);
         let span = self.span(took);
         let Ends { recorder, direction, source, destination, port } = &self.ends;

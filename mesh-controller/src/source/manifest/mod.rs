@@ -12,6 +12,7 @@
 //! | [`authentication`] | policies on end users, and what policies say of claims |
 //! | [`route`] | routes of requests and of connections, and who may send some to whom |
 //! | [`traffic`] | how requests and connections are sent |
+//! | [`intake`] | how much of them workloads take |
 //! | [`check`] | what is checked the same way in all of them |
 //!
 //! What Kubernetes has to know of our own kinds is generated from them, by a test (`crd.rs`).
@@ -21,6 +22,7 @@ mod authentication;
 mod check;
 #[cfg(test)]
 mod crd;
+mod intake;
 mod policy;
 mod route;
 mod service;

@@ -22,6 +22,7 @@ use self::health::RawHealthCheck;
 use super::{
     Raw,
     check::Check,
+    intake::{RawRateLimit, RawSizeLimits},
     route::{GATEWAY_GROUP, MAX_ATTEMPTS, RawTimeouts},
 };
 use crate::{
@@ -32,7 +33,7 @@ use crate::{
 /// Most targets, faults, and headers of a fault.
 const MAX_LIST: usize = 16;
 /// Most that may be under way, or wait.
-const MAX_UNDERWAY: u32 = 1_000_000;
+pub(super) const MAX_UNDERWAY: u32 = 1_000_000;
 /// Longest pause, time to be left alone, slow start or delay.
 const MAX_TIME: Duration = Duration::from_secs(3600);
 /// Shortest time to count failures in.
@@ -70,6 +71,12 @@ pub(super) struct RawTrafficPolicy {
     hedge: Option<RawHedge>,
     /// How the endpoints are checked, beside what they answer to clients.
     health_check: Option<RawHealthCheck>,
+    /// How many requests each workload behind the Service takes; an empty list: as many as come, whatever is said of the
+    /// Service.
+    #[cfg_attr(test, schemars(length(max = 8)))]
+    rate_limits: Option<Vec<RawRateLimit>>,
+    /// How large a request may be that a workload behind the Service takes.
+    size_limits: Option<RawSizeLimits>,
 }
 
 /// One thing that a policy is for.
@@ -319,8 +326,10 @@ impl Check<'_> {
             reads_requests: false,
         };
         let health_check = spec.health_check.map(|raw| self.health_check(raw));
-        if traffic.is_empty() && health_check.is_none() {
-            let cure = "write balancing, timeouts, retries, limits, ejection, faults, hedge or healthCheck";
+        let takes = self.takes(&name, spec.rate_limits, spec.size_limits);
+        self.takers(&takes, &targets);
+        if traffic.is_empty() && health_check.is_none() && takes.is_empty() {
+            let cure = "write balancing, timeouts, retries, limits, ejection, faults, hedge, healthCheck, rateLimits or sizeLimits";
             self.problem("spec", "the policy says nothing", cure);
         }
         if targets.iter().any(|it| matches!(it, TrafficTarget::Route { .. })) {
@@ -342,7 +351,7 @@ impl Check<'_> {
             let cure = "name the Services that do, or write tcp: {}";
             self.problem("spec.healthCheck", reason, cure);
         }
-        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic, health_check }.into())
+        Object::TrafficPolicy(TrafficPolicy { name, created, targets, traffic, health_check, takes }.into())
     }
 
     fn target_ref(&mut self, at: &str, namespace: &str, raw: RawTarget) -> Option<TrafficTarget> {
@@ -649,14 +658,14 @@ impl Check<'_> {
         headers
     }
 
-    fn at_most(&mut self, field: &str, number: u32, most: u32) {
+    pub(super) fn at_most(&mut self, field: &str, number: u32, most: u32) {
         if number > most {
             self.problem(field, format!("{number} is too much"), format!("write at most {most}"));
         }
     }
 
     /// A duration that is not out of all proportion.
-    fn time(&mut self, field: &str, text: &str) -> Option<Duration> {
+    pub(super) fn time(&mut self, field: &str, text: &str) -> Option<Duration> {
         let time = self.duration(field, text)?;
         if time > MAX_TIME {
             self.problem(field, format!("{text} is too long"), "write at most 1h");
