@@ -1,5 +1,5 @@
-//! WebSockets of clients that speak HTTP/2 (RFC 8441). From where such a request comes in, it is what it would be in HTTP/1.1, a GET
-//! that asks for an upgrade, so that rules, policies and all else read it in one way. To a server it goes as what that
+//! WebSockets of clients that speak HTTP/2 (RFC 8441). From where such a request comes in, it is what it would be in HTTP/1.1, a
+//! GET that asks for an upgrade, so that rules, policies and all else read it in one way. To a server it goes as what that
 //! takes: as an extended CONNECT again, or as that upgrade.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
