@@ -316,7 +316,7 @@ async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result
                 let limit = node.limits().handshake_timeout;
                 let hello = Box::pin(hello::read(&accepted.stream, limit)).await?;
                 drop(waiting);
-                Heard::Hello(hello)
+                Heard::Hello(hello.into())
             }
             next => return Ok(next),
         };

@@ -25,8 +25,8 @@ pub(super) enum Heard {
     Nothing,
     /// It has begun to speak TLS, and so no request.
     Tls,
-    /// The beginning of TLS, as a whole.
-    Hello(Hello),
+    /// The beginning of TLS, as a whole; boxed, as few connections have one.
+    Hello(Box<Hello>),
 }
 
 impl Heard {
