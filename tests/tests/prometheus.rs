@@ -299,10 +299,13 @@ fn what_fails_is_told_while_it_fails_and_no_longer() {
 
     // The controller is away; what is known goes on.
     world.controller().kill().unwrap();
-    let alerts =
-        scene.await_firing(&["NodemeshControllerAway", "NodemeshControllerDown", "NodemeshNoController"]);
-    let away = alerts.iter().filter(|it| it["labels"]["alertname"] == "NodemeshControllerAway");
-    assert_eq!(away.count(), 2, "{alerts:?}");
+    scene.await_firing(&["NodemeshControllerAway", "NodemeshControllerDown", "NodemeshNoController"]);
+    // Each agent is scraped at a time of its own.
+    until("both agents say so", TOLD, || {
+        let alerts = scene.prometheus.firing().map_err(|error| error.to_string())?;
+        let away = alerts.iter().filter(|it| it["labels"]["alertname"] == "NodemeshControllerAway");
+        holds(away.count() == 2, || format!("{alerts:?}"))
+    });
     assert_eq!(scene.ask().as_deref(), Ok("200"));
     world.controller().start().unwrap();
     scene.await_calm();
