@@ -188,6 +188,18 @@ fn service() -> Dashboard {
                         ],
                     )
                     .about("What its TrafficPolicy does about endpoints that fail, and to requests."),
+                    Panel::lines(
+                        "Endpoints that fail their health checks",
+                        Count,
+                        vec![sum(&["service"], r#"nodemesh_unhealthy_endpoints{service=~"$service"}"#)],
+                    )
+                    .about("meshctl get services says which, why, and whether they are left out."),
+                    Panel::lines(
+                        "Requests sent to a second endpoint, by whose answer was kept",
+                        PerSecond,
+                        vec![sum(&["outcome"], &rate("nodemesh_hedges_total", r#"service=~"$service""#))],
+                    )
+                    .about("Won: the second one's. Few winning means that its policy waits too short a time."),
                     Panel::lines("Calls of gRPC, by status", PerSecond, vec![sum(&["grpc_status"], &rate(REQUESTS, &format!(r#"{asked}, grpc_status!="""#)))]),
                 ],
             ),
@@ -242,6 +254,15 @@ fn workload() -> Dashboard {
                         PerSecond,
                         vec![sum(&["service"], &rate(ATTEMPTS, r#"workload=~"$workload""#))],
                     ),
+                    Panel::lines(
+                        "Connections that routes lead, by backend",
+                        PerSecond,
+                        vec![sum(
+                            &["route", "backend", "outcome"],
+                            &rate("nodemesh_routed_connections_total", r#"workload=~"$workload""#),
+                        )],
+                    )
+                    .about("TCPRoutes and TLSRoutes."),
                 ],
             ),
             row(
