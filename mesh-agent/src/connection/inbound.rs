@@ -222,11 +222,13 @@ async fn leases(mut link: Box<Link>, at: At, node: &Node) {
             return Box::pin(link.close(limits.ready_wait)).await;
         };
         link.count_as("idle", metrics);
-        // Waiting for OPEN is cancel-safe: what was read of it stays in the link.
+        // Waiting for OPEN is cancel-safe: what was read of it stays in the link. One that has come already when draining
+        // has begun is not taken: its source goes to the successor, and nothing of it would outlive the drain's deadline.
         let asked = tokio::select! {
-            asked = tokio::time::timeout(limits.idle_at_destination, link.next()) => asked,
+            biased;
             () = node.drain().draining() => return Box::pin(link.close(limits.ready_wait)).await,
             () = at.workload.leaving() => return Box::pin(link.close(limits.ready_wait)).await,
+            asked = tokio::time::timeout(limits.idle_at_destination, link.next()) => asked,
         };
         let open = match asked {
             Ok(Ok(Event::Control(Control::Open(open)))) => open,
