@@ -154,9 +154,13 @@ fn an_endpoint_that_fails_its_checks_gets_nothing_until_it_is_well_whoever_start
 
     well[1].store(false, Ordering::Relaxed);
     served_by(&world, &["pay-1"]);
-    until_on_b(1.0);
-    let metrics = world.controller().metrics().unwrap();
-    assert_eq!(metrics.get("nodemesh_controller_unhealthy_endpoints", &[("state", "left_out")]), Some(1.0));
+    // Of each family one.
+    until_on_b(2.0);
+    until("the controller leaves them out", TIMEOUT, || {
+        let metrics = world.controller().metrics().map_err(|e| e.to_string())?;
+        let left_out = metrics.sum("nodemesh_controller_unhealthy_endpoints", &[("state", "left_out")]);
+        holds(left_out == 2.0, || left_out.to_string())
+    });
     let told = world.meshctl(&["get", "services"]).unwrap().stdout;
     assert!(told.contains("unhealthy, left out: shop/pay-2 "), "{told}");
     let why = world.meshctl(&["why", "shop/web", "shop/pay:80"]).unwrap().stdout;
@@ -177,7 +181,7 @@ fn an_endpoint_that_fails_its_checks_gets_nothing_until_it_is_well_whoever_start
     until("it is found unhealthy anew", 3 * TIMEOUT, || {
         assert!(!other(), "an agent that has just started knows nothing, and said something");
         let count = on_b("nodemesh_unhealthy_endpoints")?;
-        holds(count == 1.0, || count.to_string())
+        holds(count == 2.0, || count.to_string())
     });
     served_by(&world, &["pay-1"]);
 
