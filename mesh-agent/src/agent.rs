@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    access_log::AccessLog,
     admin::{self, NodeState, Observed},
     capture::{self, Holder, Kernel, Maps, Pins},
     checks::Checks,
@@ -38,7 +39,7 @@ use crate::{
     net::{cgroup, netns::Namespace, sysctl},
     ownership::{self, Ownership},
     privileges,
-    record::{AccessLog, Seen},
+    record::Seen,
     rpc::Connection,
     run_dir::RunDir,
     spans::{Spans, Tracing},

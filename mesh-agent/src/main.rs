@@ -3,6 +3,11 @@
 use mesh_agent::{agent, capture::doctor, config::Invocation, enrol::uninstall, net::sysctl};
 use mesh_settings::log;
 
+/// What one thread allocates for a request another one often frees: in glibc's allocator the two wait for each other
+/// (docs/PERFORMANCE.md).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> anyhow::Result<()> {
     match Invocation::of_process() {
         Invocation::PrintConfig(settings) => {

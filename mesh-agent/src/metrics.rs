@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::{http::trace::TraceId, view::Snapshot};
+use mesh_core::{http::trace::TraceId, model::Name, view::Snapshot};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -77,23 +77,36 @@ pub struct AuditLabels {
     pub reason: &'static str,
 }
 
+/// A name as the value of a label; empty for none. Not a text, as what is told of each request has several.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Named(pub Option<Name>);
+
+impl EncodeLabelValue for Named {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        match &self.0 {
+            Some(name) => name.to_string().encode(encoder),
+            None => "".encode(encoder),
+        }
+    }
+}
+
 /// Labels of `nodemesh_requests_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
     /// Outbound: decided where it comes from, by routes; inbound: where it arrives, by policies on requests.
     pub direction: Direction,
     /// The workload of this node: that asked, or that is asked, `namespace/name`.
-    pub workload: String,
+    pub workload: Named,
     /// The service that it asked, `namespace/name`; empty where that is not known.
-    pub service: String,
+    pub service: Named,
     /// The route that it fell under, `KIND/namespace/name`; empty for none.
-    pub route: String,
+    pub route: Option<Arc<str>>,
     /// The service that it went to, `namespace/name`; empty for none.
-    pub backend: String,
+    pub backend: Named,
     /// The answer's status; empty if there was none.
-    pub status: String,
+    pub status: Option<u16>,
     /// The status of a call of gRPC; empty where there is none.
-    pub grpc_status: String,
+    pub grpc_status: Option<u16>,
     /// Why it did not go well: a reason's label, `cut_short` if its answer did not come to its end; else empty.
     pub reason: &'static str,
 }
@@ -104,22 +117,22 @@ pub struct RequestTimeLabels {
     /// Which way, as in `nodemesh_requests_total`.
     pub direction: Direction,
     /// The workload of this node, `namespace/name`.
-    pub workload: String,
+    pub workload: Named,
     /// The service that it asked, `namespace/name`; empty where that is not known.
-    pub service: String,
+    pub service: Named,
     /// The service that it went to, `namespace/name`; empty for none.
-    pub backend: String,
+    pub backend: Named,
 }
 
 /// Labels of `nodemesh_request_attempts_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct AttemptLabels {
     /// The workload of this node that asked, `namespace/name`.
-    pub workload: String,
+    pub workload: Named,
     /// The service that it asked, `namespace/name`.
-    pub service: String,
+    pub service: Named,
     /// The service that the request went to in the end, `namespace/name`.
-    pub backend: String,
+    pub backend: Named,
 }
 
 /// Labels of `nodemesh_routed_connections_total`.
@@ -778,20 +791,21 @@ mod tests {
             outcome: "ok",
             reason: "",
         });
+        let named = |name| Named(Some(Name::new("shop", name)));
         metrics.request_ended(&RequestLabels {
             direction: Direction::Outbound,
-            workload: "shop/web".into(),
-            service: "shop/pay".into(),
-            route: "HTTPRoute/shop/pay".into(),
-            backend: "shop/pay-v2".into(),
-            status: "200".into(),
-            grpc_status: String::new(),
+            workload: named("web"),
+            service: named("pay"),
+            route: Some("HTTPRoute/shop/pay".into()),
+            backend: named("pay-v2"),
+            status: Some(200),
+            grpc_status: None,
             reason: "",
         });
-        let (workload, service, backend) = ("shop/web".into(), "shop/pay".into(), "shop/pay-v2".into());
+        let (workload, service, backend) = (named("web"), named("pay"), named("pay-v2"));
         let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
         metrics.request_took(&labels, Duration::from_millis(3), None);
-        let pay = mesh_core::model::Name::new("shop", "pay");
+        let pay = Name::new("shop", "pay");
         metrics.ejected(&pay, mesh_core::balance::Cause::Consecutive);
         metrics.tried_again(&pay);
         metrics.fault(&pay, "delay");

@@ -2,15 +2,11 @@
 //!
 //! An [`Entry`] is opened when a connection arrives, gathers what becomes known of it, and tells it when it is
 //! dropped; [`Entry::finish`] says how it ended. An entry that is dropped without is a task that was dropped, and
-//! says so. Lines go through a bounded channel to one writer thread: a slow disk costs lines, which are counted,
-//! never connections.
+//! says so.
 
 use std::{
-    fs::OpenOptions,
-    io::{self, Write},
-    path::Path,
     sync::{Arc, MutexGuard, OnceLock},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use mesh_core::{
@@ -20,155 +16,15 @@ use mesh_core::{
 };
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    config::LogMode,
+    access_log::AccessLog,
     live::{Connections, Live, Party, Registered, Told, transport_label},
     metrics::{AuditLabels, ConnectionLabels, Counted, Direction, Flow, Metrics, RoutedLabels},
     quota::Share,
     refusal::{Failure, Stop},
     spans::Spans,
 };
-
-/// Lines that wait for the writer at most: about 4 MiB.
-const QUEUE: usize = 8192;
-
-/// Bytes that are written at once.
-const TOGETHER: usize = 8192;
-
-/// How long lines gather before the writer looks again: waking it for each would cost more than writing does.
-const GATHER: Duration = Duration::from_millis(10);
-
-/// Where the lines go; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct AccessLog {
-    lines: mpsc::Sender<Line>,
-    mode: LogMode,
-}
-
-#[derive(Debug)]
-enum Line {
-    Text(String),
-    Flush(oneshot::Sender<()>),
-}
-
-impl AccessLog {
-    /// Appends to a file, or writes to standard output for `-`. The writer is a thread that ends with the last clone.
-    pub fn open(path: &Path, metrics: Arc<Metrics>) -> io::Result<Self> {
-        if path == Path::new("-") {
-            return Self::to(io::stdout(), metrics);
-        }
-        Self::to(OpenOptions::new().create(true).append(true).open(path)?, metrics)
-    }
-
-    /// Writes to anything.
-    pub fn to(out: impl Write + Send + 'static, metrics: Arc<Metrics>) -> io::Result<Self> {
-        let (lines, queue) = mpsc::channel(QUEUE);
-        std::thread::Builder::new()
-            .name("access-log".into())
-            .spawn(move || write(queue, Lines::new(out), &metrics))?;
-        Ok(Self { lines, mode: LogMode::ON })
-    }
-
-    /// The same, of which not everything is logged.
-    #[must_use]
-    pub fn of(self, mode: LogMode) -> Self {
-        Self { mode, ..self }
-    }
-
-    /// Whether something is logged. `usual`: nothing of it was refused, nor would have been, nor failed.
-    pub(crate) fn wants(&self, usual: bool) -> bool {
-        match self.mode {
-            LogMode::Off => false,
-            LogMode::Part(part) => !usual || part.takes(rand::random()),
-        }
-    }
-
-    /// Done when every line so far is written.
-    pub async fn flush(&self) {
-        let (done, wait) = oneshot::channel();
-        if self.lines.send(Line::Flush(done)).await.is_ok() {
-            let _ = wait.await;
-        }
-    }
-}
-
-fn write(mut queue: mpsc::Receiver<Line>, mut out: Lines<impl Write>, metrics: &Metrics) {
-    let mut broken = false;
-    while let Some(line) = queue.blocking_recv() {
-        let mut flushed = None;
-        let mut result = match line {
-            Line::Text(text) => out.line(&text),
-            Line::Flush(done) => {
-                flushed = Some(done);
-                Ok(())
-            }
-        };
-        if result.is_ok() && (queue.is_empty() || flushed.is_some()) {
-            result = out.flush();
-        }
-        if let Err(error) = &result {
-            if !broken {
-                tracing::error!(%error, "the access log cannot be written: lines are lost, and counted");
-            }
-            metrics.log_unwritten().inc_by(out.give_up());
-        }
-        broken = result.is_err();
-        // A closed receiver has stopped waiting.
-        let _ = flushed.map(|done| done.send(()));
-        if queue.is_empty() {
-            std::thread::sleep(GATHER);
-        }
-    }
-}
-
-/// Lines that are written many at a time, and of which is known how many were not. What is written of a line when the
-/// disk is full is ended as a line of its own, once there is room.
-#[derive(Debug)]
-struct Lines<W> {
-    out: W,
-    gathered: Vec<u8>,
-    /// How much of it is written.
-    written: usize,
-    torn: bool,
-}
-
-impl<W: Write> Lines<W> {
-    fn new(out: W) -> Self {
-        Self { out, gathered: Vec::with_capacity(TOGETHER), written: 0, torn: false }
-    }
-
-    fn line(&mut self, text: &str) -> io::Result<()> {
-        self.gathered.extend_from_slice(text.as_bytes());
-        if self.gathered.len() >= TOGETHER { self.flush() } else { Ok(()) }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.torn && !self.gathered.is_empty() {
-            self.out.write_all(b"\n")?;
-            self.torn = false;
-        }
-        while self.written < self.gathered.len() {
-            match self.out.write(&self.gathered[self.written..]) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => self.written += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        (self.written, _) = (0, self.gathered.clear());
-        self.out.flush()
-    }
-
-    /// Forgets what could not be written: how many lines, a torn one included.
-    fn give_up(&mut self) -> u64 {
-        let lost = self.gathered[self.written..].iter().filter(|byte| **byte == b'\n').count();
-        self.torn |= self.written > 0 && self.gathered[self.written - 1] != b'\n';
-        (self.written, _) = (0, self.gathered.clear());
-        lost as u64
-    }
-}
 
 /// Who records: a node.
 #[derive(Debug, Clone)]
@@ -194,7 +50,7 @@ pub(crate) struct Entry {
     pub(crate) by: Option<Box<ByRoute>>,
     would_refuse: OnceLock<WouldRefuse>,
     unanswered: bool,
-    recorder: Recorder,
+    recorder: Arc<Recorder>,
     began: Instant,
     result: Result<(), Stop>,
     withdrawn: bool,
@@ -221,15 +77,15 @@ impl ByRoute {
 impl Recorder {
     /// Appends an event to the access log; one that its writer cannot keep up with is counted.
     pub(crate) fn write(&self, event: &impl Serialize) {
-        match serde_json::to_string(event).map(|line| self.log.lines.try_send(Line::Text(line + "\n"))) {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => drop(self.metrics.log_dropped().inc()),
+        match self.log.append(event) {
+            Ok(true) => {}
+            Ok(false) => drop(self.metrics.log_dropped().inc()),
             Err(error) => tracing::error!(%error, "an access-log line cannot be written as JSON"),
         }
     }
 
     /// A connection of this workload has arrived.
-    pub(crate) fn begin(&self, direction: Direction, workload: &Name) -> Box<Entry> {
+    pub(crate) fn begin(self: &Arc<Self>, direction: Direction, workload: &Name) -> Box<Entry> {
         let flow = Flow::new(self.metrics.bytes(direction).clone());
         Box::new(Entry {
             live: self.connections.begin(direction, workload, flow),
@@ -436,68 +292,4 @@ struct Event<'a> {
     reason: Option<&'static str>,
     detail: Option<String>,
     view: Option<&'a str>,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_did_not_go_well_is_logged_unless_nothing_is() {
-        let (metrics, _) = Metrics::new();
-        let wants = |mode: &str| {
-            let log = AccessLog::to(io::sink(), metrics.clone()).unwrap().of(mode.parse().unwrap());
-            (log.wants(true), log.wants(false))
-        };
-        assert_eq!(wants("on"), (true, true));
-        assert_eq!(wants("100%"), (true, true));
-        assert_eq!(wants("errors"), (false, true));
-        assert_eq!(wants("off"), (false, false));
-        let half: LogMode = "50%".parse().unwrap();
-        let log = AccessLog::to(io::sink(), metrics.clone()).unwrap().of(half);
-        let logged = (0..10_000).filter(|_| log.wants(true)).count();
-        // By 20 standard deviations.
-        assert!((4_000..6_000).contains(&logged), "{logged}");
-        assert!("some".parse::<LogMode>().unwrap_err().to_string().contains("on, errors, off"));
-    }
-
-    #[tokio::test]
-    async fn lines_that_a_full_disk_takes_are_counted() {
-        let (metrics, _) = Metrics::new();
-        let log = AccessLog::open(Path::new("/dev/full"), metrics.clone()).unwrap();
-        for _ in 0..500 {
-            log.lines.send(Line::Text("{\"a\":\"connection\"}\n".to_owned())).await.unwrap();
-        }
-        log.flush().await;
-        assert_eq!(metrics.log_unwritten().get(), 500);
-        assert_eq!(metrics.log_dropped().get(), 0, "that is another thing");
-    }
-
-    /// Takes so many bytes.
-    struct Disk(Vec<u8>, usize);
-
-    impl Write for Disk {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let n = bytes.len().min(self.1 - self.0.len());
-            self.0.extend_from_slice(&bytes[..n]);
-            if n == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(n) }
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_line_that_was_torn_does_not_spoil_the_next() {
-        let mut lines = Lines::new(Disk(vec![], 6));
-        for text in ["one\n", "two\n", "three\n"] {
-            lines.line(text).unwrap();
-        }
-        assert_eq!(lines.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
-        assert_eq!(lines.give_up(), 2);
-        lines.out.1 = 100;
-        lines.line("four\n").unwrap();
-        lines.flush().unwrap();
-        assert_eq!(lines.out.0, b"one\ntw\nfour\n");
-    }
 }

@@ -24,10 +24,10 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_agent::{
     connection::Direction,
-    metrics::{AuditLabels, RequestLabels},
+    metrics::{AuditLabels, Named, RequestLabels},
 };
 use mesh_core::model::{
-    Action, Asks, Authentication, ClaimHeader, ClaimPattern, Enforcement, KeyMaterial, Policy, Rule,
+    Action, Asks, Authentication, ClaimHeader, ClaimPattern, Enforcement, KeyMaterial, Name, Policy, Rule,
     Selector, Target, TokenIssuer, TokenPlace, VerifyingKey,
 };
 use ring::signature::{Ed25519KeyPair, KeyPair};
@@ -109,12 +109,12 @@ impl Bed {
     fn refused(&self, reason: &'static str) -> u64 {
         self.world.destination.metrics.requests(&RequestLabels {
             direction: Direction::Inbound,
-            workload: "shop/web".into(),
-            service: String::new(),
-            route: String::new(),
-            backend: String::new(),
-            status: "401".into(),
-            grpc_status: String::new(),
+            workload: Named(Some(Name::new("shop", "web"))),
+            service: Named(None),
+            route: None,
+            backend: Named(None),
+            status: Some(401),
+            grpc_status: None,
             reason,
         })
     }

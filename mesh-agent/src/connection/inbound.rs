@@ -35,6 +35,7 @@ use crate::{
     relay::{self, ResetOnDrop, tunnel::Stopped},
     trust::Led,
     tunnel::{Event, Link, LinkError, lease},
+    wake::seldom,
     wants::Held,
 };
 use reading::Visit;
@@ -46,7 +47,7 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
     entry.told().source.address = Some(accepted.peer);
     let arrived = tokio::select! {
         arrived = Box::pin(arrive(&accepted, node, &mut entry)) => arrived,
-        refusal = node.cut(&accepted.workload) => Err(refusal),
+        refusal = seldom(node.cut(&accepted.workload)) => Err(refusal),
     };
     match arrived {
         Ok(Arrived { how: Arrival::Tunnel, view, turn }) => {
@@ -63,7 +64,7 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
             drop(turn);
             let result = tokio::select! {
                 result = plaintext(&accepted, view, node, &mut entry) => result,
-                refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+                refusal = seldom(node.cut(&accepted.workload)) => Err(refusal.into()),
             };
             match result {
                 Ok(Next::Requests(visit)) => {
@@ -173,7 +174,7 @@ async fn plaintext(
     let carried = node.carried(entry, &at.workload, client);
     tokio::select! {
         ended = relay::plain::run(&accepted.stream, app, &carried) => ended.map(|()| Next::Ended),
-        refusal = revoked(node, &at, None, entry, Content::Bytes) => Err(refusal.into()),
+        refusal = seldom(revoked(node, &at, None, entry, Content::Bytes)) => Err(refusal.into()),
     }
 }
 
@@ -182,7 +183,7 @@ async fn requests_in_plaintext(accepted: Accepted, visit: Visit, node: &Node, en
     let socket = Socket::new(accepted.stream).counting(entry.shared());
     let result = tokio::select! {
         result = reading::serve(Arriving::by_plaintext(socket.clone()), visit, node, &entry) => result,
-        refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+        refusal = seldom(node.cut(&accepted.workload)) => Err(refusal.into()),
     };
     if result.is_ok() {
         socket.ended();
@@ -302,7 +303,7 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, &carried) => carried,
         refusal = revoked(node, at, Some(&proved), &entry, Content::Bytes) => return cut(entry, refusal),
-        refusal = node.cut(&at.workload) => return cut(entry, refusal),
+        refusal = seldom(node.cut(&at.workload)) => return cut(entry, refusal),
     };
     let (result, usable) = match stopped {
         Stopped::Finished => {
@@ -337,7 +338,7 @@ async fn requests(link: Box<Link>, visit: Visit, node: &Node, entry: Box<Entry>)
     let (arriving, workload) = (Arriving::by_tunnel(link, entry.shared()), visit.at.workload.clone());
     let result = tokio::select! {
         result = reading::serve(arriving.clone(), visit, node, &entry) => result,
-        refusal = node.cut(&workload) => Err(refusal.into()),
+        refusal = seldom(node.cut(&workload)) => Err(refusal.into()),
     };
     let cut = matches!(result, Err(Stop::Refused(_)));
     entry.finish(result);

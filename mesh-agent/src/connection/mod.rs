@@ -39,6 +39,7 @@ use crate::{
     relay::Carried,
     stalled::Stalled,
     tunnel::{buffers::SIZE, pool::Pool},
+    wake::seldom,
     wants::{self, Denied, Known, Wants},
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
@@ -70,7 +71,7 @@ pub struct Node {
 #[derive(Debug)]
 struct Inner {
     view: watch::Receiver<Option<Arc<Snapshot>>>,
-    recorder: Recorder,
+    recorder: Arc<Recorder>,
     connector: Connector,
     /// Connections by workload, whatever they are at.
     places: Arc<Quota<u64>>,
@@ -122,7 +123,8 @@ impl Node {
             }
         });
         let connections = Arc::default();
-        let recorder = Recorder { node: name.into(), metrics: metrics.clone(), log, spans, connections };
+        let recorder =
+            Arc::new(Recorder { node: name.into(), metrics: metrics.clone(), log, spans, connections });
         let (balancer, underway) = (Balancer::new(), Arc::default());
         let connector = Connector { identities, pool, balancer, underway, limits, metrics, drain };
         let (places, turns, idle) = (Quota::new(), Turns::new(limits), Quota::new());
@@ -289,7 +291,7 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
     // The story may be cut anywhere: what it leaves behind is reset here.
     let result = tokio::select! {
         result = outbound(&accepted, &node, &mut entry) => result,
-        refusal = node.cut(&accepted.workload) => Err(refusal.into()),
+        refusal = seldom(node.cut(&accepted.workload)) => Err(refusal.into()),
     };
     match result {
         Ok(outbound::Next::Requests(routed)) => {

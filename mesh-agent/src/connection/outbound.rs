@@ -24,6 +24,7 @@ use crate::{
     relay::{self, ResetOnDrop, tunnel::Stopped},
     trust::Led,
     underway,
+    wake::seldom,
 };
 
 /// How the story of a connection goes on.
@@ -108,7 +109,7 @@ pub(super) async fn serve(
         Way::Plaintext(to) => {
             return tokio::select! {
                 ended = relay::plain::run(app, ResetOnDrop::new(to), &carried) => ended.map(|()| Next::Ended),
-                refusal = node.each_view(|view| goes_on(view, &local.name, entry)) => Err(refusal.into()),
+                refusal = seldom(node.each_view(|view| goes_on(view, &local.name, entry))) => Err(refusal.into()),
             };
         }
         Way::Tunnel(lease) => lease,
@@ -117,10 +118,10 @@ pub(super) async fn serve(
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(app, &mut lease.link, &carried) => carried,
         // The tunnel itself is reset, by being dropped.
-        refusal = node.each_view(|view| {
+        refusal = seldom(node.each_view(|view| {
             stays_trusted(view, Some(&led))?;
             goes_on(view, &local.name, entry)
-        }) => return Err(refusal.into()),
+        })) => return Err(refusal.into()),
     };
     let result = match stopped {
         Stopped::Finished => Ok(Next::Ended),

@@ -140,11 +140,12 @@ mod tests {
     }
 
     fn took(metrics: &Metrics, service: &str, milliseconds: u64, trace: Option<u128>) {
+        let named = |name: &str| Named(Some(name.parse().unwrap()));
         let labels = RequestTimeLabels {
             direction: Direction::Outbound,
-            workload: "shop/web".into(),
-            service: service.into(),
-            backend: service.into(),
+            workload: named("shop/web"),
+            service: named(service),
+            backend: named(service),
         };
         metrics.request_took(&labels, Duration::from_millis(milliseconds), trace.map(TraceId::random));
     }

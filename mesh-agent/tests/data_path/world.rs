@@ -17,13 +17,14 @@ use std::{
 };
 
 use mesh_agent::{
+    access_log::AccessLog,
     config::LogMode,
     connection::{Accepted, Direction, Limits, Local, Node, spawn},
     drain::Drain,
     identity::store::Identities,
     metrics::{ConnectionLabels, Metrics},
     net::netns::Namespace,
-    record::{AccessLog, Seen},
+    record::Seen,
     spans::{Spans, Tracing},
     wants::{Known, Wants},
 };

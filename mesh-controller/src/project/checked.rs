@@ -211,7 +211,7 @@ mod tests {
         }));
         let in_bank = |object| match object {
             Object::Service(it) => {
-                Object::Service(model::Service { name: Name::new("bank", it.name.name), ..it })
+                Object::Service(model::Service { name: Name::new("bank", it.name.name.clone()), ..it })
             }
             Object::TrafficPolicy(it) => {
                 let name = Name::new("bank", "checks");

@@ -322,7 +322,7 @@ fn would(policies: &[Authentication], uri: &str, headers: &[(&str, &str)]) -> Op
     let named = |name: &str| HeaderName::try_from(name).unwrap();
     let headers = headers.iter().map(|(name, value)| (named(name), value.parse().unwrap())).collect();
     let asked = Asked { method: &method, uri: &uri, headers: &headers };
-    would_refuse(policies, 8080, Some(&asked), NOW).map(|it| (it.policy.name, it.reason))
+    would_refuse(policies, 8080, Some(&asked), NOW).map(|it| (it.policy.name.clone(), it.reason))
 }
 
 #[test]

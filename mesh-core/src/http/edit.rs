@@ -104,7 +104,7 @@ pub fn browser(asked: &Asked<'_>) -> Browser {
 /// The headers of the answer to a preflight; without any if its origin may not.
 pub fn preflight(cors: &Cors, asked: &Asked<'_>) -> HeaderMap {
     let mut answer = HeaderMap::new();
-    let Some(origin) = allowed_origin(cors, asked.headers) else { return answer };
+    let Some(origin) = allowed_origin(cors, asked.headers.get(ORIGIN)) else { return answer };
     let list = |of: &[String], wanted: &HeaderName| -> Option<HeaderValue> {
         // The star is itself to a request with credentials: what was asked for is said instead.
         if of.iter().any(|it| it == "*") {
@@ -128,13 +128,13 @@ pub fn preflight(cors: &Cors, asked: &Asked<'_>) -> HeaderMap {
     answer
 }
 
-/// Tells a browser what its script may see of an answer. What the backend says of that itself does not count.
-pub fn share(cors: &Cors, request: &HeaderMap, answer: &mut HeaderMap) {
+/// Tells a browser what its script, of this origin, may see of an answer. What the backend says of that itself does not count.
+pub fn share(cors: &Cors, origin: Option<&HeaderValue>, answer: &mut HeaderMap) {
     for name in [ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_EXPOSE_HEADERS]
     {
         answer.remove(name);
     }
-    let Some(origin) = allowed_origin(cors, request) else { return };
+    let Some(origin) = allowed_origin(cors, origin) else { return };
     answer.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     if cors.credentials {
         answer.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
@@ -147,8 +147,8 @@ pub fn share(cors: &Cors, request: &HeaderMap, answer: &mut HeaderMap) {
     answer.append(VARY, HeaderValue::from_static("Origin"));
 }
 
-fn allowed_origin(cors: &Cors, request: &HeaderMap) -> Option<HeaderValue> {
-    let origin = request.get(ORIGIN)?;
+fn allowed_origin(cors: &Cors, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
+    let origin = origin?;
     let text = origin.to_str().ok()?;
     if cors.origins.iter().any(|it| it == "*") {
         return Some(if cors.credentials { origin.clone() } else { HeaderValue::from_static("*") });

@@ -145,7 +145,24 @@ pub struct Table {
 struct Entry {
     route: Arc<RequestRoute>,
     rule: usize,
+    said: Said,
     matched: RequestMatch,
+}
+
+/// What is told of a request that falls under a rule; made once, as it is told often.
+#[derive(Debug, Clone)]
+pub struct Said {
+    /// The route, `KIND/namespace/name`.
+    pub route: Arc<str>,
+    /// The rule's name, or its place in its route, from 0.
+    pub rule: Arc<str>,
+}
+
+impl Said {
+    fn of_rule(route: &Arc<str>, rule: &RouteRule, index: usize) -> Self {
+        let rule = if rule.name.is_empty() { index.to_string().into() } else { rule.name.as_str().into() };
+        Self { route: route.clone(), rule }
+    }
 }
 
 /// The rule that a request falls under.
@@ -159,6 +176,8 @@ pub struct Chosen<'a> {
     pub rule: &'a RouteRule,
     /// What the request's path is as.
     pub path: &'a PathMatch,
+    /// What is told of it.
+    pub said: &'a Said,
 }
 
 impl Table {
@@ -169,11 +188,14 @@ impl Table {
         let kind = if grpc { RouteKind::Grpc } else { RouteKind::Http };
         let mut entries = Vec::new();
         for route in routes.iter().filter(|route| route.kind == kind) {
-            for (rule, said) in route.rules.iter().enumerate() {
-                let every = [every(kind)];
-                let matches = if said.matches.is_empty() { &every[..] } else { &said.matches };
-                let of_rule = matches.iter().cloned();
-                entries.extend(of_rule.map(|matched| Entry { route: route.clone(), rule, matched }));
+            let name: Arc<str> = format!("{}/{}", route.kind.as_str(), route.name).into();
+            for (index, rule) in route.rules.iter().enumerate() {
+                let (every, said) = ([every(kind)], Said::of_rule(&name, rule, index));
+                let matches = if rule.matches.is_empty() { &every[..] } else { &rule.matches };
+                entries.extend(matches.iter().cloned().map(|matched| {
+                    let (route, said) = (route.clone(), said.clone());
+                    Entry { route, rule: index, said, matched }
+                }));
             }
         }
         // Stable: what is alike stays in the order of its route's rules.
@@ -212,13 +234,13 @@ impl Table {
             places.find(|at| self.entries[*at].matched.matches(asked))
         };
         let prefix = || {
-            let cuts = path.char_indices().filter(|(_, c)| *c == '/').map(|(at, _)| at);
-            let ends: Vec<usize> = cuts.chain([path.len()]).take_while(|end| *end <= self.longest).collect();
-            ends.into_iter().rev().find_map(|end| first(self.prefixes.get(&path[..end])?))
+            let cuts = path.rmatch_indices('/').map(|(at, _)| at);
+            let mut ends = [path.len()].into_iter().chain(cuts).skip_while(|end| *end > self.longest);
+            ends.find_map(|end| first(self.prefixes.get(&path[..end])?))
         };
         let at = exact().or_else(others).or_else(prefix)?;
-        let Entry { route, rule, matched } = &self.entries[at];
-        Some(Chosen { route, index: *rule, rule: &route.rules[*rule], path: &matched.path })
+        let Entry { route, rule, said, matched } = &self.entries[at];
+        Some(Chosen { route, index: *rule, rule: &route.rules[*rule], path: &matched.path, said })
     }
 }
 

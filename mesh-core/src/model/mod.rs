@@ -14,7 +14,7 @@ pub mod traffic;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 pub use self::authentication::{
     Algorithm, Authentication, ClaimHeader, ClaimPattern, KeyMaterial, TokenIssuer, TokenPlace, VerifyingKey,
@@ -30,10 +30,14 @@ use crate::identity::{IdentityError, SpiffeId, TrustDomain};
 /// The label that says in which zone something runs (Kubernetes, "Well-Known Labels").
 pub const ZONE: &str = "topology.kubernetes.io/zone";
 
-/// The namespaced name of an object, printed as `namespace/name`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct Name {
+/// The namespaced name of an object, printed as `namespace/name`. Cheap to clone: what is told of a request has several.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Name(Arc<Parts>);
+
+/// The two parts of a [`Name`].
+#[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Parts {
     /// `metadata.namespace`.
     pub namespace: String,
     /// `metadata.name`.
@@ -43,7 +47,14 @@ pub struct Name {
 impl Name {
     /// A name from its two parts.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self(Arc::new(Parts { namespace: namespace.into(), name: name.into() }))
+    }
+}
+
+impl std::ops::Deref for Name {
+    type Target = Parts;
+    fn deref(&self) -> &Parts {
+        &self.0
     }
 }
 
@@ -53,9 +64,9 @@ impl fmt::Display for Name {
     }
 }
 
-impl From<Name> for String {
-    fn from(name: Name) -> Self {
-        name.to_string()
+impl Serialize for Name {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

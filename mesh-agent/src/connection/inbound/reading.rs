@@ -20,7 +20,7 @@ use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use mesh_core::{
     http::matches::Asked,
     policy::{Content, Reads, request::Reading},
@@ -43,6 +43,7 @@ use super::{
             switched,
             upstream::{self, unspoken},
             websocket::{self, Way},
+            within::Within,
         },
     },
     At, Proved, Stage, authentication, intake, may, revoked,
@@ -56,6 +57,7 @@ use crate::{
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::ResetOnDrop,
+    wake::seldom,
 };
 
 /// How long the source of a connection that need not be read may take for its first byte.
@@ -95,7 +97,7 @@ pub(super) async fn serve(
         entry.would_refuse(allowed.would_refuse);
         return tokio::select! {
             carried = carry(arriving, app) => carried,
-            refusal = revoked(node, &at, proved.as_ref(), entry, content) => Err(refusal.into()),
+            refusal = seldom(revoked(node, &at, proved.as_ref(), entry, content)) => Err(refusal.into()),
         };
     }
     let ended = CancellationToken::new();
@@ -418,10 +420,11 @@ impl Application {
         };
         if many {
             let (stream, taken_in) = FirstFrame::of(Socket::from(app));
-            let builder = upstream::http2(TokioExecutor::new());
+            let within = Within::default();
+            let builder = upstream::http2(within.clone());
             let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
             let (connection, takes) = settings::told(connection, taken_in, |_| {});
-            guest.drive(connection);
+            guest.drive(within.run(connection));
             return Ok(Sender::Many(sender, takes));
         }
         let stream = TokioIo::new(Socket::from(app));

@@ -159,6 +159,7 @@ impl Attempts<'_> {
                 let sent = Box::pin(asker.node.inner.upstreams.send(asking, &endpoint, request));
                 let read = async {
                     let Ok((response, used)) = sent.await else { return };
+                    let used = used.stand_alone();
                     if http_body_util::BodyExt::collect(http_body_util::Limited::new(response, MOST_MIRRORED))
                         .await
                         .is_ok()

@@ -40,7 +40,8 @@ pub(super) struct Backends<'a> {
     to: Arc<ToPort>,
     traffic: &'a Traffic,
     all: Vec<Endpoint>,
-    untried: Vec<Endpoint>,
+    /// Places in `all`, in their order, so that turns go round.
+    untried: Vec<usize>,
     /// The one of the request's session.
     session: Option<SocketAddr>,
     turn: u64,
@@ -63,7 +64,7 @@ impl<'a> Backends<'a> {
         let all = route::endpoints(known, port, asker.original.is_ipv4(), source).map_err(unready)?;
         let traffic = known.port(port).map_or(NOTHING, |it| &it.traffic);
         let to = asker.node.inner.connector.underway.to(service, port);
-        let (untried, turn) = (all.clone(), to.turn());
+        let (untried, turn) = ((0..all.len()).collect(), to.turn());
         let value = traffic.balancing.as_ref().and_then(|it| value(it, asker, headers));
         Ok(Self { service, to, traffic, all, untried, session, turn, value })
     }
@@ -112,7 +113,7 @@ impl<'a> Backends<'a> {
     /// One for an attempt; none is asked twice before all were.
     pub(super) fn pick(&mut self, balancer: &Arc<Balancer>) -> Option<(Endpoint, Attempt)> {
         if self.untried.is_empty() {
-            self.untried.clone_from(&self.all);
+            self.untried.extend(0..self.all.len());
         }
         let how = How {
             balancing: self.traffic.balancing.as_ref(),
@@ -121,13 +122,12 @@ impl<'a> Backends<'a> {
             value: self.value.as_deref(),
         };
         let of_session = |it: &Endpoint| Some(SocketAddr::new(it.address, it.port)) == self.session;
-        let session = self.untried.iter().position(of_session);
-        let (at, attempt) = match session {
-            Some(at) => (at, balancer.pick(&[&self.untried[at]], &how)?.1),
-            None => balancer.pick(&self.untried.iter().collect::<Vec<_>>(), &how)?,
+        let untried: Vec<_> = self.untried.iter().map(|at| &self.all[*at]).collect();
+        let (at, attempt) = match untried.iter().position(|it| of_session(it)) {
+            Some(at) => (at, balancer.pick(&untried[at..=at], &how)?.1),
+            None => balancer.pick(&untried, &how)?,
         };
-        // In their order, so that turns go round.
-        Some((self.untried.remove(at), attempt))
+        Some((self.all[self.untried.remove(at)].clone(), attempt))
     }
 }
 

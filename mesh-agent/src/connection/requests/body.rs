@@ -87,6 +87,8 @@ pub(in crate::connection) struct Answer {
     body: Incoming,
     used: Option<Used>,
     exchange: Exchange,
+    /// That it was broken off, which is said after what came before has been sent.
+    broken: Option<hyper::Error>,
 }
 
 impl Body {
@@ -99,6 +101,11 @@ impl Body {
         Self::Measured(Measured { body, left: most, longer: longer.clone() })
     }
 
+    /// Whether all of it is there.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
+    }
+
     /// The same, that shares this until it has been sent, if that takes time.
     pub(super) fn sending(self, until: &Arc<()>) -> Self {
         match self {
@@ -109,7 +116,7 @@ impl Body {
 
     /// An answer's. Once it has ended, the connection that it came by, if it was one of many, can be used again.
     pub(super) fn answer(body: Incoming, used: Option<Used>, exchange: Exchange) -> Self {
-        let mut answer = Answer { body, used, exchange };
+        let mut answer = Answer { body, used, exchange, broken: None };
         if answer.body.is_end_stream() {
             answer.ended();
         }
@@ -118,6 +125,38 @@ impl Body {
 }
 
 impl Answer {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Some(Err(Broken::Off(error))));
+        }
+        let Self { body, used, .. } = self;
+        let frame = ready!(match used {
+            Some(used) => used.poll(cx, |cx| Pin::new(&mut *body).poll_frame(cx)),
+            None => Pin::new(body).poll_frame(cx),
+        });
+        match frame {
+            Some(Ok(frame)) => {
+                self.take_in(&frame);
+                if self.body.is_end_stream() {
+                    self.ended();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            // The endpoint broke it off: an error of the client's is none of this body's. hyper drops what it has not sent yet when
+            // it hears of it, and sends before it asks once more.
+            Some(Err(error)) => {
+                self.used.iter().for_each(|used| used.ended(true));
+                self.broken = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            None => {
+                self.ended();
+                Poll::Ready(None)
+            }
+        }
+    }
+
     fn ended(&mut self) {
         if let Some(used) = self.used.take() {
             used.give_back();
@@ -149,19 +188,7 @@ impl HttpBody for Body {
             }
             Self::Measured(measured) => measured.poll_frame(cx),
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Answer(answer) => {
-                let frame = ready!(Pin::new(&mut answer.body).poll_frame(cx));
-                match &frame {
-                    Some(Ok(frame)) => answer.take_in(frame),
-                    // The endpoint broke it off: an error of the client's is none of this body's.
-                    Some(Err(_)) => answer.used.iter().for_each(|used| used.ended(true)),
-                    None => answer.ended(),
-                }
-                if answer.body.is_end_stream() && matches!(frame, Some(Ok(_))) {
-                    answer.ended();
-                }
-                Poll::Ready(frame.map(|frame| frame.map_err(Broken::Off)))
-            }
+            Self::Answer(answer) => answer.poll_frame(cx),
         }
     }
 

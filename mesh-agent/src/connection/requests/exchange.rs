@@ -3,7 +3,10 @@
 
 mod span;
 
-use std::time::{Instant, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use http::{HeaderMap, Method, Version};
 use mesh_core::{
@@ -25,7 +28,7 @@ use super::{
 };
 use crate::{
     live::Party,
-    metrics::{AttemptLabels, AuditLabels, Direction, RequestLabels, RequestTimeLabels},
+    metrics::{AttemptLabels, AuditLabels, Direction, Named, RequestLabels, RequestTimeLabels},
     record::Recorder,
     refusal::Refusal,
 };
@@ -36,7 +39,7 @@ const MAX_PATH: usize = 512;
 /// Between whom a request is.
 #[derive(Debug)]
 pub(in crate::connection) struct Ends {
-    pub(in crate::connection) recorder: Recorder,
+    pub(in crate::connection) recorder: Arc<Recorder>,
     /// Outbound: the source is a workload of this node, which asks a service.
     pub(in crate::connection) direction: Direction,
     pub(in crate::connection) source: Party,
@@ -58,8 +61,8 @@ struct Told {
     method: Method,
     path: String,
     protocol: Version,
-    route: Option<String>,
-    rule: Option<String>,
+    route: Option<Arc<str>>,
+    rule: Option<Arc<str>>,
     would_refuse: Option<WouldRefuse>,
     backend: Option<Name>,
     attempts: u32,
@@ -67,7 +70,7 @@ struct Told {
     grpc_status: Option<u16>,
     bytes_received: u64,
     refusal: Option<Refusal>,
-    view: Option<std::sync::Arc<str>>,
+    view: Option<Arc<str>>,
     complete: bool,
     /// Set if its own body was longer than it may be.
     longer: Option<Longer>,
@@ -113,14 +116,14 @@ impl Exchange {
     }
 
     /// It is decided on this view.
-    pub(in crate::connection) fn decided(&mut self, view: std::sync::Arc<str>) {
+    pub(in crate::connection) fn decided(&mut self, view: Arc<str>) {
         if let Some(told) = self.told() {
             told.view = Some(view);
         }
     }
 
     /// It comes from a workload with this identity.
-    pub(super) fn comes_from(&mut self, identity: std::sync::Arc<mesh_core::identity::SpiffeId>) {
+    pub(super) fn comes_from(&mut self, identity: Arc<mesh_core::identity::SpiffeId>) {
         if let Some(told) = self.told() {
             told.ends.source.identity = Some(identity);
         }
@@ -133,7 +136,7 @@ impl Exchange {
         would_refuse: Option<WouldRefuse>,
     ) {
         if let Some(told) = self.told() {
-            told.rule = rule.map(|rule| rule.to_string());
+            told.rule = rule.map(|rule| rule.to_string().into());
             told.would_refuse = would_refuse;
         }
     }
@@ -141,9 +144,8 @@ impl Exchange {
     /// It falls under this rule.
     pub(super) fn falls_under(&mut self, chosen: &Chosen<'_>) {
         if let Some(told) = self.told() {
-            told.route = Some(format!("{}/{}", chosen.route.kind.as_str(), chosen.route.name));
-            let named = Some(chosen.rule.name.clone()).filter(|name| !name.is_empty());
-            told.rule = Some(named.unwrap_or_else(|| chosen.index.to_string()));
+            told.route = Some(chosen.said.route.clone());
+            told.rule = Some(chosen.said.rule.clone());
         }
     }
 
@@ -197,7 +199,7 @@ impl Exchange {
     pub(in crate::connection) fn refused(&mut self, refusal: Refusal) {
         if let Some(told) = self.told() {
             if let Some(rule) = &refusal.rule {
-                told.rule = Some(rule.to_string());
+                told.rule = Some(rule.to_string().into());
             }
             told.refusal = Some(refusal);
         }
@@ -274,25 +276,25 @@ impl Drop for Told {
         let span = self.span(took);
         let Ends { recorder, direction, source, destination, port } = &self.ends;
         let direction = *direction;
-        let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string).unwrap_or_default();
         let workload = match direction {
-            Direction::Outbound => text(&source.workload),
-            Direction::Inbound => text(&destination.workload),
+            Direction::Outbound => &source.workload,
+            Direction::Inbound => &destination.workload,
         };
-        let (service, backend) = (text(&destination.service), text(&self.backend));
         let metrics = &recorder.metrics;
-        if let Some(found) = &self.would_refuse {
+        if let (Some(found), Some(workload)) = (&self.would_refuse, workload) {
             let (policy, reason) = (found.policy.to_string(), found.reason.label());
-            metrics.audit_refused(&AuditLabels { policy, workload: workload.clone(), reason });
+            metrics.audit_refused(&AuditLabels { policy, workload: workload.to_string(), reason });
         }
+        let (workload, service, backend) =
+            (Named(workload.clone()), Named(destination.service.clone()), Named(self.backend.clone()));
         metrics.request_ended(&RequestLabels {
             direction,
             workload: workload.clone(),
             service: service.clone(),
-            route: self.route.clone().unwrap_or_default(),
+            route: self.route.clone(),
             backend: backend.clone(),
-            status: self.status.map(|status| status.to_string()).unwrap_or_default(),
-            grpc_status: self.grpc_status.map(|status| status.to_string()).unwrap_or_default(),
+            status: self.status,
+            grpc_status: self.grpc_status,
             reason: self.reason(),
         });
         if self.attempts > 0 {

@@ -6,11 +6,16 @@
 use std::{
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
+use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::stream::Upstream;
 
@@ -18,29 +23,46 @@ use super::stream::Upstream;
 #[derive(Debug)]
 pub(super) struct Cuttable {
     way: Upstream,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    cut: Arc<Cut>,
     _gone: DropGuard,
 }
 
 /// The other end of that.
 #[derive(Debug)]
 pub(super) struct Line {
-    cut: CancellationToken,
+    cut: CutOnDrop,
     gone: CancellationToken,
+}
+
+/// Whether a way was cut, and who reads on it: it is asked at each read, so it is no more than that.
+#[derive(Debug, Default)]
+struct Cut {
+    is: AtomicBool,
+    reader: AtomicWaker,
+}
+
+#[derive(Debug)]
+struct CutOnDrop(Arc<Cut>);
+
+impl Drop for CutOnDrop {
+    fn drop(&mut self) {
+        self.0.is.store(true, Ordering::Release);
+        self.0.reader.wake();
+    }
 }
 
 impl Line {
     pub(super) fn over(way: Upstream) -> (Cuttable, Self) {
-        let line = Self { cut: CancellationToken::new(), gone: CancellationToken::new() };
-        let cut = Box::pin(line.cut.clone().cancelled_owned());
-        (Cuttable { way, cut, _gone: line.gone.clone().drop_guard() }, line)
+        let (cut, gone) = (Arc::<Cut>::default(), CancellationToken::new());
+        let line = Self { cut: CutOnDrop(cut.clone()), gone: gone.clone() };
+        (Cuttable { way, cut, _gone: gone.drop_guard() }, line)
     }
 
     /// Runs what speaks on it, and waits until nobody has it any more. Dropped before that, it cuts it.
     pub(super) async fn until_gone<T>(self, speaks: impl Future<Output = T>) -> T {
-        let _cut = self.cut.drop_guard();
+        let Self { cut: _cut, gone } = self;
         let spoken = speaks.await;
-        self.gone.cancelled().await;
+        gone.cancelled().await;
         spoken
     }
 }
@@ -52,7 +74,9 @@ impl AsyncRead for Cuttable {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.cut.as_mut().poll(cx).is_ready() {
+        // First this, then the look: who cuts in between wakes who reads now.
+        this.cut.reader.register(cx.waker());
+        if this.cut.is.load(Ordering::Acquire) {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         Pin::new(&mut this.way).poll_read(cx, buffer)

@@ -13,10 +13,12 @@
 //! | `answers` | what it is answered with |
 //! | `session` | requests of a session go where its first one went |
 //! | `upstream` | connections to backends |
+//! | `one` | one that carries one request at a time |
 //! | `stream` | a lease, or a socket, as a stream of bytes |
 //! | `settings` | whether a server of HTTP/2 takes WebSockets |
 //! | `websocket` | WebSockets of clients that speak HTTP/2 |
 //! | `line` | one that can be cut, whoever has it |
+//! | `within` | all that a connection of HTTP/2 does, in one task |
 //! | `exchange` | what is told of a request |
 //!
 //! How a request is taken in where a policy says something of it is told in [`super::inbound`], with the same parts.
@@ -34,18 +36,20 @@ mod faults;
 pub(super) mod heads;
 mod hedge;
 mod line;
+mod one;
 mod session;
 pub(super) mod settings;
 pub(super) mod stream;
 pub(super) mod upstream;
 pub(super) mod websocket;
+pub(super) mod within;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use mesh_core::{
@@ -73,6 +77,7 @@ use self::{
     exchange::{Ends, Exchange},
     faults::Befallen,
     stream::Socket,
+    within::Within,
 };
 pub(super) use self::{
     answers::{Answered, Declined, respond, switched},
@@ -87,6 +92,7 @@ use crate::{
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     underway,
+    wake::seldom,
 };
 
 /// How long a client may take for a head, and be silent between two requests: longer than servers usually allow, so that
@@ -211,9 +217,10 @@ pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry
         asker.upgraded.wait().await;
         ended
     };
+    let cut = pin!(node.cut(&asker.local));
     let result = tokio::select! {
         result = conversation => result,
-        refusal = node.cut(&asker.local) => Err(refusal.into()),
+        refusal = seldom(cut) => Err(refusal.into()),
     };
     if result.is_ok() {
         socket.ended();
@@ -230,7 +237,8 @@ where
     F: Future<Output = Result<Response<Body>, E>> + Send + 'static,
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let within = Within::default();
+    let mut builder = auto::Builder::new(within.clone());
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -249,16 +257,19 @@ where
         .enable_connect_protocol()
         .auto_date_header(false);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer));
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        // What is under way is answered still.
-        () = drain.draining() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut connection = pin!(connection);
+    let draining = pin!(drain.draining());
+    let conversation = async {
+        tokio::select! {
+            ended = connection.as_mut() => ended,
+            // What is under way is answered still.
+            () = seldom(draining) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
         }
     };
-    match ended {
+    match within.run(conversation).await {
         Ok(()) => Ok(()),
         Err(error) => match error.downcast_ref::<hyper::Error>() {
             Some(error) if error.is_parse() || error.is_parse_too_large() => {
@@ -298,14 +309,17 @@ async fn tell(
         None => None,
         Some(table) => Some(table.choose(&asked).ok_or_else(|| no_rule(table.is_grpc()))?),
     };
-    let (own_rule, any_path) = (own_rule(&asker.service, asker.port), PathMatch::default());
+    let without;
     let (rule, matched) = match &chosen {
         Some(chosen) => {
             exchange.falls_under(chosen);
             (chosen.rule, chosen.path)
         }
         // There are none, or they have gone while the connection lived.
-        None => (&own_rule, &any_path),
+        None => {
+            without = (own_rule(&asker.service, asker.port), PathMatch::default());
+            (&without.0, &without.1)
+        }
     };
 
     // How is it sent, and what goes wrong with it on purpose?
@@ -344,7 +358,7 @@ async fn tell(
         return Err(Declined::new(StatusCode::INTERNAL_SERVER_ERROR, Reason::NoBackend));
     };
     exchange.goes_to(service);
-    let origin = request.headers().clone();
+    let origin = cors.and_then(|_| request.headers().get(header::ORIGIN).cloned());
     let upgrade =
         heads::wants_upgrade(&request).then(|| request.headers().get(header::UPGRADE).cloned()).flatten();
     let from_client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
@@ -387,7 +401,7 @@ async fn tell(
         edit::headers(&filters.response_headers, &mut parts.headers);
     }
     if let Some(cors) = cors {
-        edit::share(cors, &origin, &mut parts.headers);
+        edit::share(cors, origin.as_ref(), &mut parts.headers);
     }
     if let Some(persistence) = &rule.persistence
         && session != Some(endpoint)

@@ -6,10 +6,12 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Wake, Waker},
     time::{Duration, Instant},
 };
 
@@ -18,7 +20,7 @@ use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_core::{
     identity::SpiffeId,
     model::{Endpoint, Name},
@@ -27,13 +29,17 @@ use mesh_core::{
     view::Snapshot,
 };
 
+use tokio::sync::Notify;
+
 use super::{
     super::{Node, outbound},
     body::Body,
     line::Line,
+    one::One,
     settings::{self, FirstFrame, Takes},
     stream::Upstream,
     websocket::{self, Way},
+    within::Within,
 };
 use crate::{
     balance::Attempt,
@@ -44,6 +50,7 @@ use crate::{
     refusal::Refusal,
     trust::Led,
     underway::Place,
+    wake::seldom,
 };
 
 /// Idle connections for one workload to one endpoint.
@@ -60,9 +67,22 @@ const WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = WINDOW * STREAMS as u32;
 
 /// The connections of this node's workloads to backends.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in super::super) struct Upstreams {
     of: Mutex<HashMap<Key, Of>>,
+    watch: Arc<Watch>,
+    /// Of the same.
+    waker: Waker,
+}
+
+/// Is woken when something comes by an idle connection: as a rule its end.
+#[derive(Debug, Default)]
+struct Watch(Notify);
+
+impl Wake for Watch {
+    fn wake(self: Arc<Self>) {
+        self.0.notify_one();
+    }
 }
 
 /// Whose a connection is, and where it leads.
@@ -88,20 +108,6 @@ struct Of {
 struct Idle {
     one: One,
     since: Instant,
-}
-
-/// A connection that carries one request at a time.
-#[derive(Debug)]
-struct One {
-    sender: http1::SendRequest<Body>,
-    /// Shared with the last request's body for as long as that is sent, if it is carried: an answer may end before.
-    sending: Arc<()>,
-}
-
-impl One {
-    fn has_sent_all(&self) -> bool {
-        Arc::strong_count(&self.sending) == 1
-    }
 }
 
 /// A connection that carries many requests at once.
@@ -182,6 +188,13 @@ pub(super) enum Unanswered {
     Broke(Refusal),
 }
 
+impl Default for Upstreams {
+    fn default() -> Self {
+        let watch = Arc::<Watch>::default();
+        Self { of: Mutex::default(), waker: Waker::from(watch.clone()), watch }
+    }
+}
+
 impl Upstreams {
     /// Sends a request to an endpoint, and waits for the head of its answer.
     pub(super) async fn send(
@@ -248,7 +261,7 @@ impl Upstreams {
         loop {
             let mut one = self.of(key, Of::idle).flatten()?;
             // As a rule it is; a moment after an answer's end its connection may not have noticed yet.
-            if one.sender.ready().await.is_ok() {
+            if one.is_ready().await {
                 return Some(Sender::One(one));
             }
         }
@@ -287,9 +300,12 @@ impl Upstreams {
     pub(in super::super) async fn reap(&self, idle: Duration) {
         let mut timer = tokio::time::interval(REAP);
         loop {
-            timer.tick().await;
+            tokio::select! {
+                _ = timer.tick() => {}
+                () = self.watch.0.notified() => {}
+            }
             self.lock().retain(|_, of| {
-                of.idle.retain(|it| !it.one.sender.is_closed() && it.since.elapsed() < idle);
+                of.idle.retain_mut(|it| it.is_good(&self.waker) && it.since.elapsed() < idle);
                 of.shared.retain(|shared| !shared.is_idle(idle));
                 !of.idle.is_empty() || !of.shared.is_empty() || Arc::strong_count(&of.opening) > 1
             });
@@ -304,6 +320,13 @@ impl Upstreams {
     /// Closes what is held for a workload that leaves.
     pub(in super::super) fn forget(&self, local: u64) {
         self.lock().retain(|key, _| key.local != local);
+    }
+}
+
+impl Idle {
+    /// Whether it can be used again. What has come by it is looked at.
+    fn is_good(&mut self, watch: &Waker) -> bool {
+        if self.one.is_rung() { self.one.rest(watch) } else { !self.one.is_closed() }
     }
 }
 
@@ -345,8 +368,7 @@ impl Sender {
         };
         match self {
             Self::One(mut one) => {
-                let request = request.map(|body| body.sending(&one.sending));
-                let response = one.sender.try_send_request(request).await.map_err(failed)?;
+                let response = one.send(request).await.map_err(failed)?;
                 Ok((response, Self::One(one)))
             }
             Self::Shared(mut stream) => {
@@ -377,10 +399,30 @@ impl Used {
         }
     }
 
+    /// Polls what of the answer is still to come, and the connection that it comes by.
+    pub(super) fn poll<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut waits: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        match &mut self.sender {
+            Some(Sender::One(one)) => one.poll(cx, waits),
+            Some(Sender::Shared(_)) | None => waits(cx),
+        }
+    }
+
+    /// The same, of which the answer comes though nobody polls the connection by [`Used::poll`].
+    pub(super) fn stand_alone(mut self) -> Self {
+        if let Some(Sender::One(one)) = &mut self.sender {
+            one.stand_alone();
+        }
+        self
+    }
+
     /// The answer has ended well: another request can be sent.
     pub(super) fn give_back(mut self) {
-        if let Some(Sender::One(one)) = self.sender.take()
-            && !one.sender.is_closed()
+        if let Some(Sender::One(mut one)) = self.sender.take()
+            && one.rest(&self.upstreams.waker)
         {
             let mut all = self.upstreams.lock();
             let of = all.entry(self.key.clone()).or_default();
@@ -436,29 +478,30 @@ impl Opened {
         let Self { stream, entry, led } = self;
         let (stream, line) = Line::over(stream);
         let (sender, connection) = http1().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
-        drive(line.until_gone(connection.with_upgrades()), from, entry, led);
-        Ok(One { sender, sending: Arc::default() })
+        drive(line.until_gone(std::future::ready(Ok(()))), from, entry, led);
+        Ok(One::new(sender, connection))
     }
 
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
         let Self { stream, entry, led } = self;
         let (stream, line) = Line::over(stream);
         let (stream, taken_in) = FirstFrame::of(stream);
-        let builder = http2(TokioExecutor::new());
+        let within = Within::default();
+        let builder = http2(within.clone());
         let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         let most = Arc::new(AtomicUsize::new(STREAMS));
         let told = most.clone();
         let (connection, takes) = settings::told(connection, taken_in, move |connection| {
             told.store(connection.current_max_send_streams(), Ordering::Relaxed);
         });
-        let connection = line.until_gone(connection);
+        let connection = line.until_gone(within.run(connection));
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
         Ok(Shared { sender, streams: Arc::default(), most, used, takes })
     }
 }
 
-/// Runs a connection until it ends, or may not go on.
+/// Waits until a connection ends, or may not go on.
 fn drive(
     connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
     from: Asking<'_>,
@@ -469,13 +512,17 @@ fn drive(
     let place = local.admit(usize::MAX);
     from.node.drain().spawn(async move {
         let _place = place;
-        let ended = tokio::select! {
-            ended = connection => ended.map_err(|error| error.to_string()),
-            refusal = node.each_view(|view| {
+        let ended = {
+            let refused = pin!(node.each_view(|view| {
                 outbound::stays_trusted(view, led.as_ref())?;
                 outbound::goes_on(view, &local.name, &entry)
-            }) => Err(refusal.to_string()),
-            refusal = node.cut(&local) => Err(refusal.to_string()),
+            }));
+            let cut = pin!(node.cut(&local));
+            tokio::select! {
+                ended = connection => ended.map_err(|error| error.to_string()),
+                refusal = seldom(refused) => Err(refusal.to_string()),
+                refusal = seldom(cut) => Err(refusal.to_string()),
+            }
         };
         if let Err(error) = ended {
             tracing::debug!(%error, "a connection to a backend ended");
