@@ -99,8 +99,8 @@ async fn serve(
         .of(config.access_log_mode);
     let spans = {
         let _inside = data.enter();
-        let tracing = tracing(config);
-        tracing.map(|tracing| Spans::start(&tracing, &config.node, metrics.clone())).transpose()?
+        let (view, metrics) = (control.snapshots.clone(), metrics.clone());
+        tracing(config).map(|tracing| Spans::start(&tracing, &config.node, view, metrics)).transpose()?
     };
     let node = {
         let _inside = data.enter();

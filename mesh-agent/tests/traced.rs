@@ -13,7 +13,7 @@ mod bed;
 mod world;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -33,7 +33,7 @@ use opentelemetry_proto::tonic::{
         trace_service_server::{TraceService, TraceServiceServer},
     },
     common::v1::{KeyValue, any_value::Value},
-    trace::v1::{Span, span::SpanKind, status::StatusCode as SpanStatus},
+    trace::v1::{ResourceSpans, Span, span::SpanKind, status::StatusCode as SpanStatus},
 };
 use prost::Message as _;
 use serde_json::json;
@@ -72,13 +72,29 @@ impl Collector {
 
     /// All spans so far, of both agents.
     async fn spans(&self, world: &World) -> Vec<Span> {
+        self.resources(world).await.iter().flat_map(spans_of).collect()
+    }
+
+    /// The same by whose they are, batch after batch.
+    async fn resources(&self, world: &World) -> Vec<ResourceSpans> {
         for agent in [&world.source, &world.destination] {
             in_time(agent.spans.as_ref().unwrap().flush(PATIENCE)).await;
         }
         let requests = self.0.lock().unwrap();
-        let resources = requests.iter().flat_map(|it| &it.resource_spans);
-        resources.flat_map(|it| &it.scope_spans).flat_map(|it| it.spans.clone()).collect()
+        requests.iter().flat_map(|it| it.resource_spans.clone()).collect()
     }
+}
+
+fn spans_of(resource: &ResourceSpans) -> Vec<Span> {
+    resource.scope_spans.iter().flat_map(|it| it.spans.clone()).collect()
+}
+
+/// What is said of a workload: of which kind its spans are, and its attributes.
+fn whose(told: &ResourceSpans) -> (SpanKind, BTreeMap<String, serde_json::Value>) {
+    let kinds: BTreeSet<i32> = spans_of(told).iter().map(|span| span.kind).collect();
+    assert_eq!(kinds.len(), 1, "a workload asks, or is asked");
+    let kind = SpanKind::try_from(*kinds.first().unwrap()).unwrap();
+    (kind, attributes(&told.resource.as_ref().unwrap().attributes))
 }
 
 fn traced_by(at: SocketAddr, share: &str) -> Sees {
@@ -170,6 +186,69 @@ async fn spans_of_both_agents_stand_between_the_clients_and_the_applications() {
     let refused = spans.iter().find(|it| it.kind == SpanKind::Server as i32 && it.name == "DELETE").unwrap();
     assert_eq!(attributes(&refused.attributes)["nodemesh.refusal.reason"], "policy_not_allowed");
     assert_eq!(refused.status.as_ref().unwrap().code, SpanStatus::Error as i32);
+}
+
+/// The client is a pod of a Job, `web` a process on a machine that says what it is of, and of `api` nothing is known.
+fn of_three_kinds(plan: &mut Plan) {
+    let client = plan.workload("client");
+    client.uid = "9f2d".to_owned();
+    client.labels = BTreeMap::from([("batch.kubernetes.io/job-name".to_owned(), "import".to_owned())]);
+    plan.workload("web").labels =
+        BTreeMap::from([("app.kubernetes.io/name".to_owned(), "shop-web".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_span_is_its_workloads_and_not_its_agents() {
+    let (collector, at) = Collector::start().await;
+    let mut bed = read_by_both(&traced_by(at, "100%")).await;
+    of_three_kinds(&mut bed.plan);
+    bed.plan.routes =
+        vec![route(vec![rule(vec![prefix("/api")], vec![to("api", 1)]), rule(vec![], vec![to("web", 1)])])];
+    bed.world.publish(&bed.plan, "of three kinds");
+    let mut client = bed.client().await;
+    for path in ["/", "/api", "/", "/api"] {
+        assert_eq!(client.get(path).await.0, StatusCode::OK);
+    }
+    let told = collector.resources(&bed.world).await;
+    let mut spans = BTreeMap::new();
+    for resource in &told {
+        let (kind, said) = whose(resource);
+        let service = said["service.name"].as_str().unwrap().to_owned();
+        let expected = match service.as_str() {
+            "import" => vec![
+                ("k8s.job.name", "import"),
+                ("k8s.namespace.name", "shop"),
+                ("k8s.pod.name", "client"),
+                ("k8s.pod.uid", "9f2d"),
+                ("k8s.node.name", "node-a"),
+                ("service.instance.id", "shop.client"),
+            ],
+            "shop-web" => vec![("host.name", "node-b"), ("service.instance.id", "shop.web")],
+            "api" => vec![("host.name", "node-b"), ("service.instance.id", "shop.api")],
+            other => panic!("{other}: {said:?}"),
+        };
+        assert_eq!(kind, if service == "import" { SpanKind::Client } else { SpanKind::Server });
+        for (key, value) in expected.into_iter().chain([
+            ("service.namespace", "shop"),
+            ("telemetry.sdk.name", "nodemesh-agent"),
+            ("telemetry.sdk.language", "rust"),
+            ("telemetry.sdk.version", env!("CARGO_PKG_VERSION")),
+        ]) {
+            assert_eq!(said.get(key), Some(&json!(value)), "{key} of {service} in {said:?}");
+        }
+        let own = if kind == SpanKind::Client {
+            "nodemesh.source.workload"
+        } else {
+            "nodemesh.destination.workload"
+        };
+        let workload = said["service.instance.id"].as_str().unwrap().replace('.', "/");
+        for span in spans_of(resource) {
+            assert_eq!(attributes(&span.attributes)[own], json!(workload));
+        }
+        *spans.entry(service).or_insert(0) += spans_of(resource).len();
+    }
+    let expected = [("import", 4), ("shop-web", 2), ("api", 2)];
+    assert_eq!(spans, expected.map(|(service, n)| (service.to_owned(), n)).into());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -333,7 +412,9 @@ async fn spans_go_by_http_and_again_only_where_the_collector_wants_that() {
     let partial = axum::response::Response::new(axum::body::Body::from(partial.encode_to_vec()));
     let said = vec![answers(503), answers(200), answers(400), answers(307), partial, answers(429)];
     let (collector, at) = Posted::start(said).await;
-    let bed = posting_to(format!("http://{at}")).await;
+    let mut bed = posting_to(format!("http://{at}")).await;
+    of_three_kinds(&mut bed.plan);
+    bed.world.publish(&bed.plan, "of three kinds");
     let spans = bed.world.source.spans.as_ref().unwrap();
     let mut client = bed.client().await;
     // Of each request the one span, and how often it was sent; how many were given up by then.
@@ -345,8 +426,13 @@ async fn spans_go_by_http_and_again_only_where_the_collector_wants_that() {
         assert_eq!((asked.len(), bed.world.source.metrics.spans_lost("collector")), (sent, lost));
         for (line, content, request) in &asked {
             assert_eq!((line.as_str(), content.as_str()), ("POST /v1/traces", "application/x-protobuf"));
-            let spans = &request.resource_spans[0].scope_spans[0].spans;
-            assert_eq!((spans.len(), spans[0].kind), (1, SpanKind::Client as i32));
+            let [told] = request.resource_spans.as_slice() else { panic!("{request:?}") };
+            let (kind, said) = whose(told);
+            assert_eq!((spans_of(told).len(), kind), (1, SpanKind::Client));
+            assert_eq!(
+                (&said["service.name"], &said["service.namespace"]),
+                (&json!("import"), &json!("shop"))
+            );
         }
     }
 }

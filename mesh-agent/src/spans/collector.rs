@@ -18,8 +18,8 @@ use tonic::{
 };
 
 use super::{
-    Tracing,
-    otlp::{self, EXPORT, ExportRequest, ExportResponse, attribute},
+    Tracing, Whose,
+    otlp::{self, EXPORT, ExportRequest, ExportResponse},
     post::Post,
 };
 use crate::{config::TracingProtocol, rpc::CONNECT_TIMEOUT};
@@ -112,10 +112,10 @@ impl Server {
     }
 }
 
-/// Who takes spans, and what it is told of who sends them.
+/// Who takes spans, and whose node they are of.
 pub(super) struct Collector {
     way: Way,
-    resource: otlp::Resource,
+    node: String,
 }
 
 enum Way {
@@ -146,25 +146,26 @@ impl Collector {
             TracingProtocol::Grpc => Way::Grpc(channel(uri, server).ok_or_else(no_place)?),
             TracingProtocol::Http => Way::Http(Post::new(&uri, server).ok_or_else(no_place)?),
         };
-        let resource = otlp::Resource {
-            attributes: vec![
-                attribute("service.name", "nodemesh-agent"),
-                attribute("service.version", env!("CARGO_PKG_VERSION")),
-                attribute("service.instance.id", node),
-                attribute("host.name", node),
-            ],
-        };
-        Ok(Self { way, resource })
+        Ok(Self { way, node: node.to_owned() })
     }
 
-    pub(super) fn request(&self, spans: Vec<otlp::Span>) -> ExportRequest {
-        let scope =
-            otlp::Scope { name: "nodemesh".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
-        let schema_url = otlp::SCHEMA.to_owned();
-        let scope_spans =
-            vec![otlp::ScopeSpans { scope: Some(scope), spans, schema_url: schema_url.clone() }];
-        let resource = Some(self.resource.clone());
-        ExportRequest { resource_spans: vec![otlp::ResourceSpans { resource, scope_spans, schema_url }] }
+    /// Spans by their workloads: so many of these at most as there are spans.
+    pub(super) fn request(&self, spans: Vec<(Whose, otlp::Span)>) -> ExportRequest {
+        let mut groups: Vec<Group> = vec![];
+        for (whose, span) in spans {
+            match groups.iter_mut().find(|group| group.whose.is(&whose)) {
+                Some(group) => group.spans.push(span),
+                None => {
+                    let resource = whose.resource(&self.node);
+                    // Another version of it, of which nothing else is said.
+                    match groups.iter_mut().find(|group| group.resource == resource) {
+                        Some(group) => group.spans.push(span),
+                        None => groups.push(Group { whose, resource, spans: vec![span] }),
+                    }
+                }
+            }
+        }
+        ExportRequest { resource_spans: groups.into_iter().map(Group::told).collect() }
     }
 
     pub(super) async fn export(&mut self, request: ExportRequest) -> Result<ExportResponse, NotTaken> {
@@ -178,6 +179,24 @@ impl Collector {
             }
             Way::Http(post) => post.export(&request).await,
         }
+    }
+}
+
+/// Spans of one workload.
+struct Group {
+    whose: Whose,
+    resource: otlp::Resource,
+    spans: Vec<otlp::Span>,
+}
+
+impl Group {
+    fn told(self) -> otlp::ResourceSpans {
+        let scope =
+            otlp::Scope { name: "nodemesh".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
+        let schema_url = otlp::SCHEMA.to_owned();
+        let scope_spans =
+            otlp::ScopeSpans { scope: Some(scope), spans: self.spans, schema_url: schema_url.clone() };
+        otlp::ResourceSpans { resource: Some(self.resource), scope_spans: vec![scope_spans], schema_url }
     }
 }
 
@@ -227,4 +246,51 @@ fn config(tracing: &Tracing) -> Result<ClientConfig, CollectorError> {
         TracingProtocol::Http => vec![b"http/1.1".to_vec()],
     };
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use mesh_core::model::{Mode, Name, Workload};
+
+    use super::*;
+
+    fn workload(name: &str, uid: &str) -> Arc<Workload> {
+        Arc::new(Workload {
+            name: Name::new("shop", name),
+            uid: uid.to_owned(),
+            node: "node-a".to_owned(),
+            service_account: "web".to_owned(),
+            addresses: vec![],
+            labels: BTreeMap::new(),
+            enrolled: true,
+            captured: true,
+            mode: Mode::Permissive,
+            checks: vec![],
+        })
+    }
+
+    #[tokio::test]
+    async fn a_batch_has_each_workload_once() {
+        let (endpoint, share) = ("http://127.0.0.1:4317".to_owned(), "1%".parse().unwrap());
+        let tracing = Tracing { endpoint, protocol: TracingProtocol::Grpc, roots: None, share };
+        let collector = Collector::new(&tracing, "node-a").unwrap();
+        // The last but one is the first as a newer view has it, and the last a pod that has its name.
+        let known = [workload("web", "1"), workload("db", "2"), workload("web", "1"), workload("web", "3")];
+        let gone = Name::new("shop", "gone");
+        let each = known.iter().map(|it| Whose { name: it.name.clone(), workload: Some(it.clone()) });
+        let each: Vec<_> = each.chain([Whose { name: gone, workload: None }]).collect();
+        let spans = each.iter().chain(&each).enumerate().map(|(index, whose)| {
+            let name = index.to_string();
+            (whose.clone(), otlp::Span { name, ..otlp::Span::default() })
+        });
+        let request = collector.request(spans.collect());
+        let told: Vec<Vec<_>> = request
+            .resource_spans
+            .iter()
+            .map(|it| it.scope_spans[0].spans.iter().map(|span| span.name.as_str()).collect())
+            .collect();
+        assert_eq!(told, [vec!["0", "2", "5", "7"], vec!["1", "6"], vec!["3", "8"], vec!["4", "9"]]);
+    }
 }

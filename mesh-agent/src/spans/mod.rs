@@ -11,21 +11,24 @@
 //! | `collector` | the way there |
 //! | `otlp` | the messages |
 //! | `post` | each in a request of HTTP/1.1, where it is not gRPC |
+//! | `resource` | the workload that a span is of, as OpenTelemetry says it |
 
 mod collector;
 pub(crate) mod otlp;
 mod post;
+mod resource;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use mesh_core::http::trace::Share;
+use mesh_core::{http::trace::Share, model::Name, view::Snapshot};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, timeout, timeout_at},
 };
 
 pub use self::collector::CollectorError;
 use self::collector::{Collector, NotTaken};
+pub(crate) use self::resource::Whose;
 use crate::{config::TracingProtocol, metrics::Metrics, rpc};
 
 /// Spans that wait at most: about 8 MiB.
@@ -56,32 +59,45 @@ pub struct Tracing {
 #[derive(Debug, Clone)]
 pub struct Spans {
     share: Share,
+    view: watch::Receiver<Option<Arc<Snapshot>>>,
     queue: mpsc::Sender<Item>,
     metrics: Arc<Metrics>,
 }
 
 #[derive(Debug)]
 enum Item {
-    Span(Box<otlp::Span>),
+    Span(Box<(Whose, otlp::Span)>),
     Flush(oneshot::Sender<()>),
 }
 
 impl Spans {
-    /// Must be called on a runtime: it starts the task that hands spans over, which ends with the last clone.
-    pub fn start(tracing: &Tracing, node: &str, metrics: Arc<Metrics>) -> Result<Self, CollectorError> {
+    /// Must be called on a runtime: it starts the task that hands spans over, which ends with the last clone. `view`: what the
+    /// node knows of its workloads.
+    pub fn start(
+        tracing: &Tracing,
+        node: &str,
+        view: watch::Receiver<Option<Arc<Snapshot>>>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, CollectorError> {
         let collector = Collector::new(tracing, node)?;
         let (queue, waiting) = mpsc::channel(QUEUE);
         tokio::spawn(hand_over(waiting, collector, metrics.clone()));
-        Ok(Self { share: tracing.share, queue, metrics })
+        Ok(Self { share: tracing.share, view, queue, metrics })
     }
 
     pub(crate) fn share(&self) -> Share {
         self.share
     }
 
+    /// Whose a span is that is of this workload, as it is now.
+    pub(crate) fn whose(&self, name: Name) -> Whose {
+        let workload = self.view.borrow().as_ref().and_then(|view| view.workload(&name).cloned());
+        Whose { name, workload }
+    }
+
     /// Hands a span over, sooner or later.
-    pub(crate) fn tell(&self, span: otlp::Span) {
-        if self.queue.try_send(Item::Span(Box::new(span))).is_err() {
+    pub(crate) fn tell(&self, whose: Whose, span: otlp::Span) {
+        if self.queue.try_send(Item::Span(Box::new((whose, span)))).is_err() {
             self.metrics.spans_dropped("queue", 1);
         }
     }
@@ -124,7 +140,7 @@ async fn hand_over(mut queue: mpsc::Receiver<Item>, mut collector: Collector, me
 }
 
 /// Until the collector has taken them, or said that it never will.
-async fn export(spans: Vec<otlp::Span>, collector: &mut Collector, metrics: &Metrics) {
+async fn export(spans: Vec<(Whose, otlp::Span)>, collector: &mut Collector, metrics: &Metrics) {
     let count = spans.len() as u64;
     let request = collector.request(spans);
     for failures in 1.. {

@@ -174,3 +174,16 @@ impl From<u32> for Value {
 pub(crate) fn attribute(key: &str, value: impl Into<Value>) -> KeyValue {
     KeyValue { key: key.to_owned(), value: Some(AnyValue { value: Some(value.into()) }) }
 }
+
+#[cfg(test)]
+impl KeyValue {
+    /// Its key, and its value as a text.
+    pub(super) fn to_text(&self) -> (String, String) {
+        let value = match self.value.as_ref().and_then(|it| it.value.as_ref()) {
+            Some(Value::Text(text)) => text.clone(),
+            Some(Value::Number(number)) => number.to_string(),
+            None => String::new(),
+        };
+        (self.key.clone(), value)
+    }
+}

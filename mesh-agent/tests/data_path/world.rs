@@ -251,10 +251,12 @@ impl Agent {
     fn new(name: &str, view: watch::Receiver<Option<Arc<Snapshot>>>, limits: Limits, sees: &Sees) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let log_path = dir.path().join("access.log");
-        let (identities, (metrics, _), drain) = (Arc::new(Identities::new()), Metrics::new(), Drain::new());
+        let (identities, (metrics, _), drain) =
+            (Arc::new(Identities::new()), Metrics::new(), Drain::new());
         let log = AccessLog::open(&log_path, metrics.clone()).expect("a log");
         let log = sees.log.map_or(log.clone(), |mode| log.of(mode));
-        let started = |tracing| Spans::start(tracing, name, metrics.clone()).expect("a collector");
+        let started =
+            |tracing| Spans::start(tracing, name, view.clone(), metrics.clone()).expect("a collector");
         let spans = sees.tracing.as_ref().map(started);
         let wants = Wants::new(64);
         let node = Node::new(

@@ -84,8 +84,7 @@ impl Exchange {
     pub(in crate::connection) fn begin<B>(ends: Ends, request: &http::Request<B>) -> Self {
         let path = request.uri().path();
         let said = trace::read(request.headers());
-        let share = ends.recorder.spans.as_ref().map(|spans| spans.share());
-        let traced = share.and_then(|share| Traced::begin(&said, share, request)).map(Box::new);
+        let traced = Traced::begin(&said, &ends, request).map(Box::new);
         let cut = (0..=path.len().min(MAX_PATH)).rev().find(|at| path.is_char_boundary(*at)).unwrap_or(0);
         Self(Some(Box::new(Told {
             ends,
@@ -303,8 +302,8 @@ impl Drop for Told {
         }
         let labels = RequestTimeLabels { direction, workload, service, backend };
         metrics.request_took(&labels, took, recorded.map(|place| place.trace));
-        if let (Some(spans), Some(span)) = (&recorder.spans, span) {
-            spans.tell(span);
+        if let (Some(spans), Some((whose, span))) = (&recorder.spans, span) {
+            spans.tell(whose, span);
         }
         if !recorder.log.wants(self.is_usual()) {
             return;

@@ -8,14 +8,17 @@ use std::{
 
 use http::{HeaderMap, Method, Uri, Version, header};
 use mesh_core::{
-    http::trace::{self, Place, Share},
+    http::trace::{self, Place},
     model::{Endpoint, Name},
 };
 
-use super::{super::heads, Told};
+use super::{super::heads, Ends, Told};
 use crate::{
     metrics::Direction,
-    spans::otlp::{self, Event, KeyValue, attribute},
+    spans::{
+        Whose,
+        otlp::{self, Event, KeyValue, attribute},
+    },
 };
 
 /// Most attempts that are told of a request; how many more there were is said.
@@ -27,6 +30,8 @@ const MAX_HOST: usize = 255;
 #[derive(Debug)]
 pub(super) struct Traced {
     pub(super) place: Place,
+    /// The workload that it is of; none where it is not recorded.
+    whose: Option<Whose>,
     host: String,
     is_call: bool,
     events: Vec<Event>,
@@ -34,11 +39,17 @@ pub(super) struct Traced {
 }
 
 impl Traced {
-    pub(super) fn begin<B>(said: &trace::Said, share: Share, request: &http::Request<B>) -> Option<Self> {
-        let place = trace::place(said, share, || (rand::random(), rand::random()))?;
+    pub(super) fn begin<B>(said: &trace::Said, ends: &Ends, request: &http::Request<B>) -> Option<Self> {
+        let spans = ends.recorder.spans.as_ref()?;
+        let place = trace::place(said, spans.share(), || (rand::random(), rand::random()))?;
+        let own = match ends.direction {
+            Direction::Outbound => &ends.source,
+            Direction::Inbound => &ends.destination,
+        };
+        let whose = own.workload.clone().filter(|_| place.sampled).map(|name| spans.whose(name));
         let host = host(request.uri(), request.headers()).unwrap_or_default();
         let is_call = heads::is_grpc(request.headers());
-        Some(Self { place, host, is_call, events: vec![], dropped_events: 0 })
+        Some(Self { place, whose, host, is_call, events: vec![], dropped_events: 0 })
     }
 
     /// An attempt has ended: with this status, or without one, for this reason.
@@ -81,8 +92,9 @@ fn nanoseconds(time: SystemTime) -> u64 {
 
 impl Told {
     /// Its span, if it is recorded.
-    pub(super) fn span(&mut self, took: Duration) -> Option<otlp::Span> {
+    pub(super) fn span(&mut self, took: Duration) -> Option<(Whose, otlp::Span)> {
         let mut traced = self.traced.take().filter(|traced| traced.place.sampled)?;
+        let whose = traced.whose.take()?;
         let place = traced.place;
         let client = self.ends.direction == Direction::Outbound;
         let failed = self.error(client, traced.is_call);
@@ -112,7 +124,7 @@ impl Told {
         }
         let start = nanoseconds(self.time);
         let remote = place.parent.map_or(0, |_| otlp::REMOTE);
-        Some(otlp::Span {
+        let span = otlp::Span {
             trace_id: place.trace.to_bytes().to_vec(),
             span_id: place.span.to_bytes().to_vec(),
             parent_span_id: place.parent.map(|parent| parent.to_bytes().to_vec()).unwrap_or_default(),
@@ -126,7 +138,8 @@ impl Told {
             status: failed
                 .map(|_| otlp::Status { message: self.detail().unwrap_or_default(), code: otlp::ERROR }),
             flags: u32::from(place.flags) | otlp::REMOTE_KNOWN | remote,
-        })
+        };
+        Some((whose, span))
     }
 
     /// What it is called, and by what attributes.
