@@ -21,7 +21,7 @@ use std::{
 
 use bed::*;
 use http::{Request, StatusCode};
-use mesh_agent::{config::TracingProtocol, spans::Tracing};
+use mesh_agent::{config::TracingProtocol, metrics::exposition::Format, spans::Tracing};
 use mesh_core::model::{
     Action, Asks, Policy, Rule, Target,
     http::{Backend, BackendTarget, Filters},
@@ -280,6 +280,32 @@ async fn what_is_recorded_is_what_the_parent_says_or_else_the_share() {
     let spans = collector.spans(&all.world).await;
     let span = spans.iter().find(|it| hex(&it.parent_span_id) == PARENT).unwrap();
     assert_eq!(seen(&said, "b3"), Some(format!("{TRACE}-{}-1-{PARENT}", hex(&span.span_id))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_measurement_leads_to_the_trace_of_a_request_that_is_recorded() {
+    let (_collector, at) = Collector::start().await;
+    let bed = read_by_both(&traced_by(at, "0%")).await;
+    let mut client = bed.client().await;
+    // The latter two fall into the same bucket as a rule, and are not recorded.
+    let other = TRACE.replace('4', "5");
+    for (path, context) in [
+        ("/recorded", Some(format!("00-{TRACE}-{PARENT}-01"))),
+        ("/not", Some(format!("00-{other}-{PARENT}-00"))),
+        ("/last", None),
+    ] {
+        let request = Request::get(path);
+        let request = context.iter().fold(request, |request, it| request.header("traceparent", it));
+        assert_eq!(client.ask(request).await.0, StatusCode::OK);
+    }
+    for agent in [&bed.world.source, &bed.world.destination] {
+        eventually(async || agent.log().await.iter().any(|line| line["path"] == "/last").then_some(())).await;
+        let shown = |format: Format| String::from_utf8(format.write(&agent.registry).unwrap()).unwrap();
+        let text = shown(Format::Text);
+        let traced: Vec<_> = text.split(" # {").skip(1).map(|rest| rest.split('}').next().unwrap()).collect();
+        assert_eq!(traced, [format!("trace_id=\"{TRACE}\"")]);
+        assert!(!shown(Format::Plain).contains(TRACE));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! What Prometheus is shown: OpenMetrics' text, or, where it asks for them, Prometheus's own messages, which alone have native
-//! histograms.
+//! histograms. Whoever asks for neither is shown Prometheus's older text, which has no place for traces: its readers stop at one.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use prometheus_client::{
     encoding::{
@@ -18,7 +18,9 @@ use prost::Message as _;
 /// How metrics are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// OpenMetrics 1.0, which Prometheus reads as its own text.
+    /// Prometheus's text, version 0.0.4.
+    Plain,
+    /// OpenMetrics 1.0.
     Text,
     /// Prometheus's messages, each after its length.
     Messages,
@@ -28,10 +30,10 @@ const MESSAGES: &str =
     "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited";
 
 impl Format {
-    /// What is wanted most, by `Accept` (RFC 9110, section 12.5.1): messages only where nothing textual is wanted more, or as much
-    /// and before them.
+    /// What is wanted most, by `Accept` (RFC 9110, section 12.5.1). OpenMetrics and messages are for who names them; of what is
+    /// wanted as much as something else, messages are shown if they stand before it, and OpenMetrics rather than plain text.
     pub fn wanted(accept: &str) -> Self {
-        let (mut messages, mut textual) = (0.0, 0.0);
+        let (mut messages, mut text, mut plain) = (0.0, 0.0, 0.0);
         for one in accept.split(',') {
             let mut parts = one.split(';').map(|part| part.trim().to_ascii_lowercase());
             let kind = parts.next().unwrap_or_default();
@@ -45,19 +47,27 @@ impl Format {
                 }
             }
             match kind.as_str() {
-                "application/vnd.google.protobuf" if ours && delimited && weight > textual => {
+                "application/vnd.google.protobuf" if ours && delimited && weight > f32::max(text, plain) => {
                     messages = f32::max(messages, weight);
                 }
-                "application/openmetrics-text" | "text/plain" => textual = f32::max(textual, weight),
+                "application/openmetrics-text" => text = f32::max(text, weight),
+                "text/plain" => plain = f32::max(plain, weight),
                 _ => {}
             }
         }
-        if messages > 0.0 && messages >= textual { Self::Messages } else { Self::Text }
+        if messages > 0.0 && messages >= f32::max(text, plain) {
+            Self::Messages
+        } else if text > 0.0 && text >= plain {
+            Self::Text
+        } else {
+            Self::Plain
+        }
     }
 
     /// The `Content-Type` that says so.
     pub fn content_type(self) -> &'static str {
         match self {
+            Self::Plain => "text/plain; version=0.0.4; charset=utf-8",
             Self::Text => "application/openmetrics-text; version=1.0.0; charset=utf-8",
             Self::Messages => MESSAGES,
         }
@@ -66,10 +76,10 @@ impl Format {
     /// All that is registered.
     pub fn write(self, registry: &Registry) -> Result<Vec<u8>, fmt::Error> {
         match self {
-            Self::Text => {
+            Self::Plain | Self::Text => {
                 let mut all = String::new();
                 text::encode(&mut all, registry)?;
-                Ok(all.into_bytes())
+                Ok(if self == Self::Plain { plain(&all)? } else { all }.into_bytes())
             }
             Self::Messages => {
                 let mut all = vec![];
@@ -82,6 +92,38 @@ impl Format {
         }
     }
 }
+
+/// OpenMetrics' text as Prometheus's older one: a family is named as its samples are, and no sample has a trace beside it.
+fn plain(open: &str) -> Result<String, fmt::Error> {
+    let mut all = String::with_capacity(open.len());
+    let mut help = None;
+    for line in open.lines() {
+        // Of a family its HELP comes first, then its TYPE.
+        if let Some(said) = line.strip_prefix("# HELP ") {
+            help = said.split_once(' ');
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|said| said.split_once(' '))
+        {
+            let (ending, kind) = match kind {
+                "counter" => ("_total", kind),
+                "info" => ("_info", "gauge"),
+                "unknown" => ("", "untyped"),
+                _ => ("", kind),
+            };
+            if let Some((_, help)) = help.take().filter(|(of, _)| *of == name) {
+                writeln!(all, "# HELP {name}{ending} {help}")?;
+            }
+            writeln!(all, "# TYPE {name}{ending} {kind}")?;
+        } else if !line.starts_with('#') {
+            // No label's value looks so: a quotation mark in one has a backslash before it.
+            let sample = line.split_once(TRACE).map_or(line, |(sample, _)| sample);
+            writeln!(all, "{sample}")?;
+        }
+    }
+    Ok(all)
+}
+
+/// How a trace beside a sample begins.
+const TRACE: &str = " # {trace_id=\"";
 
 /// Makes one message of two that stand side by side and have the same labels: one with buckets of fixed bounds, then one with native
 /// ones.
@@ -120,8 +162,12 @@ mod tests {
     fn messages_are_for_who_wants_them_most() {
         let ours =
             "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited";
-        check("", Format::Text);
-        check("*/*", Format::Text);
+        for anything in ["", "*/*", "text/html", "text/plain", "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"] {
+            check(anything, Format::Plain);
+        }
+        check("application/openmetrics-text;q=0.1,text/plain", Format::Plain);
+        check("application/openmetrics-text;q=0,*/*", Format::Plain);
+        check("text/plain,application/openmetrics-text", Format::Text);
         check("application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5,*/*;q=0.1", Format::Text);
         check(ours, Format::Messages);
         check(
@@ -130,12 +176,13 @@ mod tests {
         );
         check(&format!("{ours};q=0.5,application/openmetrics-text;version=1.0.0;q=0.8"), Format::Text);
         check(&format!("application/openmetrics-text;q=0.6, {ours};q=0.6"), Format::Text);
-        check(&format!("{ours};q=0"), Format::Text);
-        check(&format!("{ours};q=x"), Format::Text);
-        check("application/vnd.google.protobuf;proto=other;encoding=delimited", Format::Text);
+        check(&format!("text/plain;q=0.6, {ours};q=0.6"), Format::Plain);
+        check(&format!("{ours};q=0"), Format::Plain);
+        check(&format!("{ours};q=x"), Format::Plain);
+        check("application/vnd.google.protobuf;proto=other;encoding=delimited", Format::Plain);
         check(
             "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text",
-            Format::Text,
+            Format::Plain,
         );
     }
 
@@ -165,6 +212,36 @@ mod tests {
         assert!(!bucket("0.05").contains('#'), "{}", bucket("0.05"));
         assert_eq!(text.matches("nodemesh_request_duration_seconds_count").count(), 1);
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn who_asks_for_plain_text_is_shown_no_trace_and_families_that_are_named_as_their_samples() {
+        let (metrics, registry) = Metrics::new();
+        took(&metrics, "shop/pay", 3, Some(0xabc));
+        let text = String::from_utf8(Format::Plain.write(&registry).unwrap()).unwrap();
+        let mut family = String::new();
+        for line in text.lines() {
+            if let Some(said) = line.strip_prefix("# ") {
+                let (word, rest) = said.split_once(' ').unwrap();
+                assert!(["HELP", "TYPE"].contains(&word), "{line}");
+                family = rest.split(' ').next().unwrap().to_owned();
+                continue;
+            }
+            let (sample, value) = line.rsplit_once(' ').unwrap();
+            let name = sample.split('{').next().unwrap();
+            let ending = name.strip_prefix(&family).unwrap_or_else(|| panic!("{line} is not of {family}"));
+            assert!(["", "_bucket", "_sum", "_count"].contains(&ending), "{line} is not of {family}");
+            assert!(value.parse::<f64>().is_ok() && !sample.contains('#'), "{line}");
+        }
+        let bucket = "nodemesh_request_duration_seconds_bucket{le=\"0.005\",";
+        assert!(text.lines().any(|line| line.starts_with(bucket) && line.ends_with("} 1")), "{text}");
+        for said in [
+            "# HELP nodemesh_access_log_dropped_total ",
+            "# TYPE nodemesh_access_log_dropped_total counter\nnodemesh_access_log_dropped_total 0\n",
+            "# TYPE nodemesh_request_duration_seconds histogram\n",
+        ] {
+            assert!(text.contains(said), "no {said} in {text}");
+        }
     }
 
     #[test]

@@ -35,6 +35,7 @@ use mesh_core::{
     },
     view::{Demand, Mesh, NodeView, Resource, Snapshot},
 };
+use prometheus_client::registry::Registry;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::{crypto::ring, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -242,6 +243,8 @@ pub(crate) struct Agent {
     pub(crate) wants: Arc<Wants>,
     #[allow(dead_code, reason = "for the tests of what is seen")]
     pub(crate) spans: Option<Spans>,
+    #[allow(dead_code, reason = "for the tests of what is seen")]
+    pub(crate) registry: Registry,
     log: AccessLog,
     log_path: PathBuf,
     _dir: tempfile::TempDir,
@@ -251,7 +254,7 @@ impl Agent {
     fn new(name: &str, view: watch::Receiver<Option<Arc<Snapshot>>>, limits: Limits, sees: &Sees) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let log_path = dir.path().join("access.log");
-        let (identities, (metrics, _), drain) =
+        let (identities, (metrics, registry), drain) =
             (Arc::new(Identities::new()), Metrics::new(), Drain::new());
         let log = AccessLog::open(&log_path, metrics.clone()).expect("a log");
         let log = sees.log.map_or(log.clone(), |mode| log.of(mode));
@@ -268,7 +271,7 @@ impl Agent {
             limits,
             drain.clone(),
         );
-        Self { node, identities, metrics, drain, wants, spans, log, log_path, _dir: dir }
+        Self { node, identities, metrics, drain, wants, spans, registry, log, log_path, _dir: dir }
     }
 
     /// The access log's lines so far.
