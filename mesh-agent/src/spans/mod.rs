@@ -167,7 +167,25 @@ async fn export(spans: Vec<(Whose, otlp::Span)>, collector: &mut Collector, metr
         if failures == 1 {
             tracing::warn!(why = %not_taken, "the collector of spans cannot be reached: spans wait, and are dropped when they are too many");
         }
-        let pause = rpc::backoff(failures, rand::random(), MAX_BACKOFF);
-        tokio::time::sleep(pause.max(not_taken.after.unwrap_or_default().min(MAX_BACKOFF))).await;
+        tokio::time::sleep(pause(failures, rand::random(), not_taken.after)).await;
+    }
+}
+
+/// How long it waits until it tries again: longer each time, and no shorter than the collector wants, within bounds.
+fn pause(failures: u32, random: f64, after: Option<Duration>) -> Duration {
+    rpc::backoff(failures, random, MAX_BACKOFF).max(after.unwrap_or_default().min(MAX_BACKOFF))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_collector_that_wants_to_be_left_alone_is_for_a_while() {
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert!(pause(1, 0.5, None) < pause(3, 0.5, None));
+        assert_eq!(pause(1, 0.5, seconds(0)), pause(1, 0.5, None));
+        assert_eq!(pause(1, 0.5, seconds(20)), Duration::from_secs(20));
+        assert_eq!(pause(1, 0.5, seconds(3600)), MAX_BACKOFF);
     }
 }

@@ -115,3 +115,30 @@ fn not_taken(status: StatusCode, headers: &HeaderMap) -> NotTaken {
         _ => NotTaken::never(why),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Expected: not before so many seconds, if they are wanted again.
+    #[track_caller]
+    fn check(status: u16, retry_after: Option<&str>, expected: Option<Option<u64>>) {
+        let mut headers = HeaderMap::new();
+        headers.extend(retry_after.map(|it| (header::RETRY_AFTER, it.parse().unwrap())));
+        let not_taken = not_taken(StatusCode::from_u16(status).unwrap(), &headers);
+        let found = not_taken.again.then_some(not_taken.after.map(|it| it.as_secs()));
+        assert_eq!(found, expected, "{status} {retry_after:?}");
+    }
+
+    #[test]
+    fn a_collector_says_whether_and_when_it_wants_spans_again() {
+        for status in [429, 502, 503, 504] {
+            check(status, None, Some(None));
+            check(status, Some("7"), Some(Some(7)));
+            check(status, Some("soon"), Some(None));
+        }
+        for status in [302, 307, 400, 401, 404, 413, 500, 501] {
+            check(status, Some("7"), None);
+        }
+    }
+}

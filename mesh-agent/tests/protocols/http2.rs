@@ -53,6 +53,15 @@ fn request(method: Method, path: &str) -> Request<Empty<Bytes>> {
     Request::builder().method(method).uri(format!("http://web{path}")).body(Empty::new()).unwrap()
 }
 
+/// A request that an agent refuses, and no application hears of.
+fn two_hosts(method: Method) -> Request<Empty<Bytes>> {
+    let mut request = request(method, "/");
+    for host in ["a", "b"] {
+        request.headers_mut().append("host", host.parse().unwrap());
+    }
+    request
+}
+
 async fn get(sender: &SendRequest<Empty<Bytes>>, path: &str) -> hyper::Result<Response<Incoming>> {
     in_time(sender.clone().send_request(request(Method::GET, path))).await
 }
@@ -108,10 +117,7 @@ async fn an_answer_of_ours_to_head_has_no_body() {
     for bed in Bed::both().await {
         let sender = client(bed.at).await;
         let app = app("web", bed.app);
-        let mut two_hosts = request(Method::HEAD, "/");
-        two_hosts.headers_mut().append("host", "a".parse().unwrap());
-        two_hosts.headers_mut().append("host", "b".parse().unwrap());
-        let response = in_time(sender.clone().send_request(two_hosts)).await.unwrap();
+        let response = in_time(sender.clone().send_request(two_hosts(Method::HEAD))).await.unwrap();
         assert_eq!(response.status(), StatusCode::BAD_REQUEST);
         assert!(whole(response).await.unwrap().is_empty());
         assert_eq!(app.served(), 0);
@@ -251,7 +257,9 @@ fn websocket(mut request: Request<Incoming>, seen: &Mutex<Vec<String>>) -> Respo
     if request.method() == Method::GET {
         assert_eq!(headers["upgrade"], "websocket");
         assert_eq!(headers["sec-websocket-version"], "13");
-        let accept = accepts(headers["sec-websocket-key"].as_bytes());
+        let key =
+            if uri.path() == "/forged" { &b"another"[..] } else { headers["sec-websocket-key"].as_bytes() };
+        let accept = accepts(key);
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         for (name, value) in
             [("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-accept", &accept)]
@@ -287,10 +295,11 @@ async fn websocket_client(at: SocketAddr) -> SendRequest<Empty<Bytes>> {
         tells.send_replace(connection.is_extended_connect_protocol_enabled());
         polled
     }));
-    // hyper looks at the settings when there is something to do.
+    // hyper looks at the settings when there is something to do. Nobody behind the agent hears of it, so that the WebSocket is the
+    // first thing that is asked there.
     in_time(async {
         while !*offered.borrow_and_update() {
-            let _ = sender.clone().send_request(request(Method::GET, "/page")).await;
+            let _ = sender.clone().send_request(two_hosts(Method::GET)).await;
         }
     })
     .await;
@@ -329,7 +338,7 @@ async fn websockets_in_http2_reach_applications_in_whichever_way_they_speak_them
             }
             stream.shutdown().await.unwrap();
             assert_eq!(in_time(stream.read(&mut [0])).await.unwrap(), 0, "its end is said to both sides");
-            assert!(asked.lock().unwrap().contains(&expected.to_owned()), "{speaks:?}: {asked:?}");
+            assert_eq!(*asked.lock().unwrap(), [expected], "{speaks:?}");
         }
     }
 }
@@ -346,6 +355,9 @@ async fn what_is_no_websocket_after_all_is_told_to_its_client_and_costs_that_str
                 // To an extended CONNECT, 200 would mean that it is one.
                 let page = asks_for(&sender, "websocket", "/page").await;
                 assert_eq!(page.status(), StatusCode::BAD_GATEWAY, "{speaks:?}");
+                // Nor is what goes over without having understood the question (RFC 6455, section 4.1).
+                let forged = asks_for(&sender, "websocket", "/forged").await;
+                assert_eq!(forged.status(), StatusCode::BAD_GATEWAY, "{speaks:?}");
             }
             assert_eq!(asks_for(&sender, "websocket", "/chat").await.status(), StatusCode::OK);
         }
