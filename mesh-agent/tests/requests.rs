@@ -10,19 +10,30 @@ mod bed;
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use app::*;
 use bed::*;
-use http::{Request, StatusCode};
-use http_body_util::BodyExt;
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh_core::model::http::{
     Backend, BackendTarget, Filters, HeaderEdits, PathEdit, PathMatch, PersistBy, Persistence, Redirect,
     RequestMatch, RequestRoute, Retry, Rewrite, RouteKind, RouteRule, TextMatch, Timeouts, ValueMatch,
 };
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::{Mutex, watch},
+};
 use world::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -361,6 +372,97 @@ async fn routes_come_and_go_under_a_connection_that_lives() {
     let mut answer = vec![];
     in_time(stream.read_to_end(&mut answer)).await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.0 200"), "{}", String::from_utf8_lossy(&answer));
+}
+
+/// A rule of this number: it leads to one of two applications, and its answers say which rule it is.
+fn numbered(number: usize) -> RequestRoute {
+    let response_headers =
+        HeaderEdits { set: vec![("x-rule".into(), number.to_string())], ..HeaderEdits::default() };
+    let filters = Filters { response_headers, ..Filters::default() };
+    route(vec![RouteRule { filters, ..rule(vec![], vec![to(["web", "api"][number % 2], 1)]) }])
+}
+
+/// Which rules there are, while they change.
+#[derive(Default)]
+struct Changes {
+    /// The newest that may be in force.
+    begun: AtomicUsize,
+    /// The oldest that may be.
+    in_force: AtomicUsize,
+    done: AtomicBool,
+}
+
+/// Asks without pause, until there are no more changes: each answer has to be by a rule, whole, that was in force since it was
+/// asked for. Tells of each.
+async fn asks_throughout<F>(changes: Arc<Changes>, seen: watch::Sender<usize>, ask: impl Fn() -> F) -> usize
+where
+    F: Future<Output = Response<Incoming>>,
+{
+    let mut asked = 0;
+    while !changes.done.load(Ordering::SeqCst) {
+        let oldest = changes.in_force.load(Ordering::SeqCst);
+        let answer = ask().await;
+        let newest = changes.begun.load(Ordering::SeqCst);
+        assert_eq!(answer.status(), StatusCode::OK, "request {asked}");
+        let number: usize = answer.headers()["x-rule"].to_str().unwrap().parse().unwrap();
+        assert!((oldest..=newest).contains(&number), "rule {number} was not in force: {oldest} to {newest}");
+        assert_eq!(answer.headers()["x-app"], ["web", "api"][number % 2], "a rule is one with its backends");
+        in_time(answer.into_body().collect()).await.unwrap();
+        seen.send_replace(number);
+        asked += 1;
+    }
+    asked
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_change_all_the_time_disturb_no_request() {
+    const EACH: usize = 100;
+    let mut bed = Bed::new(vec![]).await;
+    bed.plan.routes = vec![numbered(0)];
+    bed.world.publish(&bed.plan, "rule 0");
+    let changes = Arc::new(Changes::default());
+    let (mut clients, mut seen) = (vec![], vec![]);
+    let tells = |seen: &mut Vec<_>| {
+        let (tells, by) = watch::channel(0);
+        seen.push(by);
+        tells
+    };
+    // Each connection is opened once: one that ends fails its client.
+    for _ in 0..2 {
+        let client = Arc::new(Mutex::new(bed.client().await));
+        let ask = move || {
+            let client = client.clone();
+            async move { client.lock().await.send(Request::get("/"), "").await }
+        };
+        clients.push(tokio::spawn(asks_throughout(changes.clone(), tells(&mut seen), ask)));
+    }
+    let streams = bed.caller().await.0;
+    for _ in 0..4 {
+        let sender = streams.clone();
+        let ask = move || {
+            let mut sender = sender.clone();
+            let request = Request::get("http://service/").version(Version::HTTP_2).body(Empty::new());
+            async move { in_time(sender.send_request(request.unwrap())).await.unwrap() }
+        };
+        clients.push(tokio::spawn(asks_throughout(changes.clone(), tells(&mut seen), ask)));
+    }
+    // First each waits until everybody was answered by it, then each follows the one before at once.
+    for number in 1..=2 * EACH {
+        bed.plan.routes = vec![numbered(number)];
+        changes.begun.store(number, Ordering::SeqCst);
+        bed.world.publish(&bed.plan, &format!("rule {number}"));
+        changes.in_force.store(number, Ordering::SeqCst);
+        if number > EACH && number < 2 * EACH {
+            continue;
+        }
+        for seen in &mut seen {
+            in_time(seen.wait_for(|seen| *seen == number)).await.expect("its client asks still");
+        }
+    }
+    changes.done.store(true, Ordering::SeqCst);
+    for client in clients {
+        assert!(client.await.unwrap() > EACH, "it was answered by every rule that was waited for");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -90,7 +90,7 @@ impl Bed {
 }
 
 /// A client of gRPC.
-pub(crate) struct Caller(http2::SendRequest<Empty<Bytes>>);
+pub(crate) struct Caller(pub(crate) http2::SendRequest<Empty<Bytes>>);
 
 impl Caller {
     pub(crate) async fn call(&self, path: &str) -> Response<Incoming> {
