@@ -10,9 +10,10 @@
 //! | 3 | [`distribute`] | versions of each node's view, and who has which |
 //! | 4 | [`review`] | what is legal and suspicious |
 //! | 5 | [`source`], [`project`], [`ca`], [`bundle`], [`report`], [`token`], [`attest`], [`generation`] | manifests into the model; views out of it; certificates; the roots, published; what agents said; who may join, by a token of ours or by Kubernetes' word; which start of which state this is |
-//! | 6 | [`routes`], [`traffic`], [`jwks`] | which routes are in force for which Services, and where they lead; which policies say how that is sent; issuers' keys |
-//! | 7 | [`model`], [`conditions`] | the whole desired state; what pods say of their capture |
-//! | 8 | [`config`], [`metrics`], [`store`], [`digest`], [`clock`], [`kubernetes`], [`others`], [`privileges`], [`health`] | settings; counters; files that are whole or absent; SHA-256; the time; the way to an API server; the other controllers; having none; what agents said of endpoints |
+//! | 6 | [`routes`] | which routes are in force for which Services, and where they lead |
+//! | 7 | [`traffic`], [`jwks`] | which policies say how that is sent; issuers' keys |
+//! | 8 | [`model`], [`conditions`] | the whole desired state; what pods say of their capture |
+//! | 9 | [`config`], [`metrics`], [`store`], [`digest`], [`clock`], [`kubernetes`], [`others`], [`privileges`], [`health`] | settings; counters; files that are whole or absent; SHA-256; the time; the way to an API server; the other controllers; having none; what agents said of endpoints |
 
 pub mod admin;
 pub mod api;

@@ -98,7 +98,7 @@ impl Common {
         let traffic = traffic::resolve(model);
         let (ready, slices, mut checked) =
             (Ready::new(model), Slices::new(model), Checked::new(&heard.unhealthy));
-        let (services, resolved) = (model.services.values(), routes::resolve(model));
+        let (services, resolved) = (model.services.values(), routes::resolve(model, &traffic));
         let service = |it| Arc::new(service(it, &ready, &slices, &traffic, &mut checked, &resolved));
         let services = services.map(service).collect();
         let Checked { mut of_workloads, failing, too_many: unchecked, .. } = checked;
@@ -131,10 +131,7 @@ impl Common {
         let authentications: Vec<Arc<Authentication>> = model.authentications.values().cloned().collect();
         let intakes = intake::all(model, &traffic);
         let wanted = model.workloads.values().cloned().collect();
-        let (mut routes, holders) = (resolved.routes, OnceLock::new());
-        if traffic.speaks_of_routes() {
-            routes.iter_mut().for_each(|route| traffic.tell(Arc::make_mut(route)));
-        }
+        let (routes, holders) = (resolved.routes, OnceLock::new());
         Self {
             mesh,
             wanted,

@@ -15,7 +15,10 @@ use mesh_core::model::{
 };
 
 use self::taken::{MAX_BYTES, Taken};
-use crate::model::{Model, ParentRef, Port, Route};
+use crate::{
+    model::{Model, ParentRef, Port, Route},
+    traffic,
+};
 
 /// What became of all routes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -145,8 +148,8 @@ impl fmt::Display for Why {
     }
 }
 
-/// Looks up what all routes refer to.
-pub fn resolve(model: &Model) -> Resolved {
+/// Looks up what all routes refer to. `traffic`: what policies say of their rules, which these are told.
+pub fn resolve(model: &Model, traffic: &traffic::Resolved) -> Resolved {
     let mut resolved = Resolved::default();
     let mut taken = Taken::default();
     // In the order of kinds: the ones that say more come first. Of one kind the older ones do, so that a new one never
@@ -174,7 +177,9 @@ pub fn resolve(model: &Model) -> Resolved {
         let (kind, name, created) = (route.kind, route.name.clone(), route.created);
         resolved.outcomes.insert((kind, name.clone()), outcome);
         if kind.is_of_requests() && !parents.is_empty() {
-            resolved.routes.push(Arc::new(RequestRoute { kind, name, created, parents, rules }));
+            let mut of_requests = RequestRoute { kind, name, created, parents, rules };
+            traffic.tell(&mut of_requests);
+            resolved.routes.push(Arc::new(of_requests));
         } else if !kind.is_of_requests() {
             let share = |it: Backend| Share { to: it.to, weight: it.weight };
             let backends = rules.into_iter().flat_map(|rule| rule.backends).map(share).collect();

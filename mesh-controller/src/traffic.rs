@@ -212,6 +212,9 @@ impl Resolved {
 
     /// Tells the rules of a route what is said of them.
     pub fn tell(&self, route: &mut RequestRoute) {
+        if !self.speaks_of_routes() {
+            return;
+        }
         let RequestRoute { kind, name, rules, .. } = route;
         for (index, rule) in rules.iter_mut().enumerate() {
             let places = [Place::Rule(*kind, name.clone(), index), Place::Route(*kind, name.clone())];
@@ -220,7 +223,7 @@ impl Resolved {
     }
 
     /// Whether a rule of some route is spoken of.
-    pub fn speaks_of_routes(&self) -> bool {
+    fn speaks_of_routes(&self) -> bool {
         self.at.keys().any(|place| matches!(place, Place::Route(..) | Place::Rule(..)))
     }
 

@@ -7,8 +7,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use mesh_controller::{
     model::Model,
-    routes::{Resolved, resolve},
+    routes::{self, Resolved},
     source::ledger::{FileContent, Ledger},
+    traffic,
 };
 use mesh_core::model::{
     Name,
@@ -45,6 +46,11 @@ fn model(documents: &str) -> Model {
     let ledger = Ledger::default().next(&[(PathBuf::from("a.yaml"), content)].into());
     assert_eq!(ledger.refused(), [], "{documents}");
     ledger.model()
+}
+
+/// What becomes of routes beside the policies that there are.
+fn resolve(model: &Model) -> Resolved {
+    routes::resolve(model, &traffic::resolve(model))
 }
 
 /// A route whose only rule has one backend, with the rest of its reference.

@@ -11,6 +11,7 @@ use super::answer::{RouteParentRow, RouteRow};
 use crate::{
     model::{Model, ParentRef, Route},
     routes::{Outcome, resolve},
+    traffic,
 };
 
 /// All routes of Services, by kind and name.
@@ -34,7 +35,7 @@ pub(super) fn rows(model: &Model) -> Vec<RouteRow> {
         rules: model.routes.get(&(kind, name.clone())).map_or_else(Vec::new, |route| rules(route)),
         name: name.to_string(),
     };
-    resolve(model).outcomes.into_iter().map(row).collect()
+    resolve(model, &traffic::resolve(model)).outcomes.into_iter().map(row).collect()
 }
 
 /// The Service, and the port that is meant.

@@ -9,12 +9,13 @@ use super::{Review, near};
 use crate::{
     model::{ObjectKey, Route, Service},
     routes::{Broken, NotAccepted, Outcome, Why, resolve},
+    traffic,
 };
 
 impl Review<'_> {
     pub(super) fn routes(&mut self) {
         let model = self.model;
-        for ((kind, name), outcome) in resolve(model).outcomes {
+        for ((kind, name), outcome) in resolve(model, &traffic::resolve(model)).outcomes {
             let key = ObjectKey { kind: kind.into(), name: name.clone() };
             let Some(route) = model.routes.get(&(kind, name)) else { continue };
             self.references(&key, &outcome);

@@ -423,7 +423,7 @@ impl Objects {
         for one in ledger.refused() {
             refused.entry(one.file.as_path()).or_default().push(one);
         }
-        let (routes, traffic) = (self.routes(ledger), self.traffic(ledger));
+        let (routes, traffic) = self.referring(ledger);
         let all = self.listed.iter().flat_map(|(of, listed)| listed.things.iter().map(|it| (*of, it)));
         let standing = |(of, (key, thing)): (Followed, (&Key, &Thing))| {
             let Thing::Subject(_, subject) = thing else { return None };
@@ -447,26 +447,26 @@ impl Objects {
         self.listed.get(&of).is_some_and(|it| !it.things.is_empty())
     }
 
-    /// What became of the policies on traffic.
-    fn traffic(&self, ledger: &Ledger) -> BTreeMap<Name, traffic::Outcome> {
-        if !self.has(Followed::Traffic) {
-            return BTreeMap::new();
+    /// What became of those that refer to others: the routes, and the policies on traffic.
+    fn referring(&self, ledger: &Ledger) -> (Outcomes, BTreeMap<Name, traffic::Outcome>) {
+        let refers = |of: &Followed| of.route().is_some() || *of == Followed::Traffic;
+        if !Followed::ALL.into_iter().filter(refers).any(|of| self.has(of)) {
+            return Default::default();
         }
-        let matters =
-            |it: &&Object| matches!(it, Object::Service(_) | Object::Route(_) | Object::TrafficPolicy(_));
-        traffic::resolve(&ledger.objects().filter(matters).collect()).outcomes
-    }
-
-    /// What became of the routes.
-    fn routes(&self, ledger: &Ledger) -> BTreeMap<(RouteKind, Name), Outcome> {
-        if !Followed::ALL.into_iter().any(|of| of.route().is_some() && self.has(of)) {
-            return BTreeMap::new();
-        }
-        let matters =
-            |it: &&Object| matches!(it, Object::Service(_) | Object::Route(_) | Object::ReferenceGrant(_));
-        routes::resolve(&ledger.objects().filter(matters).collect()).outcomes
+        let matters = |it: &&Object| {
+            matches!(
+                it,
+                Object::Service(_) | Object::Route(_) | Object::ReferenceGrant(_) | Object::TrafficPolicy(_)
+            )
+        };
+        let model = ledger.objects().filter(matters).collect();
+        let traffic = traffic::resolve(&model);
+        (routes::resolve(&model, &traffic).outcomes, traffic.outcomes)
     }
 }
+
+/// What became of each route.
+type Outcomes = BTreeMap<(RouteKind, Name), Outcome>;
 
 #[cfg(test)]
 mod tests {
