@@ -14,7 +14,7 @@ use mesh_core::model::{
     tcp::{ConnectionRoute, Share},
 };
 
-use self::taken::{MAX_BYTES, Taken};
+use self::taken::{Room, Taken, Wanted};
 use crate::{
     model::{Model, ParentRef, Port, Route},
     traffic,
@@ -54,8 +54,17 @@ pub enum NotAccepted {
     NoAddress(Name),
     /// All ports that the route speaks of have routes of a kind that says more.
     Conflicted(Name, RouteKind),
-    /// The Service has as many routes of connections as it may.
-    TooMany(Name),
+    /// The Service has no room for it beside the older ones.
+    TooMany {
+        /// The Service.
+        service: Name,
+        /// The kind of the route.
+        kind: RouteKind,
+        /// How many bytes the older ones leave.
+        left: usize,
+        /// How many it takes.
+        takes: usize,
+    },
 }
 
 impl NotAccepted {
@@ -65,7 +74,23 @@ impl NotAccepted {
             Self::NoService(_) | Self::NoPort(_) => "NoMatchingParent",
             Self::NoAddress(_) => "UnsupportedValue",
             Self::Conflicted(..) => "Conflicted",
-            Self::TooMany(_) => "TooManyRoutes",
+            Self::TooMany { .. } => "TooManyRoutes",
+        }
+    }
+
+    /// What helps, where that is the same whatever else there is.
+    pub const fn cure(&self) -> Option<&'static str> {
+        match self {
+            Self::NoService(_) | Self::NoPort(_) => None,
+            Self::NoAddress(_) => Some("give the Service a clusterIP, or make another one for clients"),
+            Self::Conflicted(..) => Some("give each kind a port of its own, or remove one of the routes"),
+            Self::TooMany { kind: RouteKind::Grpc | RouteKind::Http, .. } => Some(
+                "name the port in parentRefs if the route is for one, have fewer or shorter rules, or give some of the requests a \
+                 Service of their own",
+            ),
+            Self::TooMany { kind: RouteKind::Tls | RouteKind::Tcp, .. } => {
+                Some("name fewer servers, by *.DOMAIN where that is meant, or use more Services")
+            }
         }
     }
 }
@@ -92,12 +117,16 @@ impl fmt::Display for NotAccepted {
                 let by = by.as_str();
                 write!(f, "{by}s speak of the same ports of Service {service}, and come before this")
             }
-            Self::TooMany(service) => write!(
-                f,
-                "older TLSRoutes and TCPRoutes of Service {service} have all of the {} KiB that there are for their names and \
-                 backends",
-                MAX_BYTES >> 10
-            ),
+            Self::TooMany { service, kind, left, takes } => {
+                let Room { kinds, most } = Room::of(*kind);
+                let field = if *kind == RouteKind::Tls { "spec.hostnames" } else { "spec.rules" };
+                write!(
+                    f,
+                    "{kinds} of Service {service} have {} KiB in all, counted for each port: the older ones leave {left} bytes, \
+                     and this one takes {takes} with its {field}",
+                    most >> 10
+                )
+            }
         }
     }
 }
@@ -157,13 +186,15 @@ pub fn resolve(model: &Model, traffic: &traffic::Resolved) -> Resolved {
     let mut all: Vec<&Arc<Route>> = model.routes.values().collect();
     all.sort_by_key(|route| (route.kind, route.created, &route.name));
     for route in all {
+        let mut told = told(route, traffic);
+        let wanted = Wanted::new(route, &told);
         let mut outcome = Outcome::default();
         let mut parents = Vec::new();
         for parent in &route.parents {
-            let verdict = accept(model, &taken, route, parent);
+            let verdict = accept(model, &taken, &wanted, parent, &parents);
             if let Ok(accepted) = &verdict {
                 if !parents.contains(accepted) {
-                    taken.note(model, route, accepted);
+                    taken.note(model, &wanted, accepted, &parents);
                     parents.push(accepted.clone());
                 }
                 let behind = taken.behind(model, route, accepted);
@@ -172,34 +203,51 @@ pub fn resolve(model: &Model, traffic: &traffic::Resolved) -> Resolved {
             outcome.parents.push((parent.clone(), verdict.err()));
         }
         let mut references = References { model, route, parents: &parents, broken: vec![] };
-        let rules = references.rules();
+        references.rules(&mut told.rules);
         outcome.broken = references.broken;
-        let (kind, name, created) = (route.kind, route.name.clone(), route.created);
-        resolved.outcomes.insert((kind, name.clone()), outcome);
-        if kind.is_of_requests() && !parents.is_empty() {
-            let mut of_requests = RequestRoute { kind, name, created, parents, rules };
-            traffic.tell(&mut of_requests);
-            resolved.routes.push(Arc::new(of_requests));
-        } else if !kind.is_of_requests() {
-            let share = |it: Backend| Share { to: it.to, weight: it.weight };
-            let backends = rules.into_iter().flat_map(|rule| rule.backends).map(share).collect();
-            let hostnames = route.hostnames.clone();
-            let of_connections = Arc::new(ConnectionRoute { kind, name, created, hostnames, backends });
-            for (service, port) in taken.ports(model, route, &parents) {
-                resolved.connections.entry((service, port)).or_default().push(of_connections.clone());
+        resolved.outcomes.insert((route.kind, route.name.clone()), outcome);
+        if route.kind.is_of_requests() {
+            if !parents.is_empty() {
+                resolved.routes.push(Arc::new(RequestRoute { parents, ..told }));
             }
+            continue;
+        }
+        let RequestRoute { kind, name, created, rules, .. } = told;
+        let share = |it: Backend| Share { to: it.to, weight: it.weight };
+        let backends = rules.into_iter().flat_map(|rule| rule.backends).map(share).collect();
+        let hostnames = route.hostnames.clone();
+        let of_connections = Arc::new(ConnectionRoute { kind, name, created, hostnames, backends });
+        for (service, port) in taken.ports(model, route, &parents) {
+            resolved.connections.entry((service, port)).or_default().push(of_connections.clone());
         }
     }
     resolved.routes.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
     resolved
 }
 
-/// Whether a Service accepts a route, and for which port.
+/// A route as agents would be told of it if all of its parents accepted it, and all that it refers to was there.
+fn told(route: &Route, traffic: &traffic::Resolved) -> RequestRoute {
+    let parents = route.parents.iter().map(|it| Parent { service: it.service.clone(), port: it.port });
+    let mut told = RequestRoute {
+        kind: route.kind,
+        name: route.name.clone(),
+        created: route.created,
+        parents: parents.collect(),
+        rules: route.rules.clone(),
+    };
+    if route.kind.is_of_requests() {
+        traffic.tell(&mut told);
+    }
+    told
+}
+
+/// Whether a Service accepts a route that it has as these parents already, and for which port.
 fn accept(
     model: &Model,
     taken: &Taken<'_>,
-    route: &Route,
+    wanted: &Wanted<'_>,
     parent: &ParentRef,
+    besides: &[Parent],
 ) -> Result<Parent, NotAccepted> {
     let no_service = || NotAccepted::NoService(parent.service.clone());
     let service = model.services.get(&parent.service).ok_or_else(no_service)?;
@@ -214,12 +262,13 @@ fn accept(
     let found = found.ok_or_else(|| NotAccepted::NoPort(parent.clone()))?;
     let all = parent.port.is_none() && parent.section.is_none();
     let port = (!all).then_some(found.port);
-    if let Some(by) = taken.by_another(route, service, port) {
+    if let Some(by) = taken.by_another(wanted.route, service, port) {
         return Err(NotAccepted::Conflicted(service.name.clone(), by));
     }
-    if !taken.has_room(route, service, port) {
-        return Err(NotAccepted::TooMany(service.name.clone()));
-    }
+    taken.has_room(wanted, service, port, besides).map_err(|(left, takes)| {
+        let (service, kind) = (service.name.clone(), wanted.route.kind);
+        NotAccepted::TooMany { service, kind, left, takes }
+    })?;
     Ok(Parent { service: service.name.clone(), port })
 }
 
@@ -233,8 +282,7 @@ struct References<'a> {
 }
 
 impl References<'_> {
-    fn rules(&mut self) -> Vec<RouteRule> {
-        let mut rules = self.route.rules.clone();
+    fn rules(&mut self, rules: &mut [RouteRule]) {
         for (index, rule) in rules.iter_mut().enumerate() {
             let at = format!("spec.rules[{index}]");
             self.mirrors(&at, &mut rule.filters);
@@ -244,7 +292,6 @@ impl References<'_> {
                 self.mirrors(&at, filters);
             }
         }
-        rules
     }
 
     fn mirrors(&mut self, at: &str, filters: &mut Filters) {

@@ -309,18 +309,93 @@ fn a_service_has_no_more_routes_of_connections_than_agents_can_be_told() {
     let route = |at: u32| of_connections("TLSRoute", &format!("shop/r{at}"), 9 - at, ", port: 80", &hosts);
     let documents: String = (0..9).map(route).collect();
     let resolved = resolve(&model(&documents));
-    let refused: Vec<String> = resolved
-        .outcomes
-        .iter()
-        .filter(|(_, outcome)| outcome.parents[0].1.as_ref().is_some_and(|it| it.reason() == "TooManyRoutes"))
-        .map(|((_, name), _)| name.to_string())
-        .collect();
     // About 74 KB each: seven are less than 512 KiB, and those are the older ones.
-    assert_eq!(refused, ["shop/r0", "shop/r1"]);
+    assert_eq!(too_many(&resolved), ["TLSRoute shop/r0", "TLSRoute shop/r1"]);
     assert_eq!(resolved.connections[&(Name::new("shop", "web"), 80)].len(), 7);
     // For each port once.
     let twice = resolve(&model(&documents.replace(", port: 80}]", "}]")));
     assert_eq!(twice.connections[&(Name::new("shop", "web"), 80)].len(), 3);
+}
+
+/// An HTTPRoute or GRPCRoute of about 129 KB.
+fn long_route(kind: &str, name: &str, created: u32, port: &str) -> String {
+    let (namespace, name) = name.split_once('/').unwrap();
+    let value = "x".repeat(4000);
+    let headers: Vec<String> = (0..2).map(|at| format!("{{name: h{at}, value: {value}}}")).collect();
+    let rule = format!(
+        "{{matches: [{{headers: [{}]}}], backendRefs: [{{name: v1, port: 8080}}]}}",
+        headers.join(", ")
+    );
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: {namespace}, \
+         creationTimestamp: '2026-01-01T00:00:{created:02}Z'}}\nspec: {{parentRefs: [{{group: '', kind: Service, name: \
+         web{port}}}], rules: [{}]}}\n---\n",
+        vec![rule; 16].join(", ")
+    )
+}
+
+fn too_many(resolved: &Resolved) -> Vec<String> {
+    let is = |(_, outcome): &(_, &routes::Outcome)| {
+        outcome.parents[0].1.as_ref().is_some_and(|it| it.reason() == "TooManyRoutes")
+    };
+    resolved.outcomes.iter().filter(is).map(|((kind, name), _)| format!("{} {name}", kind.as_str())).collect()
+}
+
+#[test]
+fn a_service_has_no_more_routes_of_requests_than_agents_can_be_told() {
+    let of = |kind: &str, from: u32, count: u32, port: &str| -> String {
+        (from..from + count).map(|at| long_route(kind, &format!("shop/r{at:02}"), 50 - at, port)).collect()
+    };
+    // About 129 KB each: sixteen are less than 2 MiB, and those are the older ones.
+    let documents = of("HTTPRoute", 10, 18, ", port: 80");
+    let resolved = resolve(&model(&documents));
+    assert_eq!(too_many(&resolved), ["HTTPRoute shop/r10", "HTTPRoute shop/r11"]);
+    assert_eq!(resolved.routes.len(), 16);
+    let (_, error) = &resolved.outcomes[&(RouteKind::Http, Name::new("shop", "r10"))].parents[0];
+    let error = error.as_ref().unwrap();
+    let says = error.to_string();
+    for part in ["HTTPRoutes of Service shop/web", "2048 KiB", "for each port", "with its spec.rules"] {
+        assert!(says.contains(part), "{says}");
+    }
+    assert!(error.cure().unwrap().contains("parentRefs"));
+
+    // What was accepted stays so, whatever comes: more of its kind, a kind that comes before it, a smaller one.
+    let before = resolved.routes;
+    let small = long_route("HTTPRoute", "shop/small", 59, ", port: 80").replace(&"x".repeat(4000), "x");
+    let more = of("HTTPRoute", 1, 9, ", port: 80") + &of("GRPCRoute", 1, 16, ", port: 7070") + &small;
+    let after = resolve(&model(&(documents.clone() + &more)));
+    assert!(before.iter().all(|route| after.routes.contains(route)));
+    assert_eq!(after.routes.iter().filter(|route| route.kind == RouteKind::Grpc).count(), 16);
+    assert!(after.routes.iter().any(|route| route.name.name == "small"), "there is room for a small one");
+
+    // Each port counts, and one that two parents name counts once.
+    let twice = resolve(&model(&documents.replace(", port: 80}]", "}]")));
+    assert_eq!(twice.routes.len(), 8);
+    let also = "}, {group: '', kind: Service, name: web, port: 80}, {group: '', kind: Service, name: web, port: 7070}]";
+    let thrice = resolve(&model(&documents.replace(", port: 80}]", also)));
+    assert_eq!(thrice.routes.len(), 8);
+    assert!(thrice.routes.iter().all(|route| route.parents.len() == 3));
+}
+
+#[test]
+fn what_policies_say_of_the_rules_of_a_route_counts_with_them() {
+    let calls: Vec<String> = (0..64).map(|at| format!("{}.S/{at:02}", "c".repeat(200))).collect();
+    let policy = |name: &str, routes: std::ops::Range<u32>| {
+        let targets: Vec<String> = routes.map(|at| format!("{{kind: HTTPRoute, name: r{at:02}}}")).collect();
+        format!(
+            "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: shop}}\nspec: \
+             {{targetRefs: [{}], hedge: {{after: 1s, calls: [{}]}}}}\n---\n",
+            targets.join(", "),
+            calls.join(", ")
+        )
+    };
+    let documents: String =
+        (10..26).map(|at| long_route("HTTPRoute", &format!("shop/r{at}"), 50 - at, ", port: 80")).collect();
+    assert_eq!(resolve(&model(&documents)).routes.len(), 16);
+    // 13 KB of calls more for each of the 16 rules.
+    let with = resolve(&model(&(documents + &policy("hedged", 10..26))));
+    assert_eq!((with.routes.len(), too_many(&with).len()), (6, 10));
+    assert!(with.routes.iter().all(|route| route.rules.iter().all(|rule| rule.traffic.hedge.is_some())));
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod traffic;
 
 use std::{net::IpAddr, sync::Arc};
 
+pub use self::routes::route_bytes;
 use crate::{
     identity::{IdentityError, TrustDomain},
     model, view,

@@ -34,14 +34,8 @@ impl Review<'_> {
             let cure = match error {
                 NotAccepted::NoService(service) => self.service_cure(service),
                 NotAccepted::NoPort(parent) => self.port_cure(&parent.service),
-                NotAccepted::NoAddress(_) => {
-                    "give the Service a clusterIP, or make another one for clients".into()
-                }
-                NotAccepted::Conflicted(..) => {
-                    "give each kind a port of its own, or remove one of the routes".into()
-                }
-                NotAccepted::TooMany(_) => {
-                    "name fewer servers, by *.DOMAIN where that is meant, or use more Services".into()
+                NotAccepted::NoAddress(_) | NotAccepted::Conflicted(..) | NotAccepted::TooMany { .. } => {
+                    error.cure().unwrap_or_default().to_owned()
                 }
             };
             self.warn(key, &field, format!("it is not in force there: {error}"), cure);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, uri::PathAndQuery};
+use prost::Message;
 
 use super::{UNKNOWN, WireError, error, name_from_proto, port_from_proto, proto, traffic};
 use crate::model::{
@@ -13,6 +14,11 @@ use crate::model::{
         Timeouts, ValueMatch,
     },
 };
+
+/// How many bytes a route of requests takes of the update of a view.
+pub fn route_bytes(route: &RequestRoute) -> usize {
+    to_proto(route).encoded_len()
+}
 
 pub(super) fn to_proto(route: &RequestRoute) -> proto::RequestRoute {
     let parent = |parent: &Parent| proto::RouteParent {

@@ -1,7 +1,9 @@
 //! Views, their differences, and both on the wire.
 
+use std::sync::Arc;
+
 use mesh_core::{
-    view::{Delta, NodeView, Snapshot},
+    view::{Delta, NodeView, Resource, Snapshot},
     wire::{self, proto::ViewUpdate},
 };
 use proptest::{collection::vec, prelude::*};
@@ -38,6 +40,16 @@ proptest! {
     fn every_view_crosses_the_wire_unchanged(view in arbitrary::view(), next in arbitrary::view()) {
         let delta = view.diff(&next);
         prop_assert_eq!(decoded(&encoded(&delta)), delta);
+    }
+
+    #[test]
+    fn a_route_takes_as_many_bytes_of_an_update_as_is_said(route in arbitrary::route()) {
+        let of = |upserts: Vec<Resource>| encoded(&Delta { upserts, removes: vec![] }).len();
+        let (said, resource) = (wire::route_bytes(&route), Resource::Route(Arc::new(route)));
+        let key = resource.key().to_string().len();
+        let taken = of(vec![resource]) - of(vec![]);
+        // Besides itself there are its key and the lengths of all three.
+        prop_assert!((said + key..said + key + 16).contains(&taken), "{taken} are taken, {said} are said");
     }
 
     #[test]

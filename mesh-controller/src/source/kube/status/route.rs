@@ -93,7 +93,10 @@ fn accepted(error: Option<&NotAccepted>, behind: Option<&Name>) -> Verdict {
             Verdict::new(ACCEPTED, true, "Accepted", &message)
         }
         None => Verdict::new(ACCEPTED, true, "Accepted", "It is in force."),
-        Some(error) => Verdict::new(ACCEPTED, false, error.reason(), &error.to_string()),
+        Some(error) => {
+            let cure = error.cure().map(|cure| format!(". Cure: {cure}.")).unwrap_or_default();
+            Verdict::new(ACCEPTED, false, error.reason(), &format!("{error}{cure}"))
+        }
     }
 }
 
