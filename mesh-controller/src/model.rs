@@ -89,7 +89,7 @@ impl Kind {
         }
     }
 
-    /// `apiVersion:` in a manifest, and what a cluster is asked for.
+    /// `apiVersion:` in a manifest, and what a cluster is asked for first.
     pub const fn api_version(self) -> &'static str {
         match self {
             Self::Namespace | Self::Service => "v1",
@@ -100,18 +100,32 @@ impl Kind {
             Self::HttpRoute | Self::GrpcRoute | Self::TlsRoute | Self::TcpRoute => {
                 "gateway.networking.k8s.io/v1"
             }
-            // Every version of the Gateway API that has the routes serves this one.
             Self::ReferenceGrant => "gateway.networking.k8s.io/v1beta1",
         }
     }
 
-    /// Another `apiVersion:` that means the same.
-    pub const fn other_api_version(self) -> Option<&'static str> {
+    /// Other `apiVersion:` that mean the same, and that a cluster is asked for when it does not serve those before.
+    pub const fn other_api_versions(self) -> &'static [&'static str] {
         match self {
-            Self::HttpRoute => Some("gateway.networking.k8s.io/v1beta1"),
-            Self::ReferenceGrant => Some("gateway.networking.k8s.io/v1"),
-            _ => None,
+            Self::HttpRoute => &["gateway.networking.k8s.io/v1beta1"],
+            Self::ReferenceGrant => &["gateway.networking.k8s.io/v1"],
+            // Of v1alpha2 some have no hostnames, or more rules than one: these are refused for that.
+            Self::TlsRoute => &["gateway.networking.k8s.io/v1alpha3", "gateway.networking.k8s.io/v1alpha2"],
+            Self::TcpRoute => &["gateway.networking.k8s.io/v1alpha2"],
+            Self::Namespace
+            | Self::Workload
+            | Self::Service
+            | Self::EndpointSlice
+            | Self::AuthorizationPolicy
+            | Self::TrafficPolicy
+            | Self::AuthenticationPolicy
+            | Self::GrpcRoute => &[],
         }
+    }
+
+    /// All `apiVersion:` that mean the same, the best first.
+    pub fn api_versions(self) -> impl Iterator<Item = &'static str> {
+        [self.api_version()].into_iter().chain(self.other_api_versions().iter().copied())
     }
 
     /// Whether it is one of routes.

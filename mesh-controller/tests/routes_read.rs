@@ -390,6 +390,40 @@ fn a_route_of_connections_says_servers_and_backends() {
 }
 
 #[test]
+fn a_route_of_connections_is_read_in_its_older_versions_too() {
+    let rules = "rules: [{backendRefs: [{name: v1, port: 5432}]}]";
+    let tls = format!("hostnames: [db.example], {rules}");
+    let of = |kind: &str, version: &str, says: &str| {
+        of_connections(kind, says)
+            .replace("gateway.networking.k8s.io/v1\n", &format!("gateway.networking.k8s.io/{version}\n"))
+    };
+    for (kind, version, says) in
+        [("TCPRoute", "v1alpha2", rules), ("TLSRoute", "v1alpha2", &tls), ("TLSRoute", "v1alpha3", &tls)]
+    {
+        assert_eq!(only(&of(kind, version, says)), only(&of_connections(kind, says)), "{kind} {version}");
+    }
+    let two =
+        "hostnames: [a.b], rules: [{backendRefs: [{name: a, port: 1}]}, {backendRefs: [{name: b, port: 1}]}]";
+    for (kind, version, says, field, reason, cure) in [
+        // What these versions take, and v1 does not.
+        ("TLSRoute", "v1alpha2", rules, "spec.hostnames", "no name", "make it a TCPRoute"),
+        (
+            "TLSRoute",
+            "v1alpha2",
+            two,
+            "spec.rules",
+            "has one rule, and this one has 2",
+            "make a route of each",
+        ),
+        // There never was such a one.
+        ("TCPRoute", "v1alpha3", rules, "apiVersion", "not of", "gateway.networking.k8s.io/v1"),
+        ("HTTPRoute", "v1alpha2", rules, "apiVersion", "not of", "gateway.networking.k8s.io/v1"),
+    ] {
+        check_refused(&of(kind, version, says), field, reason, cure);
+    }
+}
+
+#[test]
 fn what_a_route_of_connections_cannot_say_is_told() {
     let good = "rules: [{backendRefs: [{name: v1, port: 80}]}]";
     let many: Vec<String> = (0..1025).map(|at| format!("a{at}.b")).collect();

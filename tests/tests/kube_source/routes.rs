@@ -3,7 +3,7 @@
 use mesh_tests::{cluster::Cluster, process, until, wait};
 use serde_json::{Value, json};
 
-use crate::{LEASE, SOON, controller::Controller};
+use crate::{AGAIN, LEASE, SOON, controller::Controller};
 
 /// Services of two namespaces, and routes for them: one that is good, and one of which nothing is.
 const MANIFESTS: &str = r#"
@@ -53,6 +53,15 @@ spec:
   parentRefs: [{group: "", kind: Service, name: accounts, namespace: bank}]
   hostnames: ["*.bank.example"]
   rules: [{backendRefs: [{name: accounts, namespace: bank, port: 80}]}]
+"#;
+
+const OLDER: &str = r#"
+apiVersion: gateway.networking.k8s.io/v1alpha2
+kind: TCPRoute
+metadata: {name: older, namespace: bank}
+spec:
+  parentRefs: [{group: "", kind: Service, name: accounts}]
+  rules: [{backendRefs: [{name: accounts, port: 80}]}]
 "#;
 
 const GRANT: &str = r#"
@@ -155,4 +164,38 @@ pub(crate) fn are_followed_once_their_kinds_come_and_say_what_became_of_them(
         let row = controller.row("routes", "shop/split");
         wait::holds(row.is_none(), || format!("{row:?}"))
     });
+    are_followed_in_the_version_that_is_served(cluster, controller);
+}
+
+/// With the experimental definitions of an older Gateway API, which have TCPRoutes of v1alpha2 alone.
+fn are_followed_in_the_version_that_is_served(cluster: &Cluster, controller: &Controller) {
+    let serve = |newest: bool| {
+        let version = |place: u8, served: bool| json!({"op": "replace", "path": format!("/spec/versions/{place}/served"), "value": served});
+        let patch = json!([version(0, newest), version(1, !newest)]).to_string();
+        let definition = "tcproutes.gateway.networking.k8s.io";
+        cluster.kubectl(&["patch", "crd", definition, "--type=json", "-p", &patch]).unwrap();
+    };
+    serve(false);
+    until("the cluster takes a route of the older version", AGAIN, || {
+        cluster.apply(OLDER).map(drop).map_err(|error| format!("{error:#}"))
+    });
+    let older = ("tcproutes.v1alpha2.gateway.networking.k8s.io", "older");
+    let accepted = "nodemesh.io/controller accounts: Accepted=True Accepted, ResolvedRefs=True ResolvedRefs";
+    until_said(
+        cluster,
+        controller,
+        "a route of the older version is in force and says so",
+        older,
+        &[accepted],
+    );
+    assert!(controller.row("routes", "bank/older").is_some());
+    // And newer definitions are applied.
+    serve(true);
+    until("the cluster takes a route of the newer version again", AGAIN, || {
+        let newer = OLDER.replace("v1alpha2", "v1").replace("name: older", "name: newer");
+        cluster.apply(&newer).map(drop).map_err(|error| format!("{error:#}"))
+    });
+    let newer = ("tcproutes.v1.gateway.networking.k8s.io", "newer");
+    until_said(cluster, controller, "a route of the newer version is, too", newer, &[accepted]);
+    assert!(controller.row("routes", "bank/older").is_some());
 }

@@ -12,7 +12,7 @@
 //! Nothing is in force before all kinds have been listed, so that a controller that starts takes no half of a cluster for
 //! the whole. A watch that breaks goes on where it was; one that is too old (410 Gone) lists again, and what is in force
 //! stays until the list is complete. While the API server is away nothing changes. Kinds of ours and of the Gateway API that
-//! the cluster does not know are asked for again every few seconds.
+//! the cluster does not know are asked for again every few seconds, in each version that means the same.
 
 mod documents;
 mod lease;
@@ -23,14 +23,17 @@ mod status;
 
 use std::{net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
-use futures_util::{Stream, StreamExt, stream::select_all};
+use futures_util::{
+    Stream, StreamExt,
+    stream::{self, select_all},
+};
 use k8s_openapi::api::{
     core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
     Api, Client, Resource,
-    api::{ApiResource, DynamicObject, GroupVersionKind},
+    api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta},
     runtime::{
         WatchStreamExt,
         utils::Backoff,
@@ -276,9 +279,9 @@ fn everything(client: &Client) -> Events {
     ]))
 }
 
-/// A kind that somebody defined, as the API server knows it.
-pub(crate) fn resource(kind: Kind, plural: &str) -> ApiResource {
-    let (group, version) = kind.api_version().split_once('/').unwrap_or(("", kind.api_version()));
+/// A kind that somebody defined, as the API server knows it in one of its versions.
+pub(crate) fn resource(kind: Kind, api_version: &str, plural: &str) -> ApiResource {
+    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind.as_str()), plural)
 }
 
@@ -293,9 +296,9 @@ where
 
 /// The events of a kind that somebody defined. A cluster that does not know the kind has none of it.
 fn follow_defined(client: &Client, of: Followed, kind: Kind) -> Events {
-    let objects = Api::<DynamicObject>::all_with(client.clone(), &resource(kind, of.plural()));
+    let objects = stream::unfold(Versions::new(client.clone(), of, kind), Versions::next);
     let mut known = true;
-    let watched = watcher(objects, watched()).backoff(Pauses::default()).map(move |event| {
+    let watched = objects.backoff(Pauses::default()).map(move |event| {
         let before = known;
         match &event {
             Err(error) if is_unknown(error) => known = false,
@@ -329,8 +332,80 @@ fn is_ours(kind: Kind) -> bool {
     kind.api_version().starts_with("nodemesh.io/")
 }
 
+/// Objects of a kind that somebody defined, in the first of its versions that the cluster serves: older definitions of the
+/// Gateway API have older ones alone.
+struct Versions {
+    client: Client,
+    of: Followed,
+    kind: Kind,
+    versions: Vec<&'static str>,
+    /// The one that is asked for.
+    at: usize,
+    /// How many of them, one after the other, the cluster has said not to know.
+    unknown: usize,
+    watched: Pin<Box<dyn Stream<Item = Defined> + Send>>,
+}
+
+/// What happened to an object that says its version, or why that is not known.
+type Defined = Result<watcher::Event<DynamicObject>, watcher::Error>;
+
+impl Versions {
+    fn new(client: Client, of: Followed, kind: Kind) -> Self {
+        let versions: Vec<&str> = kind.api_versions().collect();
+        let watched = Box::pin(stream::empty());
+        let mut all = Self { client, of, kind, versions, at: 0, unknown: 0, watched };
+        all.ask(0);
+        all
+    }
+
+    /// Follows this one of the versions.
+    fn ask(&mut self, at: usize) {
+        let (kind, version) = (self.kind, self.versions[at]);
+        let resource = resource(kind, version, self.of.plural());
+        let objects = Api::<DynamicObject>::all_with(self.client.clone(), &resource);
+        // In a list the API server does not say it of each.
+        let types = TypeMeta { api_version: version.to_owned(), kind: kind.as_str().to_owned() };
+        let said = move |object: &mut DynamicObject| object.types = Some(types.clone());
+        self.at = at;
+        self.watched = Box::pin(watcher(objects, watched()).modify(said));
+    }
+
+    /// What happens next. That the cluster does not know the kind is said once all of its versions were asked for.
+    async fn next(mut self) -> Option<(Defined, Self)> {
+        loop {
+            let event = self.watched.next().await?;
+            match &event {
+                Err(error) if is_unknown(error) => {
+                    self.ask((self.at + 1) % self.versions.len());
+                    self.unknown += 1;
+                    if self.unknown < self.versions.len() {
+                        continue;
+                    }
+                    self.unknown = 0;
+                }
+                // Said before anything was asked.
+                Ok(watcher::Event::Init) | Err(_) => {}
+                Ok(_) => {
+                    if self.unknown > 0 && self.at > 0 {
+                        let (kind, version) = (self.kind, self.versions[self.at]);
+                        tracing::info!(
+                            "the cluster serves no newer {kind} than of {version}: these are followed"
+                        );
+                    }
+                    self.unknown = 0;
+                }
+            }
+            return Some((event, self));
+        }
+    }
+}
+
+/// The cluster does not know a kind in the version that it was asked for, or not any more.
 fn is_unknown(error: &watcher::Error) -> bool {
-    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
+    let (watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error)) = error else {
+        return false;
+    };
+    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 fn watched() -> watcher::Config {

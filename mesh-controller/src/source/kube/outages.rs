@@ -1,4 +1,5 @@
-//! What a cluster's source has in force while parts of an API server are away, or have forgotten where it was.
+//! What a cluster's source has in force while parts of an API server are away, have forgotten where it was, or are of other
+//! versions.
 
 use std::{
     collections::BTreeMap,
@@ -33,6 +34,8 @@ struct Kept {
     items: Vec<Value>,
     /// Requests are answered with this instead.
     refuses: Option<u16>,
+    /// Only this version is served; of others nothing is known.
+    serves: Option<&'static str>,
     /// Lists wait for this.
     held: Option<Arc<tokio::sync::Semaphore>>,
     watches: Vec<mpsc::UnboundedSender<Value>>,
@@ -61,7 +64,8 @@ impl ApiServer {
         }
         let mut kinds = self.kinds();
         let kept = kinds.entry(plural).or_default();
-        let (code, body) = match kept.refuses {
+        let other = kept.serves.is_some_and(|version| !path.contains(&format!("/{version}/")));
+        let (code, body) = match kept.refuses.or(other.then_some(404)) {
             Some(code) => (code, whole(&json!({"kind": "Status", "status": "Failure", "code": code}))),
             None if is_watch => {
                 let (sender, receiver) = mpsc::unbounded_channel::<Value>();
@@ -95,6 +99,14 @@ impl ApiServer {
     /// Tells those who watch.
     fn tell(&self, of: Followed, event: &Value) {
         self.change(of, |kept| kept.watches.retain(|watch| watch.send(event.clone()).is_ok()));
+    }
+
+    /// Ends all watches of a kind, and serves this version of it alone from then on.
+    fn serve(&self, of: Followed, version: &'static str) {
+        self.change(of, |kept| {
+            kept.serves = Some(version);
+            kept.watches.clear();
+        });
     }
 
     /// Ends all watches of a kind, and refuses what is asked from then on.
@@ -215,4 +227,48 @@ async fn a_watch_that_falls_silent_is_given_up_and_what_was_missed_is_heard() {
     tokio::time::timeout(longest, again).await.expect("it does not wait for ever");
     until(&mut in_force, |model| pods(model) == ["b"]).await;
     drop(silent);
+}
+
+fn tcp_route(name: &str) -> Value {
+    json!({
+        "metadata": {"namespace": "shop", "name": name, "uid": format!("uid-of-{name}"), "resourceVersion": "2"},
+        "spec": {
+            "parentRefs": [{"group": "", "kind": "Service", "name": "db"}],
+            "rules": [{"backendRefs": [{"name": "db", "port": 5432}]}],
+        },
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kind_is_followed_in_the_version_that_is_served_from_the_first_moment_on_and_in_the_next_one() {
+    let routes =
+        |model: &Model| -> Vec<String> { model.routes.keys().map(|(_, it)| it.name.clone()).collect() };
+    let server = ApiServer::default();
+    server.serve(Followed::TcpRoutes, "v1alpha2");
+    server.change(Followed::TcpRoutes, |kept| kept.items = vec![tcp_route("a")]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let source = Source::following(server.client(), directory.path().join("kept")).await.expect("a source");
+    let mut in_force = source.subscribe();
+    assert_eq!(routes(&in_force.borrow().model()), ["a"], "what starts has no half of the cluster");
+    let served: Vec<String> = source.standings.borrow().iter().map(|it| it.served().to_owned()).collect();
+    assert_eq!(served, ["gateway.networking.k8s.io/v1alpha2"], "its status is written in this version");
+    tokio::spawn(source.follow(CancellationToken::new()));
+    server.watched(Followed::TcpRoutes).await;
+    server.tell(Followed::TcpRoutes, &json!({"type": "ADDED", "object": tcp_route("b")}));
+    until(&mut in_force, |model| routes(model) == ["a", "b"]).await;
+
+    // Newer definitions are applied, that do not serve it any more.
+    server.serve(Followed::TcpRoutes, "v1");
+    server.change(Followed::TcpRoutes, |kept| kept.items = ["a", "b", "c"].map(tcp_route).to_vec());
+    until(&mut in_force, |model| routes(model) == ["a", "b", "c"]).await;
+
+    // A kind that is not served at all keeps what it had, until it is served again.
+    server.refuse(Followed::TcpRoutes, 404);
+    server.watched(Followed::Pods).await;
+    server.tell(Followed::Pods, &json!({"type": "ADDED", "object": pod("p", "10.1.0.3")}));
+    until(&mut in_force, |model| pods(model) == ["p"]).await;
+    tokio::time::advance(10 * LONGEST_PAUSE).await;
+    assert_eq!(routes(&in_force.borrow().model()), ["a", "b", "c"]);
+    server.change(Followed::TcpRoutes, |kept| (kept.refuses, kept.items) = (None, vec![tcp_route("d")]));
+    until(&mut in_force, |model| routes(model) == ["d"]).await;
 }

@@ -49,6 +49,8 @@ const RETRY: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Subject {
     of: Followed,
+    /// `apiVersion`, as the cluster serves it.
+    api_version: String,
     namespace: String,
     name: String,
     uid: String,
@@ -69,8 +71,11 @@ enum Said {
 
 impl Subject {
     pub(super) fn new(of: Followed, object: &DynamicObject) -> Self {
+        let served = object.types.as_ref().map(|it| it.api_version.as_str());
+        let api_version = served.or_else(|| Some(of.defined()?.api_version())).unwrap_or_default();
         Self {
             of,
+            api_version: api_version.to_owned(),
             namespace: object.namespace().unwrap_or_default(),
             name: object.name_any(),
             uid: object.uid().unwrap_or_default(),
@@ -165,7 +170,7 @@ impl Standing {
 
     /// What has to be written, if anything has.
     fn missing(&self, now: Timestamp) -> Option<Patch<Value>> {
-        let Subject { namespace, name, uid, version, generation, said, .. } = &self.subject;
+        let Subject { api_version, namespace, name, uid, version, generation, said, .. } = &self.subject;
         match (said, &self.told) {
             (Said::Conditions(said), Told::Own(verdicts)) => {
                 // What is said no more is taken away by leaving it out: the field is ours.
@@ -176,10 +181,9 @@ impl Standing {
                 (!told || left_over).then(|| {
                     let conditions: Vec<Condition> =
                         verdicts.iter().map(|it| it.condition(said, *generation, now)).collect();
-                    let kind = self.kind();
                     Patch::Apply(json!({
-                        "apiVersion": kind.api_version(),
-                        "kind": kind.as_str(),
+                        "apiVersion": api_version,
+                        "kind": self.kind().as_str(),
                         // The uid makes the API server refuse it for another object of the same name.
                         "metadata": {"name": name, "namespace": namespace, "uid": uid},
                         "status": {"conditions": conditions},
@@ -195,6 +199,12 @@ impl Standing {
             }
             _ => None,
         }
+    }
+
+    /// The `apiVersion` in which it is written.
+    #[cfg(test)]
+    pub(super) fn served(&self) -> &str {
+        &self.subject.api_version
     }
 
     fn kind(&self) -> Kind {
@@ -323,8 +333,8 @@ impl Writer {
     }
 
     async fn write_one(&self, standing: &Standing, patch: &Patch<Value>) -> kube::Result<()> {
-        let Subject { of, namespace, name, .. } = &standing.subject;
-        let resource = resource(standing.kind(), of.plural());
+        let Subject { of, api_version, namespace, name, .. } = &standing.subject;
+        let resource = resource(standing.kind(), api_version, of.plural());
         let objects = Api::<DynamicObject>::namespaced_with(self.client.clone(), namespace, &resource);
         let params = match patch {
             Patch::Apply(_) => PatchParams::apply(WRITER).force(),

@@ -48,7 +48,7 @@ impl Check<'_> {
     pub(super) fn api_version(&self, kind: Kind) -> Result<(), Problem> {
         let expected = kind.api_version();
         let found = self.tree.text(&["apiVersion"]);
-        if found.is_some_and(|it| it == expected || Some(it) == kind.other_api_version()) {
+        if found.is_some_and(|it| kind.api_versions().any(|version| version == it)) {
             return Ok(());
         }
         Err(Problem {
