@@ -510,6 +510,29 @@ mod tests {
     }
 
     #[test]
+    fn a_policy_on_requests_to_a_port_whose_connections_are_routed_is_told_so_at_its_target() {
+        let db = service(
+            "db",
+            "clusterIP: 10.96.0.1, selector: {app: db}, ports: [{name: a, port: 80}, {name: b, port: 81}]",
+        );
+        let route = "---\napiVersion: gateway.networking.k8s.io/v1\nkind: TCPRoute\nmetadata: {name: t, namespace: shop}\nspec: \
+                     {parentRefs: [{group: '', kind: Service, name: db, port: 81}], rules: [{backendRefs: [{name: db, port: 81}]}]}\n";
+        let policy = |targets: &str| {
+            policy("p", &format!("targetRefs: [{targets}], retries: {{}}"))
+                .replace("AuthorizationPolicy", "TrafficPolicy")
+        };
+        let with = |targets: &str| [db.clone(), route.to_owned(), policy(targets)];
+        const T: &str = "TrafficPolicy shop/p";
+        let of = |port: &str| format!("{{kind: Service, name: db{port}}}");
+        let says = "Service shop/db, port 81: retries is not in force, as TCPRoute shop/t";
+        check(&with(&of("")), &[(T, "spec.targetRefs[0]", says, "by an HTTPRoute")]);
+        let both = format!("{}, {}", of(", sectionName: a"), of(", sectionName: b"));
+        check(&with(&both), &[(T, "spec.targetRefs[1]", says, "name the other ports by sectionName")]);
+        check(&with(&of(", sectionName: a")), &[]);
+        check(&with("{kind: Namespace, name: shop}"), &[]);
+    }
+
+    #[test]
     fn a_policy_that_selects_nothing_says_which_label_is_mistyped() {
         check(
             &[policy("p", "action: Allow, selector: {matchLabels: {ap: web}}")],

@@ -5,6 +5,7 @@
 //! takes nothing else of it out of force: its share of the requests goes nowhere, and is answered so.
 
 mod taken;
+mod unread;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -15,6 +16,7 @@ use mesh_core::model::{
 };
 
 use self::taken::{Room, Taken, Wanted};
+pub use self::unread::Unread;
 use crate::{
     model::{Model, ParentRef, Port, Route},
     traffic,
@@ -29,6 +31,8 @@ pub struct Resolved {
     pub connections: BTreeMap<(Name, u16), Vec<Arc<ConnectionRoute>>>,
     /// All of them.
     pub outcomes: BTreeMap<(RouteKind, Name), Outcome>,
+    /// What TrafficPolicies, by name, say of requests to ports whose connections are routed.
+    pub unread: BTreeMap<Name, Vec<Unread>>,
 }
 
 /// What became of one route.
@@ -222,6 +226,7 @@ pub fn resolve(model: &Model, traffic: &traffic::Resolved) -> Resolved {
         }
     }
     resolved.routes.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+    resolved.unread = unread::all(traffic, &resolved.connections);
     resolved
 }
 

@@ -26,6 +26,8 @@ pub struct Resolved {
     checks: BTreeMap<Place, HealthCheck>,
     /// What is said to those who take, of Services and of their ports alone.
     takes: BTreeMap<Place, Takes>,
+    /// Who says it: the policy that has a field of the spec at a place.
+    by: BTreeMap<(Place, &'static str), Name>,
     /// All of them.
     pub outcomes: BTreeMap<Name, Outcome>,
 }
@@ -90,13 +92,12 @@ pub fn resolve(model: &Model) -> Resolved {
     let mut all: Vec<&TrafficPolicy> = model.traffic.values().map(|it| &**it).collect();
     all.sort_by_key(|policy| (policy.created, &policy.name));
     let mut resolved = Resolved::default();
-    let mut said: BTreeMap<(Place, &'static str), &Name> = BTreeMap::new();
     for policy in all {
         let mut outcome = Outcome::default();
         for target in &policy.targets {
             let verdict = places(model, &policy.name.namespace, target).and_then(|place| {
                 let traffic = of_place(&place, &policy.traffic);
-                let conflict = take(&mut said, &place, policy);
+                let conflict = take(&mut resolved.by, &place, policy);
                 if let Some(check) = &policy.health_check {
                     resolved.checks.entry(place.clone()).or_insert_with(|| check.clone());
                 }
@@ -123,19 +124,19 @@ fn of_place(place: &Place, traffic: &Traffic) -> Traffic {
 }
 
 /// Notes who says what, and tells what was said before.
-fn take<'a>(
-    said: &mut BTreeMap<(Place, &'static str), &'a Name>,
+fn take(
+    by: &mut BTreeMap<(Place, &'static str), Name>,
     place: &Place,
-    policy: &'a TrafficPolicy,
+    policy: &TrafficPolicy,
 ) -> Option<NotInForce> {
     let (mut parts, mut with) = (vec![], None);
     for part in parts_of(policy) {
-        match said.entry((place.clone(), part)) {
-            Entry::Vacant(free) => drop(free.insert(&policy.name)),
-            Entry::Occupied(other) if *other.get() == &policy.name => {}
+        match by.entry((place.clone(), part)) {
+            Entry::Vacant(free) => drop(free.insert(policy.name.clone())),
+            Entry::Occupied(other) if *other.get() == policy.name => {}
             Entry::Occupied(other) => {
                 parts.push(part);
-                with.get_or_insert((*other.get()).clone());
+                with.get_or_insert_with(|| other.get().clone());
             }
         }
     }
@@ -188,6 +189,25 @@ impl Resolved {
     /// What is said of a port of a Service.
     pub fn of_port(&self, service: &Name, port: u16) -> Traffic {
         self.first_of(around(service, port))
+    }
+
+    /// What is said of the requests to a port of a Service: each part by the policy that counts, and whether that is one for
+    /// the whole namespace.
+    pub fn of_requests(&self, service: &Name, port: u16) -> Vec<(&Name, bool, &'static str)> {
+        let places = around(service, port);
+        let mut said: BTreeMap<&'static str, (&Name, bool, &'static str)> = BTreeMap::new();
+        let counts = |place: &Place, field| {
+            let nearest = places.iter().find(|it| self.by.contains_key(&((*it).clone(), field)));
+            nearest == Some(place)
+        };
+        for place in &places {
+            for (field, part) in self.at.get(place).into_iter().flat_map(Traffic::parts_of_requests) {
+                if let Some(by) = self.by.get(&(place.clone(), field)).filter(|_| counts(place, field)) {
+                    said.insert(field, (by, matches!(place, Place::Namespace(_)), part));
+                }
+            }
+        }
+        said.into_values().collect()
     }
 
     /// How the endpoints of a port of a Service are checked.

@@ -7,7 +7,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use mesh_controller::{
     model::Model,
-    routes::{self, Resolved},
+    routes::{self, Resolved, Unread},
     source::ledger::{FileContent, Ledger},
     traffic,
 };
@@ -420,4 +420,97 @@ fn backends_of_connections_are_looked_up_as_those_of_requests_are() {
             to("name: bank, namespace: bank, port: 80") + &grant("bank", &from, "{group: '', kind: Service}");
         check(&documents, &[&format!("{kind} shop/r: Accepted; ")]);
     }
+}
+
+/// A TrafficPolicy of the shop.
+fn policy(name: &str, created: u32, target: &str, says: &str) -> String {
+    format!(
+        "apiVersion: nodemesh.io/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: shop, creationTimestamp: \
+         '1970-01-01T00:00:0{created}Z'}}\nspec: {{targetRefs: [{target}], {says}}}\n---\n"
+    )
+}
+
+const NAMESPACE: &str = "{kind: Namespace, name: shop}";
+const WEB: &str = "{kind: Service, name: web}";
+const WEB_HTTP: &str = "{kind: Service, name: web, sectionName: http}";
+const RETRIES: &str = "retries: {attempts: 1}";
+
+/// What of policies is not in force as connections are routed: `POLICY: what, of the namespace?`.
+#[track_caller]
+fn check_unread(documents: &str, expected: &[&str]) {
+    let unread = resolve(&model(documents)).unread;
+    let of = |(name, all): (&Name, &Vec<Unread>)| -> Vec<String> {
+        let whose = |it: &Unread| if it.of_namespace { ", of the namespace" } else { "" };
+        all.iter().map(|it| format!("{name}: {it}{}", whose(it))).collect()
+    };
+    assert_eq!(unread.iter().flat_map(of).collect::<Vec<_>>(), expected, "{documents}");
+}
+
+#[test]
+fn what_policies_say_of_requests_to_a_port_whose_connections_are_routed_is_told() {
+    let tcp = of_connections("TCPRoute", "shop/t", 0, ", port: 80", "");
+    let by_tcp = ", as TCPRoute shop/t routes its connections, of which nothing is read";
+    let direct = format!("shop/p: Service shop/web, port 80: retries is not in force{by_tcp}");
+    for target in [WEB, WEB_HTTP] {
+        check_unread(&(tcp.clone() + &policy("p", 0, target, RETRIES)), &[&direct]);
+    }
+    // One for the namespace has its say there, too, and none at other Services' ports.
+    let inherited = format!("{direct}, of the namespace");
+    check_unread(&(tcp.clone() + &policy("p", 0, NAMESPACE, RETRIES)), &[&inherited]);
+    // Another port, another Service, and what is of connections.
+    let other = "{kind: Service, name: web, sectionName: grpc}";
+    for (target, says) in [
+        (other, RETRIES),
+        ("{kind: Service, name: v1}", RETRIES),
+        (WEB, "balancing: {algorithm: RoundRobin}, limits: {connections: 9}"),
+        (WEB, "balancing: {algorithm: Hash, hashBy: {type: Source}}, healthCheck: {tcp: {}}"),
+        (WEB, "rateLimits: [{requests: 1}], sizeLimits: {bodyBytes: 9}"),
+    ] {
+        check_unread(&(tcp.clone() + &policy("p", 0, target, says)), &[]);
+    }
+    let all = "timeouts: {request: 1s}, retries: {attempts: 1}, limits: {connections: 9, requests: 9}, ejection: {}, faults: \
+               [{abort: {status: 503}}], hedge: {after: 1s}, balancing: {algorithm: Hash, hashBy: {type: Header, name: x}}";
+    let parts =
+        "balancing.hashBy and ejection and faults and hedge and limits.requests and retries and timeouts are";
+    let expected = format!("shop/p: Service shop/web, port 80: {parts} not in force{by_tcp}");
+    check_unread(&(tcp + &policy("p", 0, WEB, all)), &[&expected]);
+}
+
+#[test]
+fn of_what_is_not_read_the_policy_is_told_that_would_count() {
+    let tcp = of_connections("TCPRoute", "shop/t", 0, ", port: 80", "");
+    let by_tcp = "as TCPRoute shop/t routes its connections, of which nothing is read";
+    let nearer = policy("far", 0, NAMESPACE, &format!("{RETRIES}, timeouts: {{request: 1s}}"))
+        + &policy("near", 0, WEB, RETRIES)
+        + &policy("newer", 1, WEB, RETRIES);
+    check_unread(
+        &(tcp + &nearer),
+        &[
+            &format!(
+                "shop/far: Service shop/web, port 80: timeouts is not in force, {by_tcp}, of the namespace"
+            ),
+            &format!("shop/near: Service shop/web, port 80: retries is not in force, {by_tcp}"),
+        ],
+    );
+}
+
+#[test]
+fn whose_connections_are_routed_is_told_with_what_policies_say_of_their_requests() {
+    let policy = policy("p", 0, WEB_HTTP, RETRIES);
+    let tls = |name: &str, created| of_connections("TLSRoute", name, created, ", port: 80", HOSTS);
+    let one = "shop/p: Service shop/web, port 80: retries is not in force";
+    let consumer = format!(
+        "{one} for the workloads of namespace bank, as TLSRoute bank/a routes its connections, of which nothing is read"
+    );
+    check_unread(&(policy.clone() + &tls("bank/a", 0)), &[&consumer]);
+    let five: String = (1..6).map(|at| tls(&format!("shop/r{at}"), at)).collect();
+    let many = format!(
+        "{one}, as TLSRoute shop/r1 and TLSRoute shop/r2 and TLSRoute shop/r3 and 2 more route its connections, of which nothing is \
+         read"
+    );
+    check_unread(&(policy.clone() + &five), &[&many]);
+    // Requests come before connections, and so they are read.
+    let http = of_connections("HTTPRoute", "shop/h", 9, ", port: 80", "");
+    check_unread(&(policy.clone() + &five + &http), &[]);
+    check_unread(&policy, &[]);
 }

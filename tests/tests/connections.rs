@@ -106,6 +106,21 @@ fn a_canary_gets_its_share_of_connections_in_which_the_server_speaks_first() {
     let why = world.meshctl(&["why", "shop/web", "shop/db:5432"]).unwrap().stdout;
     assert!(why.contains("TCPRoute shop/canary") && why.contains("ALLOWED to shop/db-2"), "{why}");
 
+    // What is said of requests is not in force, and that is told; connections go as before.
+    world.yaml.write("policy.yaml", RETRIES).unwrap();
+    until("the policy is told that nothing is read", TIMEOUT, || {
+        let told = world.meshctl(&["get", "traffic"]).map_err(|e| format!("{e:#}"))?.stdout;
+        let says = "Service shop/db, port 5432: retries is not in force, as TCPRoute shop/canary";
+        holds(told.contains(says), || told.clone())
+    });
+    let why = world.meshctl(&["why", "shop/web", "shop/db:5432"]).unwrap().stdout;
+    for says in
+        ["at most 9 connections", "not in force, as no request is read: what a TrafficPolicy says of retries"]
+    {
+        assert!(why.contains(says), "{says}\n{why}");
+    }
+    assert!(greeted(&world).unwrap().ends_with("you said: x\n"));
+
     // What is not there is refused, and nothing goes to the service instead.
     world.yaml.write("route.yaml", &tcp_route(1, 0).replace("db-1", "gone")).unwrap();
     until("it leads nowhere", TIMEOUT, || {
@@ -121,6 +136,16 @@ fn a_canary_gets_its_share_of_connections_in_which_the_server_speaks_first() {
         holds(said.starts_with("db-1\n"), || said.clone())
     });
 }
+
+const RETRIES: &str = "
+apiVersion: nodemesh.io/v1alpha1
+kind: TrafficPolicy
+metadata: {namespace: shop, name: db}
+spec:
+  targetRefs: [{kind: Service, name: db}]
+  retries: {attempts: 3}
+  limits: {connections: 9}
+";
 
 const TLS_ROUTES: &str = "
 apiVersion: gateway.networking.k8s.io/v1

@@ -399,6 +399,9 @@ pub struct TrafficRow {
     pub targets: Vec<TrafficTargetRow>,
     /// What it says, a line for each part.
     pub says: Vec<String>,
+    /// What of it is not in force as connections are routed, and nothing of them is read: a line for each port.
+    #[serde(default)]
+    pub unread: Vec<String>,
 }
 
 /// What a policy is for.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use mesh_core::{
-    model::{Service, http::BackendTarget, tcp::ConnectionRoute},
+    model::{Service, http::BackendTarget, tcp::ConnectionRoute, traffic::Traffic},
     refusal::{Reason, Step},
     route::Route,
     tcp::{self, Table},
@@ -34,6 +34,17 @@ impl Story<'_> {
             self.asked, service.name
         );
         self.step(Step::Route, says);
+        if let Some(port) = service.port(self.asked.port()) {
+            // Which endpoint is chosen is for the backend's policies to say.
+            self.sent(&Traffic { balancing: None, ..port.traffic.of_connections() });
+            let unread: Vec<&str> = port.traffic.parts_of_requests().map(|(_, part)| part).collect();
+            if !unread.is_empty() {
+                let unread = unread.join(", ");
+                let says =
+                    format!("not in force, as no request is read: what a TrafficPolicy says of {unread}");
+                self.step(Step::Connect, says);
+            }
+        }
         let to = service.name.to_string();
         if table.is_by_name() && self.server_name.is_none() {
             let says = "each connection is routed for itself: name one with --server-name db.example.com";
@@ -59,7 +70,7 @@ impl Story<'_> {
             Ok(Route::Service { service, port, endpoints }) => {
                 let says = format!("{}:{port} has {} ready endpoint(s)", service.name, endpoints.len());
                 self.step(Step::Balance, says);
-                service.port(port).iter().for_each(|port| self.sent(&port.traffic));
+                service.port(port).iter().for_each(|port| self.sent(&port.traffic.of_connections()));
                 self.endpoints(&endpoints)
             }
             Ok(Route::Workload(..) | Route::Outside(_)) => vec![],

@@ -9,11 +9,14 @@ use mesh_core::model::{
 use super::answer::{TrafficRow, TrafficTargetRow};
 use crate::{
     model::Model,
+    routes,
     traffic::{NotInForce, resolve},
 };
 
 /// All policies, by name.
 pub(super) fn rows(model: &Model) -> Vec<TrafficRow> {
+    let resolved = resolve(model);
+    let unread = routes::resolve(model, &resolved).unread;
     let row = |(name, outcome): (_, crate::traffic::Outcome)| TrafficRow {
         says: model.traffic.get(&name).map_or_else(Vec::new, |policy| {
             let checks = policy.health_check.as_ref().map(checked);
@@ -30,9 +33,10 @@ pub(super) fn rows(model: &Model) -> Vec<TrafficRow> {
                 says: why.map(|why| why.to_string()).unwrap_or_default(),
             })
             .collect(),
+        unread: unread.get(&name).into_iter().flatten().map(ToString::to_string).collect(),
         name: name.to_string(),
     };
-    resolve(model).outcomes.into_iter().map(row).collect()
+    resolved.outcomes.into_iter().map(row).collect()
 }
 
 /// What is said, a line for each part.

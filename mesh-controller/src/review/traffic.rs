@@ -1,14 +1,18 @@
-//! TrafficPolicies that are for nothing, or for what another one speaks of.
+//! TrafficPolicies that are for nothing, for what another one speaks of, or of requests that are not read.
 
 use super::{Review, near};
 use crate::{
     model::{Kind, ObjectKey, TrafficTarget},
+    routes::{self, Unread},
     traffic::{NotInForce, resolve},
 };
 
 impl Review<'_> {
     pub(super) fn traffic(&mut self) {
-        for (name, outcome) in resolve(self.model).outcomes {
+        let resolved = resolve(self.model);
+        let mut unread = routes::resolve(self.model, &resolved).unread;
+        for (name, outcome) in resolved.outcomes {
+            let unread = unread.remove(&name).unwrap_or_default();
             let key = ObjectKey { kind: Kind::TrafficPolicy, name };
             for (index, (target, why)) in outcome.targets.iter().enumerate() {
                 let Some(why) = why else { continue };
@@ -16,7 +20,21 @@ impl Review<'_> {
                 let cure = self.traffic_cure(&key.name.namespace, target, why);
                 self.warn(&key, &field, format!("{target}: {why}"), cure);
             }
+            // Whoever speaks of a whole namespace knows that not all of it is read.
+            for unread in unread.iter().filter(|it| !it.of_namespace) {
+                let place = outcome.targets.iter().position(|(target, _)| self.is_for(target, unread));
+                let field = format!("spec.targetRefs[{}]", place.unwrap_or_default());
+                self.warn(&key, &field, unread.to_string(), unread.cure());
+            }
         }
+    }
+
+    /// Whether a target is the port, or its Service.
+    fn is_for(&self, target: &TrafficTarget, unread: &Unread) -> bool {
+        let TrafficTarget::Service { name, port } = target else { return false };
+        let ports = self.model.services.get(&unread.service).into_iter().flat_map(|it| &it.ports);
+        let is_it = |of: &String| ports.clone().any(|it| it.port == unread.port && it.name == *of);
+        *name == unread.service.name && port.as_ref().is_none_or(is_it)
     }
 
     fn traffic_cure(&self, namespace: &str, target: &TrafficTarget, why: &NotInForce) -> String {

@@ -54,15 +54,35 @@ impl Traffic {
 
     /// Whether something is said that means nothing without requests that are read.
     pub fn is_of_requests(&self) -> bool {
+        self.parts_of_requests().next().is_some()
+    }
+
+    /// What of it is of connections of which nothing is read.
+    pub fn of_connections(&self) -> Self {
+        let limits = self.limits.filter(|it| it.connections.is_some());
+        Self {
+            balancing: self.balancing.clone().filter(|it| !it.algorithm.is_of_requests()),
+            limits: limits.map(|it| Limits { connections: it.connections, ..Limits::default() }),
+            ..Self::default()
+        }
+    }
+
+    /// The parts that mean nothing without requests that are read, as policies call them: of each the field of the spec, and
+    /// what in it is of requests.
+    pub fn parts_of_requests(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         let by_request = self.balancing.as_ref().is_some_and(|it| it.algorithm.is_of_requests());
         let limited = self.limits.is_some_and(|it| it.requests.is_some());
-        by_request
-            || limited
-            || self.timeouts.is_some()
-            || self.retries.is_some()
-            || self.ejection.is_some()
-            || self.faults.is_some()
-            || self.hedge.is_some()
+        [
+            ("balancing", "balancing.hashBy", by_request),
+            ("timeouts", "timeouts", self.timeouts.is_some()),
+            ("retries", "retries", self.retries.is_some()),
+            ("limits", "limits.requests", limited),
+            ("ejection", "ejection", self.ejection.is_some()),
+            ("faults", "faults", self.faults.is_some()),
+            ("hedge", "hedge", self.hedge.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(field, part, says)| says.then_some((field, part)))
     }
 }
 
@@ -244,5 +264,26 @@ mod tests {
         let limits = |requests| Some(Limits { connections: Some(9), requests, pending: 0 });
         assert!(!Traffic { limits: limits(None), ..Traffic::default() }.is_of_requests());
         assert!(Traffic { limits: limits(Some(1)), ..Traffic::default() }.is_of_requests());
+    }
+
+    #[test]
+    fn what_is_of_connections_is_not_of_requests() {
+        let all = Traffic {
+            balancing: Some(Balancing { algorithm: Algorithm::RoundRobin, slow_start: None }),
+            timeouts: Some(Timeouts::default()),
+            limits: Some(Limits { connections: Some(9), requests: Some(1), pending: 1 }),
+            faults: Some(vec![]),
+            ..Traffic::default()
+        };
+        let parts: Vec<_> = all.parts_of_requests().map(|(_, part)| part).collect();
+        assert_eq!(parts, ["timeouts", "limits.requests", "faults"]);
+        let left = all.of_connections();
+        assert!(!left.is_of_requests());
+        let limits = Some(Limits { connections: Some(9), requests: None, pending: 0 });
+        assert_eq!(left, Traffic { balancing: all.balancing, limits, ..Traffic::default() });
+        let by_header =
+            Balancing { algorithm: Algorithm::Hash(HashBy::Header("x".into())), slow_start: None };
+        let by_header = Traffic { balancing: Some(by_header), ..Traffic::default() };
+        assert_eq!(by_header.of_connections(), Traffic::default());
     }
 }

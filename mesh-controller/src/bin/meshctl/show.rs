@@ -264,9 +264,9 @@ pub(crate) fn traffic(rows: &[TrafficRow]) -> String {
                 false => format!("{}: {}, {}", it.target, it.reason, it.says),
             })
             .collect();
-        [row.name.clone(), targets.join("\n"), row.says.join("\n")]
+        [row.name.clone(), targets.join("\n"), row.says.join("\n"), row.unread.join("\n")]
     });
-    table(["POLICY", "FOR", "SAYS"], rows)
+    table(["POLICY", "FOR", "SAYS", "NOT READ"], rows)
 }
 
 pub(crate) fn why(why: &Why) -> String {

@@ -24,7 +24,7 @@ use crate::{
     conditions::{self, Conditions, PodCondition},
     jwks::Keys,
     model::{Kind, Object, ObjectKey},
-    routes::{self, Outcome},
+    routes,
     source::{
         ledger::{FileContent, Ledger},
         manifest::SERVICE_NAME,
@@ -424,6 +424,7 @@ impl Objects {
             refused.entry(one.file.as_path()).or_default().push(one);
         }
         let (routes, traffic) = self.referring(ledger);
+        let unread = |name: &Name| routes.unread.get(name).map_or(&[][..], Vec::as_slice);
         let all = self.listed.iter().flat_map(|(of, listed)| listed.things.iter().map(|it| (*of, it)));
         let standing = |(of, (key, thing)): (Followed, (&Key, &Thing))| {
             let Thing::Subject(_, subject) = thing else { return None };
@@ -431,11 +432,13 @@ impl Objects {
             let name = Name::new(&key.0, &key.1);
             let key = ObjectKey { kind: Kind::AuthenticationPolicy, name: name.clone() };
             let became = match (of, of.route()) {
-                (Followed::Traffic, _) => traffic.get(&name).map(Became::Traffic),
+                (Followed::Traffic, _) => {
+                    traffic.outcomes.get(&name).map(|it| Became::Traffic(it, unread(&name)))
+                }
                 (Followed::Authentications, _) => {
                     ledger.in_force(&key).map(|it| Became::OfUsers(&it.object, keys))
                 }
-                (_, Some(kind)) => routes.get(&(kind, name)).map(Became::Route),
+                (_, Some(kind)) => routes.outcomes.get(&(kind, name)).map(Became::Route),
                 _ => None,
             };
             Some(Standing::new(Subject::clone(subject), problems, became))
@@ -448,7 +451,7 @@ impl Objects {
     }
 
     /// What became of those that refer to others: the routes, and the policies on traffic.
-    fn referring(&self, ledger: &Ledger) -> (Outcomes, BTreeMap<Name, traffic::Outcome>) {
+    fn referring(&self, ledger: &Ledger) -> (routes::Resolved, traffic::Resolved) {
         let refers = |of: &Followed| of.route().is_some() || *of == Followed::Traffic;
         if !Followed::ALL.into_iter().filter(refers).any(|of| self.has(of)) {
             return Default::default();
@@ -461,12 +464,9 @@ impl Objects {
         };
         let model = ledger.objects().filter(matters).collect();
         let traffic = traffic::resolve(&model);
-        (routes::resolve(&model, &traffic).outcomes, traffic.outcomes)
+        (routes::resolve(&model, &traffic), traffic)
     }
 }
-
-/// What became of each route.
-type Outcomes = BTreeMap<(RouteKind, Name), Outcome>;
 
 #[cfg(test)]
 mod tests {

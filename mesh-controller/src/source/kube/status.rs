@@ -31,7 +31,7 @@ use super::{lease::Term, objects::Followed, resource};
 use crate::{
     jwks::Keys,
     model::{KeysAt, Kind, Object},
-    routes::Outcome,
+    routes::{Outcome, Unread},
     source::{Presence, Refused},
     traffic,
 };
@@ -135,8 +135,8 @@ enum Told {
 pub(super) enum Became<'a> {
     /// Of a route.
     Route(&'a Outcome),
-    /// Of a policy on traffic.
-    Traffic(&'a traffic::Outcome),
+    /// Of a policy on traffic, with what it says of requests that are not read.
+    Traffic(&'a traffic::Outcome, &'a [Unread]),
     /// Of a policy on end users, which is in force: itself, and what is known of its issuers' keys.
     OfUsers(&'a Object, &'a Keys),
 }
@@ -150,8 +150,13 @@ impl Standing {
         };
         let told = match (&subject.said, became) {
             (Said::Route(attached), _) => Told::Route(attached.verdicts(problems, outcome)),
-            (Said::Conditions(_), Some(Became::Traffic(outcome))) if problems.is_empty() => {
-                Told::Own(vec![of_traffic(outcome)])
+            (Said::Conditions(_), Some(Became::Traffic(outcome, unread))) if problems.is_empty() => {
+                Told::Own(
+                    [Some(of_traffic(outcome, unread)), requests_read(unread)]
+                        .into_iter()
+                        .flatten()
+                        .collect(),
+                )
             }
             (Said::Conditions(_), became) => {
                 let accepted = match problems.is_empty() {
@@ -176,7 +181,8 @@ impl Standing {
                 // What is said no more is taken away by leaving it out: the field is ours.
                 let told = verdicts.iter().all(|it| it.is_told(said, *generation));
                 let left_over = said.iter().any(|it| {
-                    it.type_ == KEYS_FETCHED && verdicts.iter().all(|verdict| verdict.of != it.type_)
+                    let comes_and_goes = [KEYS_FETCHED, REQUESTS_READ].contains(&it.type_.as_str());
+                    comes_and_goes && verdicts.iter().all(|verdict| verdict.of != it.type_)
                 });
                 (!told || left_over).then(|| {
                     let conditions: Vec<Condition> =
@@ -213,14 +219,24 @@ impl Standing {
 }
 
 /// Whether a policy is in force for all that it is for, and if not, for what and why.
-fn of_traffic(outcome: &traffic::Outcome) -> Verdict {
+fn of_traffic(outcome: &traffic::Outcome, unread: &[Unread]) -> Verdict {
     let not = outcome.targets.iter().filter_map(|(target, why)| Some((target, why.as_ref()?)));
     let says: Vec<String> = not.clone().map(|(target, why)| format!("{target}: {why}.")).collect();
+    let rest = if unread.is_empty() { "" } else { ", but for what RequestsRead says" };
     let Some((_, first)) = not.into_iter().next() else {
-        return Verdict::new(ACCEPTED, true, "Accepted", "It is in force.");
+        return Verdict::new(ACCEPTED, true, "Accepted", &format!("It is in force{rest}."));
     };
-    let rest = "Whatever else it says is in force.";
+    let rest = format!("Whatever else it says is in force{rest}.");
     Verdict::new(ACCEPTED, false, first.reason(), &format!("{} {rest}", says.join(" ")))
+}
+
+/// That not all requests of which a policy says something are read; nothing where they are.
+const REQUESTS_READ: &str = "RequestsRead";
+
+/// What is said of them.
+fn requests_read(unread: &[Unread]) -> Option<Verdict> {
+    let says: Vec<String> = unread.iter().map(|it| format!("{it}. Cure: {}.", it.cure())).collect();
+    (!says.is_empty()).then(|| Verdict::new(REQUESTS_READ, false, "ConnectionsRouted", &says.join(" ")))
 }
 
 impl fmt::Display for Standing {
@@ -346,7 +362,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::model::{Authentication, Enforcement, Name, Selector};
+    use mesh_core::model::{Authentication, Enforcement, Name, Selector, http::RouteKind};
 
     use super::*;
     use crate::model::AuthenticationPolicy;
@@ -380,5 +396,56 @@ mod tests {
         let refused = "tokens of the issuer are refused until there are some.";
         assert!(told(&with(false, Some("no answer"))).ends_with(refused));
         assert_eq!(keys_fetched(&policy(vec![]), &with(true, None)), None);
+    }
+
+    fn traffic_policy(conditions: &Value) -> Subject {
+        let object: DynamicObject = serde_json::from_value(json!({
+            "metadata": {"name": "p", "namespace": "shop", "uid": "u", "generation": 1},
+            "status": {"conditions": conditions},
+        }))
+        .unwrap();
+        Subject::new(Followed::Traffic, &object)
+    }
+
+    /// The conditions that have to be written.
+    fn written(subject: Subject, outcome: &traffic::Outcome, unread: &[Unread]) -> Option<Value> {
+        let standing = Standing::new(subject, &[], Some(Became::Traffic(outcome, unread)));
+        match standing.missing(Timestamp::now())? {
+            Patch::Apply(patch) => Some(patch["status"]["conditions"].clone()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_policy_says_where_what_it_says_of_requests_is_not_in_force_for_as_long_as_that_is_so() {
+        let outcome = traffic::Outcome::default();
+        let unread = |of_namespace| Unread {
+            service: Name::new("shop", "db"),
+            port: 5432,
+            of_namespace,
+            parts: vec!["retries", "timeouts"],
+            by: vec![(RouteKind::Tcp, Name::new("shop", "split"))],
+            clients: [].into(),
+        };
+        let said = written(traffic_policy(&json!([])), &outcome, &[unread(false)]).unwrap();
+        let words = |at: usize, field: &str| said[at][field].as_str().unwrap().to_owned();
+        assert_eq!(words(0, "message"), "It is in force, but for what RequestsRead says.");
+        assert_eq!(
+            [words(1, "type"), words(1, "status"), words(1, "reason")],
+            ["RequestsRead", "False", "ConnectionsRouted"]
+        );
+        assert_eq!(
+            words(1, "message"),
+            "Service shop/db, port 5432: retries and timeouts are not in force, as TCPRoute shop/split routes its connections, of \
+             which nothing is read. Cure: if requests to it can be read, route them by an HTTPRoute or GRPCRoute instead; if not, \
+             name the other ports by sectionName, or say it of other Services."
+        );
+        let again = written(traffic_policy(&said), &outcome, &[unread(false)]);
+        assert_eq!(again, None, "it is said already");
+        let of_namespace = written(traffic_policy(&said), &outcome, &[unread(true)]).unwrap();
+        let message = of_namespace[1]["message"].as_str().unwrap();
+        assert!(message.ends_with("if not, nothing has to be done."), "{message}");
+        let none = written(traffic_policy(&said), &outcome, &[]).unwrap();
+        assert_eq!((none.as_array().unwrap().len(), &none[0]["message"]), (1, &json!("It is in force.")));
     }
 }
