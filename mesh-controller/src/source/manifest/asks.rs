@@ -106,3 +106,28 @@ impl Check<'_> {
 fn shown(text: &str) -> String {
     text.chars().take(100).collect()
 }
+
+/// What Kubernetes has to know of the texts of lists that are read here, whichever kind has them.
+#[cfg(test)]
+pub(super) mod shape {
+    use schemars::Schema;
+    use serde_json::json;
+
+    pub(in crate::source::manifest) fn methods(list: &mut Schema) {
+        each(list, None, r"^[A-Z][A-Z0-9_-]{0,31}$");
+    }
+
+    pub(in crate::source::manifest) fn hosts(list: &mut Schema) {
+        each(list, Some(super::MAX_HOST), r"^[A-Za-z0-9.:_*\[\]-]+$");
+    }
+
+    pub(in crate::source::manifest) fn paths(list: &mut Schema) {
+        each(list, Some(super::MAX_TEXT), r"^[/*][^%?#;\\]*$");
+    }
+
+    fn each(list: &mut Schema, longest: Option<usize>, pattern: &str) {
+        let items = list.get_mut("items").and_then(|it| it.as_object_mut()).expect("it is a list of texts");
+        items.extend(longest.map(|longest| ("maxLength".to_owned(), json!(longest))));
+        items.insert("pattern".to_owned(), json!(pattern));
+    }
+}

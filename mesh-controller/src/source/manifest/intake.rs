@@ -12,6 +12,8 @@ use mesh_core::model::{
 };
 use serde::Deserialize;
 
+#[cfg(test)]
+use super::asks::shape;
 use super::{asks::RawHeader, check::Check, traffic::MAX_UNDERWAY};
 use crate::{
     model::{Takes, TrafficTarget},
@@ -64,25 +66,13 @@ pub(super) struct RawRateLimit {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawCounted {
     /// Methods: GET.
-    #[cfg_attr(
-        test,
-        schemars(length(min = 1, max = 64), inner(regex(pattern = r"^[A-Z][A-Z0-9_-]{0,31}$")))
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64), transform = shape::methods))]
     methods: Option<Vec<String>>,
     /// Hosts: shop.example, *.shop.example or shop.*; of every port, unless one is named.
-    #[cfg_attr(
-        test,
-        schemars(
-            length(min = 1, max = 64),
-            inner(length(max = 260), regex(pattern = r"^[A-Za-z0-9.:_*\[\]-]+$"))
-        )
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64), transform = shape::hosts))]
     hosts: Option<Vec<String>>,
     /// Paths without query, with nothing percent-encoded: /cart, /cart/* or *.pdf.
-    #[cfg_attr(
-        test,
-        schemars(length(min = 1, max = 64), inner(length(max = 1024), regex(pattern = r"^[/*][^%?#;\\]*$")))
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64), transform = shape::paths))]
     paths: Option<Vec<String>>,
     /// Headers, all of which have to be so.
     #[cfg_attr(test, schemars(length(min = 1, max = 16)))]

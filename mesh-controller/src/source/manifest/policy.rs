@@ -18,6 +18,8 @@ use serde::{
     de::{Error, Visitor},
 };
 
+#[cfg(test)]
+use super::asks::shape;
 use super::{
     super::document::one_of,
     Raw,
@@ -189,52 +191,22 @@ struct RawTarget {
     #[cfg_attr(test, schemars(length(min = 1, max = 1024)))]
     not_ports: Option<Vec<RawPorts>>,
     /// Methods of requests: GET. With this or anything below, what comes to the ports has to be HTTP.
-    #[cfg_attr(
-        test,
-        schemars(length(min = 1, max = 64), inner(regex(pattern = r"^[A-Z][A-Z0-9_-]{0,31}$")))
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64), transform = shape::methods))]
     methods: Option<Vec<String>>,
     /// Not these methods.
-    #[cfg_attr(
-        test,
-        schemars(length(min = 1, max = 64), inner(regex(pattern = r"^[A-Z][A-Z0-9_-]{0,31}$")))
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64), transform = shape::methods))]
     not_methods: Option<Vec<String>>,
     /// Hosts that requests ask for: shop.example, *.shop.example or shop.*; of every port, unless one is named.
-    #[cfg_attr(
-        test,
-        schemars(
-            length(min = 1, max = 1024),
-            inner(length(max = 260), regex(pattern = r"^[A-Za-z0-9.:_*\[\]-]+$"))
-        )
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024), transform = shape::hosts))]
     hosts: Option<Vec<String>>,
     /// Not these hosts.
-    #[cfg_attr(
-        test,
-        schemars(
-            length(min = 1, max = 1024),
-            inner(length(max = 260), regex(pattern = r"^[A-Za-z0-9.:_*\[\]-]+$"))
-        )
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024), transform = shape::hosts))]
     not_hosts: Option<Vec<String>>,
     /// Paths without query, with nothing percent-encoded: /cart, /cart/* or *.pdf.
-    #[cfg_attr(
-        test,
-        schemars(
-            length(min = 1, max = 1024),
-            inner(length(max = 1024), regex(pattern = r"^[/*][^%?#;\\]*$"))
-        )
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024), transform = shape::paths))]
     paths: Option<Vec<String>>,
     /// Not these paths.
-    #[cfg_attr(
-        test,
-        schemars(
-            length(min = 1, max = 1024),
-            inner(length(max = 1024), regex(pattern = r"^[/*][^%?#;\\]*$"))
-        )
-    )]
+    #[cfg_attr(test, schemars(length(min = 1, max = 1024), transform = shape::paths))]
     not_paths: Option<Vec<String>>,
     /// Headers, all of which have to be so.
     #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
