@@ -9,6 +9,8 @@ use super::figures::{Better, Figures, Row};
 
 const WIDTH: u32 = 560;
 const HEIGHT: u32 = 260;
+/// The least that an axis reaches to: what nothing failed of has no bar.
+const LEAST: f64 = 1e-6;
 
 /// Writes a plot for each figure that more than one system has.
 pub(super) fn write(figures: &Figures, directory: &Path) -> Result<()> {
@@ -31,7 +33,7 @@ fn draw(figures: &Figures, row: &Row, file: &Path) -> Result<()> {
         .iter()
         .filter_map(|system| Some((system.to_string(), row.median(*system)?)))
         .collect();
-    let highest = bars.iter().map(|(_, value)| *value).fold(f64::MIN_POSITIVE, f64::max);
+    let highest = bars.iter().map(|(_, value)| *value).fold(LEAST, f64::max);
     let area = SVGBackend::new(file, (WIDTH, HEIGHT)).into_drawing_area();
     area.fill(&WHITE)?;
     let better = match row.figure.better {

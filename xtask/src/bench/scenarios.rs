@@ -1,6 +1,10 @@
 //! What is measured, and what we want to reach.
 
-use std::{thread, time::Duration};
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 
@@ -11,7 +15,7 @@ use super::{
         Figure, Figures, Goal,
     },
     load::{self, Keep},
-    systems::{Layer, System},
+    systems::{Kind, Layer, System},
 };
 
 /// Idle connections whose memory is measured.
@@ -22,6 +26,10 @@ const SETTLE: Duration = Duration::from_secs(2);
 const STALLED: usize = 16;
 /// Connections of the measured ones then.
 const BESIDE: u32 = 4;
+/// Connections beside which rules change.
+const WHILE_RULES_CHANGE: u32 = 64;
+/// From one change of a rule to the next: a thousand a minute.
+const BETWEEN_CHANGES: Duration = Duration::from_millis(60);
 
 /// A scenario; each gives one or more figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -42,6 +50,8 @@ pub(crate) enum Scenario {
     Stalled,
     /// Small requests by HTTP/2, 16 at once on each of 8 connections.
     Streams,
+    /// Small requests on 64 connections while the rule that they fall under changes a thousand times a minute, with routes alone.
+    Changes,
 }
 
 impl std::fmt::Display for Scenario {
@@ -55,6 +65,7 @@ impl std::fmt::Display for Scenario {
             Self::Connections => "new connections",
             Self::Stalled => "requests beside stalled connections",
             Self::Streams => "HTTP/2, 8 × 16 streams",
+            Self::Changes => "requests beside 1,000 rule changes a minute",
         })
     }
 }
@@ -85,9 +96,14 @@ impl Scenario {
                 Self::Streams,
                 Self::Stalled,
             ],
-            Layer::Requests => {
-                &[Self::Requests1, Self::Requests16, Self::Requests64, Self::Connections, Self::Streams]
-            }
+            Layer::Requests => &[
+                Self::Requests1,
+                Self::Requests16,
+                Self::Requests64,
+                Self::Connections,
+                Self::Streams,
+                Self::Changes,
+            ],
         }
     }
 
@@ -186,6 +202,7 @@ impl Scenario {
                 ],
             ),
             Self::Stalled => stalled(system, duration, figures),
+            Self::Changes => changes(system, duration, figures),
             Self::Streams => {
                 let rate =
                     figure("HTTP/2, 8 × 16 streams", "1/s", More, of_layer(None, Goal::OfNoMesh(0.70)));
@@ -283,6 +300,59 @@ fn stalled(system: &System, duration: Duration, figures: &mut Figures) -> Result
     drop(stalled);
     figures.add(system.kind, RATIO, beside.p99_us / alone.p99_us);
     Ok(())
+}
+
+/// Requests without changes, and then beside them. Of systems without rules nothing is told.
+fn changes(system: &System, duration: Duration, figures: &mut Figures) -> Result<()> {
+    const RATE: Figure =
+        figure("beside 1,000 rule changes a minute: requests, 64 connections", "1/s", More, None);
+    const RATE_RATIO: Figure = figure("… to without", "×", More, None);
+    const P99: Figure = figure("… p99, 64 connections, beside changes", "µs", Less, None);
+    const P99_RATIO: Figure = figure("… p99 to without", "×", Less, None);
+    const FAILED: Figure = figure("… requests that failed", "of all", Less, Some(Goal::AtMost(0.0)));
+    const CHANGES: Figure = figure("… changes", "1/min", More, None);
+    if system.kind != Kind::NodemeshHttp {
+        return Ok(());
+    }
+    system.change_rule(Some(0))?;
+    system.await_change(0)?;
+    let load =
+        || load::some_requests(&system.client, system.http(), WHILE_RULES_CHANGE, Keep::Alive, duration);
+    let alone = load()?;
+    let (stop, stopped) = mpsc::channel::<()>();
+    let (beside, changed) = thread::scope(|scope| {
+        let changing = scope.spawn(move || change_rules(system, &stopped));
+        let beside = load();
+        drop(stop);
+        (beside, changing.join().expect("whoever changes rules does not panic"))
+    });
+    let (beside, (count, took)) = (beside?, changed?);
+    system.await_change(count)?;
+    system.change_rule(None)?;
+    for (figure, value) in [
+        (RATE, beside.per_second),
+        (RATE_RATIO, beside.per_second / alone.per_second),
+        (P99, beside.p99_us),
+        (P99_RATIO, beside.p99_us / alone.p99_us),
+        (FAILED, alone.failed + beside.failed),
+        (CHANGES, f64::from(count) / took.as_secs_f64() * 60.0),
+    ] {
+        figures.add(system.kind, figure, value);
+    }
+    Ok(())
+}
+
+/// Changes the rule at a steady pace until it is told to stop: how often, and in which time.
+fn change_rules(system: &System, stopped: &mpsc::Receiver<()>) -> Result<(u32, Duration)> {
+    let (began, mut count) = (Instant::now(), 0);
+    loop {
+        count += 1;
+        system.change_rule(Some(count))?;
+        let wait = (BETWEEN_CHANGES * count).saturating_sub(began.elapsed());
+        if stopped.recv_timeout(wait) != Err(RecvTimeoutError::Timeout) {
+            return Ok((count, began.elapsed()));
+        }
+    }
 }
 
 /// Runs a load, and says the CPU time that the system's processes took for it, if it has any.

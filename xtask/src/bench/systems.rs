@@ -36,6 +36,9 @@ spec:
 ";
 /// What they say.
 const BY_A_ROUTE: &str = "x-by: route";
+/// Where the former is, and where a change's number comes in.
+const ROUTES_FILE: &str = "routes.yaml";
+const ROUTE_SAYS: &str = "{name: x-by, value: route}";
 /// Most rules of a route (Gateway API, `HTTPRoute.spec.rules`).
 const RULES_OF_A_ROUTE: usize = 16;
 
@@ -174,7 +177,10 @@ impl System {
         }
         .build()?;
         if kind == Kind::NodemeshHttp {
-            world.yaml.write("routes.yaml", &(ROUTES.to_owned() + &other_routes(rules)))?;
+            world.yaml.write(ROUTES_FILE, ROUTES)?;
+            if rules > 0 {
+                world.yaml.write("other-routes.yaml", &other_routes(rules))?;
+            }
         }
         let (client, server) = (world.workload("client"), world.workload("server"));
         for workload in [&client, &server] {
@@ -238,14 +244,47 @@ impl System {
         super::cost::with_children(agents.chain(self.sidecars.iter().map(Program::pid)))
     }
 
+    /// Changes the rule that all requests of HTTP/1.1 fall under: answers have the change's number from then on. Without one it
+    /// is as it was at first.
+    pub(super) fn change_rule(&self, change: Option<u32>) -> Result<()> {
+        let numbered = change.map(|it| format!("{ROUTE_SAYS}, {{name: x-change, value: '{it}'}}"));
+        let text = numbered.map_or(ROUTES.to_owned(), |says| ROUTES.replace(ROUTE_SAYS, &says));
+        self.world.yaml.write(ROUTES_FILE, &text)
+    }
+
+    /// Returns once this change of the rule is in force.
+    pub(super) fn await_change(&self, change: u32) -> Result<()> {
+        let numbered = format!("x-change: {change}\r\n");
+        wait::try_until(load::STARTED, || {
+            let head = self.head().map_err(|error| format!("{error:#}"))?;
+            wait::holds(head.contains(&numbered), || format!("change {change} is not in force: {head}"))
+        })
+        .map_err(anyhow::Error::msg)
+    }
+
     fn one_request(&self) -> Result<()> {
-        let mut curl = self.client.command("curl");
-        curl.args(["-sSf", "-m", "5", "-o", "/dev/null", "-D", "-"]).arg(format!("http://{}/", self.http()));
-        let said = curl.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting curl")?;
-        anyhow::ensure!(said.status.success(), "{}: the first request failed: {}", self.kind, said.status);
-        let head = String::from_utf8_lossy(&said.stdout).to_lowercase();
+        let head = self.head()?;
         let is_routed = self.kind != Kind::NodemeshHttp || head.contains(BY_A_ROUTE);
         anyhow::ensure!(is_routed, "the route is not in force yet: {head}");
         Ok(())
+    }
+
+    /// The head of an answer, in small letters.
+    fn head(&self) -> Result<String> {
+        let mut curl = self.client.command("curl");
+        curl.args(["-sSf", "-m", "5", "-o", "/dev/null", "-D", "-"]).arg(format!("http://{}/", self.http()));
+        let said = curl.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting curl")?;
+        anyhow::ensure!(said.status.success(), "{}: a request failed: {}", self.kind, said.status);
+        Ok(String::from_utf8_lossy(&said.stdout).to_lowercase())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_rule_has_a_place_for_its_number() {
+        assert_eq!(ROUTES.matches(ROUTE_SAYS).count(), 1);
     }
 }
