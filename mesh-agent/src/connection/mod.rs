@@ -43,7 +43,7 @@ use crate::{
     wants::{self, Denied, Known, Wants},
 };
 pub use crate::{limits::Limits, local::Local, metrics::Direction};
-use requests::Upstreams;
+use requests::{Routed, Upstreams};
 use routed::Heard;
 use turn::Turns;
 
@@ -294,23 +294,25 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
         refusal = seldom(node.cut(&accepted.workload)) => Err(refusal.into()),
     };
     match result {
-        Ok(outbound::Next::Requests(routed)) => {
-            Box::pin(requests::serve(accepted, *routed, &node, entry)).await;
-        }
-        // Whoever had to be waited for has been.
-        Ok(outbound::Next::Ended | outbound::Next::Hello(_)) => end(accepted.stream, entry, Ok(())),
+        Ok(Some(routed)) => Box::pin(requests::serve(accepted, *routed, &node, entry)).await,
+        Ok(None) => end(accepted.stream, entry, Ok(())),
         Err(stop) => end(accepted.stream, entry, Err(stop)),
     }
 }
 
 /// The story of a connection that a workload opens. It begins anew, as one of bytes, where these are encrypted between the
 /// applications, so that there are no requests to be read; and once it was heard which name the client asks for, where
-/// routes go by that. No view is held while a client is waited for.
-async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<outbound::Next, Stop> {
+/// routes go by that. No view is held while a client is waited for. What is returned is for a connection of requests, which has
+/// not ended yet.
+async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result<Option<Box<Routed>>, Stop> {
     let mut heard = Heard::Nothing;
     loop {
         heard = match outbound::serve(accepted, node, entry, heard).await? {
-            outbound::Next::Requests(routed) if Box::pin(requests::are_hidden(&accepted.stream)).await => {
+            outbound::Next::Ended => return Ok(None),
+            outbound::Next::Requests(routed) => {
+                if !Box::pin(requests::are_hidden(&accepted.stream)).await {
+                    return Ok(Some(routed));
+                }
                 drop(routed);
                 Heard::Tls
             }
@@ -320,7 +322,6 @@ async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result
                 drop(waiting);
                 Heard::Hello(hello.into())
             }
-            next => return Ok(next),
         };
     }
 }
