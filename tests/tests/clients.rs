@@ -1,8 +1,9 @@
-//! Clients and servers that everybody has, unchanged, through agents that read requests at both ends: what they were answered
-//! and what arrived; and that a server which goes away, as in every roll-out, is not seen.
+//! Clients and servers that everybody has, a browser among them, unchanged, through agents that read requests at both ends: what
+//! they were answered and what arrived; and that a server which goes away, as in every roll-out, is not seen.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -17,6 +18,7 @@ use mesh_tests::{
     wait::{holds, scaled},
     workload::TIMEOUT,
 };
+use serde_json::Value;
 
 /// `shop/site` leads to the servers, which are no endpoints of it.
 const ROUTE: &str = "
@@ -26,8 +28,29 @@ metadata: {namespace: shop, name: site}
 spec:
   parentRefs: [{group: '', kind: Service, name: site, port: 80}]
   rules:
+    # One server has all of a page.
+    - matches: [{path: {type: PathPrefix, value: /browser}}]
+      sessionPersistence: {sessionName: page, type: Cookie}
+      backendRefs: [{name: servers, port: 80}]
     - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-by, value: mesh}]}}]
       backendRefs: [{name: servers, port: 80}]
+";
+
+/// `shop/shared` leads to them too, and lets the pages of `shop/site` ask for names.
+const SHARED: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: shop, name: shared}
+spec:
+  parentRefs: [{group: '', kind: Service, name: shared, port: 80}]
+  rules:
+    - matches: [{path: {type: Exact, value: /name}}]
+      filters:
+        - type: CORS
+          cors: {allowOrigins: ['http://SITE'], allowMethods: [PUT], allowHeaders: [x-mine], exposeHeaders: [x-by]}
+        - {type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-by, value: mesh}]}}
+      backendRefs: [{name: servers, port: 80}]
+    - backendRefs: [{name: servers, port: 80}]
 ";
 
 /// Has the servers' agents read requests, too.
@@ -70,6 +93,7 @@ fn shop() -> World {
         .with(WorkloadSpec::new("shop/near", "a").app("server"))
         .with(WorkloadSpec::new("shop/far", "b").app("server"))
         .service("shop/site", "nobody", 80, 8080)
+        .service("shop/shared", "nobody", 80, 8080)
         .service("shop/servers", "server", 80, 8080)
         .build()
         .unwrap();
@@ -81,8 +105,7 @@ fn shop() -> World {
 fn clients_work_unchanged_where_requests_are_read() {
     let world = shop();
     world.yaml.write("policy.yaml", POLICY).unwrap();
-    let _far = WebServer::start(&world, "far");
-    let _near = WebServer::start(&world, "near");
+    let servers = ["far", "near"].map(|name| WebServer::start(&world, name));
     until("both agents read requests", TIMEOUT, || {
         let answer = curl(&world, &["-i", "URL/name"])?;
         let lines = world.agent("b").access_log().map_err(|error| error.to_string())?;
@@ -92,6 +115,7 @@ fn clients_work_unchanged_where_requests_are_read() {
     of_curl(&world);
     of_python(&world);
     of_go(&world);
+    of_browser(&world, &servers);
     of_loads(&world);
 }
 
@@ -148,6 +172,70 @@ fn of_go(world: &World) {
         assert!(ended.success(), "{protocol}: {}", tail(&log));
         assert_eq!(tail(&log), "succeeded 2000 failed 0");
     }
+}
+
+/// What the page of `tests/peers/web` tries and says: requests, events, a WebSocket, and what another origin shares.
+fn of_browser(world: &World, servers: &[WebServer]) {
+    let [site, shared] = ["shop/site", "shop/shared"].map(|service| world.service(service).v4);
+    world.yaml.write("shared.yaml", &SHARED.replace("SITE", &site.to_string())).unwrap();
+    until("the other route is in force", TIMEOUT, || {
+        let answer = curl(world, &["-i", &format!("http://{shared}/name")])?;
+        holds(answer.contains("x-by: mesh"), || answer)
+    });
+    let mut browser = world.workload("web").command("chromium-headless-shell");
+    browser.args(["--no-sandbox", "--no-proxy-server", "--dump-dom"]);
+    browser.arg(format!("--timeout={}", scaled(TIMEOUT).as_millis()));
+    browser.arg(format!("--user-data-dir={}", world.directory().join("browser").display()));
+    let page = run(browser.arg(format!("http://{site}/browser/page?api=http://{shared}")), None).unwrap();
+    let said = page.split_once("<pre id=\"said\">").and_then(|(_, rest)| rest.split_once("</pre>"));
+    let (said, _) = said.unwrap_or_else(|| panic!("{page}"));
+    let of: BTreeMap<String, String> = serde_json::from_str(said).unwrap_or_else(|_| panic!("{page}"));
+    // By one of the servers or the other.
+    let from_server = |step: &str, begin: &str, end: &str| {
+        let rest = of[step].strip_prefix(begin).and_then(|rest| rest.strip_suffix(end));
+        assert!(rest.is_some_and(|name| name == "near" || name == "far"), "{step}: {said}");
+    };
+    from_server("get", "200 mesh ", " GET HTTP/1.1 ");
+    from_server("shared", "200 mesh ", " PUT HTTP/1.1 shared");
+    let sum: String =
+        apps::hash(&mut &b"x".repeat(1 << 20)[..]).unwrap().map(|byte| format!("{byte:02x}")).concat();
+    assert_eq!(of["post"], format!("200 mesh HTTP/1.1 [] {} {sum}", 1 << 20));
+    assert_eq!(of["events"], "1 after [],2 after [],3 after [2]");
+    assert_eq!(of["socket"], "text,100000,1000,true");
+    assert_eq!(of["unshared"], "TypeError", "what a browser says of another origin's that is not shared");
+    let reports: Vec<String> = servers.iter().flat_map(|server| server.said("reported ")).collect();
+    assert_eq!(reports, [said], "one server has all of the page");
+
+    // Both agents read all of it but preflights: the client's answers for what is shared, and lets the others be refused.
+    let metrics = ["a", "b"].map(|node| world.agent(node).metrics().unwrap());
+    let counted = |direction, workload, status| {
+        let labels = [("direction", direction), ("workload", workload), ("status", status)];
+        metrics.iter().map(|it| it.sum("nodemesh_requests_total", &labels)).sum::<f64>()
+    };
+    let arrived = counted("inbound", "shop/near", "101") + counted("inbound", "shop/far", "101");
+    assert_eq!((counted("outbound", "shop/web", "101"), arrived), (1.0, 1.0));
+    let expected = [
+        "inbound OPTIONS /file 403",
+        "inbound PUT /name 200",
+        "outbound OPTIONS /file 403",
+        "outbound OPTIONS /name 200",
+        "outbound PUT /name 200",
+    ];
+    until("what another origin shares is told", TIMEOUT, || {
+        let lines = ["a", "b"].map(|node| world.agent(node).access_log());
+        let lines = lines.into_iter().flat_map(Result::unwrap);
+        let of_page = |line: &Value| {
+            line["method"] == "OPTIONS" || line["method"] == "PUT" && line["path"] != "/upload"
+        };
+        let text = |line: Value| {
+            let [direction, method, path] =
+                ["direction", "method", "path"].map(|it| line[it].as_str().unwrap().to_owned());
+            format!("{direction} {method} {path} {}", line["status"])
+        };
+        let mut told: Vec<String> = lines.filter(of_page).map(text).collect();
+        told.sort();
+        holds(told == expected, || format!("{told:?}"))
+    });
 }
 
 fn of_loads(world: &World) {

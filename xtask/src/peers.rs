@@ -1,5 +1,6 @@
 //! Programs of others that speak what the agent reads: client and server of gRPC's own interoperability tests, and h2spec,
-//! which tries what RFC 9113 and RFC 7541 say. And one of ours, made of nothing but Go's own net/http.
+//! which tries what RFC 9113 and RFC 7541 say. And one of ours, made of nothing but Go's own net/http, and
+//! golang.org/x/net for the WebSockets that net/http lacks.
 //!
 //! They are built as they are, from source, once, into `target/peers`, under names that tests know.
 

@@ -25,7 +25,7 @@ const CARGO_DENY: &str = "0.20.2";
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Programs that worlds, tests and demo run, each with its Debian package.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("ss", "iproute2"),
     ("iptables", "iptables"),
@@ -38,6 +38,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("python3", "python3"),
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
+    ("chromium-headless-shell", "chromium-headless-shell"),
 ];
 
 /// Compiles libFuzzer.

@@ -72,6 +72,7 @@ func serve(name string) {
 	handler.HandleFunc("/file", func(to http.ResponseWriter, request *http.Request) {
 		http.ServeContent(to, request, "file.txt", time.Time{}, bytes.NewReader(alphabet))
 	})
+	pages(handler)
 	server := &http.Server{Handler: handler, Protocols: protocols(true, true)}
 	ended := make(chan struct{})
 	go func() {
