@@ -103,6 +103,33 @@ async fn an_answer_without_a_body_leaves_the_next_one_whole() {
     }
 }
 
+/// RFC 9112, section 6.1: the second is what whoever goes by the other length takes for a body.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_lengths_one_counts_and_nothing_is_taken_behind_them() {
+    for bed in Bed::both().await {
+        let at = bed.at;
+        let app = app("web", bed.app);
+        for lengths in [
+            "Content-Length: 4\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nContent-Length: 4",
+            "Content-Length: 4\r\nX: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 4",
+        ] {
+            let served = app.served();
+            let mut client = connect(at).await;
+            let first = format!("POST /1 HTTP/1.1\r\nHost: web\r\n{lengths}\r\n\r\n0\r\n\r\n");
+            say(&mut client, &format!("{first}GET /2 HTTP/1.1\r\nHost: web\r\n\r\n")).await;
+            let mut answers = vec![];
+            // It may be reset behind the answer: what it sent was not read to its end.
+            let _ = in_time(client.read_to_end(&mut answers)).await;
+            let answers = String::from_utf8(answers).unwrap().to_lowercase();
+            assert!(answers.starts_with("http/1.1 200 "), "{lengths:?}: {answers}");
+            assert!(answers.contains("\r\nconnection: close\r\n"), "{lengths:?}: {answers}");
+            assert!(!answers.contains("\"content-length\""), "{lengths:?}: {answers}");
+            assert_eq!((answers.matches("http/1.1 ").count(), app.served() - served), (1, 1), "{lengths:?}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_could_be_read_in_two_ways_reaches_nobody() {
     for bed in Bed::both().await {
