@@ -38,7 +38,7 @@ use crate::{
     wake::seldom,
     wants::Held,
 };
-use reading::Visit;
+use reading::{Left, Visit};
 
 /// The story of what arrives at a workload's address: plaintext, which is one connection, or a tunnel, whose leases
 /// are one connection each.
@@ -188,7 +188,7 @@ async fn requests_in_plaintext(accepted: Accepted, visit: Visit, node: &Node, en
     if result.is_ok() {
         socket.ended();
     }
-    entry.finish(result);
+    entry.finish(result.map_err(Left::stop));
 }
 
 /// The tunnel of another agent. Who it is must be what the view says, lease by lease.
@@ -340,10 +340,16 @@ async fn requests(link: Box<Link>, visit: Visit, node: &Node, entry: Box<Entry>)
         result = reading::serve(arriving.clone(), visit, node, &entry) => result,
         refusal = seldom(node.cut(&workload)) => Err(refusal.into()),
     };
-    let cut = matches!(result, Err(Stop::Refused(_)));
-    entry.finish(result);
+    let untaken = matches!(result, Err(Left::Untaken));
+    let cut = matches!(result, Err(Left::Stopped(Stop::Refused(_))));
+    entry.finish(result.map_err(Left::stop));
     // Cut in its midst the tunnel is reset, by being dropped; what was answered before, 400 say, is to be read.
     let (link, said) = arriving.into_lease().filter(|(_, said)| said.own_end || !cut)?;
+    if untaken {
+        // That nothing was taken which is not answered is what the end of a tunnel means: the request may go elsewhere.
+        Box::pin(link.close(wait)).await;
+        return None;
+    }
     Box::pin(lease::make_ready(link, said, wait)).await
 }
 

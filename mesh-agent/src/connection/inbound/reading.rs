@@ -5,13 +5,11 @@
 //! decided as what cannot be read, which is refused where an enforced policy asks to read it ([`Content::Bytes`]).
 //!
 //! To both ends it is as if nobody read: the version of HTTP stays, an application that resets its connection before it has
-//! answered has its client's reset, and nothing is tried twice that may have been taken.
+//! answered has its client's reset, and nothing is tried twice that may have been taken. Of what certainly was not taken, as the
+//! application is gone, the source's agent is told so, and sends it elsewhere.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -82,7 +80,7 @@ pub(super) async fn serve(
     visit: Visit,
     node: &Node,
     entry: &Entry,
-) -> Result<(), Stop> {
+) -> Result<(), Left> {
     let Visit { at, proved, reads, app, _place } = visit;
     let wait = if reads == Reads::Enforce { HEAD_TIMEOUT } else { DETECTION };
     let read = tokio::select! {
@@ -96,7 +94,7 @@ pub(super) async fn serve(
         drop(view);
         entry.would_refuse(allowed.would_refuse);
         return tokio::select! {
-            carried = carry(arriving, app) => carried,
+            carried = carry(arriving, app) => Ok(carried?),
             refusal = seldom(revoked(node, &at, proved.as_ref(), entry, content)) => Err(refusal.into()),
         };
     }
@@ -116,11 +114,36 @@ pub(super) async fn serve(
         upgraded: TaskTracker::new(),
         applications: TaskTracker::new(),
         ended,
-        gone: AtomicBool::new(false),
+        gone: Mutex::new(None),
     });
     tokio::select! {
         ended = visited(arriving, &guest) => ended,
         refusal = revoked(node, &guest.at, guest.proved.as_ref(), entry, Content::Requests) => Err(refusal.into()),
+    }
+}
+
+/// Why the requests of a connection go on no more.
+#[derive(Debug)]
+pub(super) enum Left {
+    /// As any connection may end.
+    Stopped(Stop),
+    /// Its application is gone, and took nothing of the last request.
+    Untaken,
+}
+
+impl<S: Into<Stop>> From<S> for Left {
+    fn from(stop: S) -> Self {
+        Self::Stopped(stop.into())
+    }
+}
+
+impl Left {
+    /// The same, to whom that makes no difference.
+    pub(super) fn stop(self) -> Stop {
+        match self {
+            Self::Stopped(stop) => stop,
+            Self::Untaken => Failure::DestinationReset.into(),
+        }
     }
 }
 
@@ -164,8 +187,8 @@ struct Guest {
     applications: TaskTracker,
     /// Cancelled when the connection must end.
     ended: CancellationToken,
-    /// The application has not answered, and will not.
-    gone: AtomicBool,
+    /// The application has not answered, and will not: why the connection ends.
+    gone: Mutex<Option<Left>>,
 }
 
 impl Guest {
@@ -181,15 +204,15 @@ impl Guest {
 }
 
 /// One request after another, or many at once; then the application's connections are ended as its client ended its own.
-async fn visited(arriving: Arriving, guest: &Arc<Guest>) -> Result<(), Stop> {
+async fn visited(arriving: Arriving, guest: &Arc<Guest>) -> Result<(), Left> {
     let each = |request| {
         let guest = guest.clone();
         async move { Box::pin(answer(&guest, request)).await }
     };
     let mut ours = arriving.clone();
     let ended = converse(arriving, guest.node.drain(), each).await;
-    if guest.gone.load(Ordering::Relaxed) {
-        return Err(Failure::DestinationReset.into());
+    if let Some(left) = guest.gone.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        return Err(left);
     }
     let wait = guest.node.limits().ready_wait;
     if ended.is_ok() {
@@ -204,36 +227,67 @@ async fn visited(arriving: Arriving, guest: &Arc<Guest>) -> Result<(), Stop> {
         // Our end is said, also after a 400. Fails for a source that is gone.
         let _ = tokio::time::timeout(wait, ours.shutdown()).await;
     }
-    ended
+    Ok(ended?)
 }
 
 /// The application is gone: its client is told as it would be without us.
 #[derive(Debug, thiserror::Error)]
-#[error("the application ended its connection before it answered: {0}")]
-struct Gone(Refusal);
+enum Gone {
+    #[error("the application ended its connection before it answered: {0}")]
+    Broke(Refusal),
+    /// In HTTP/2, where a stream can end with that word (RFC 9113, section 8.7).
+    #[error("the application took nothing: {0}")]
+    Untaken(Box<Refusal>, #[source] h2::Error),
+}
 
 /// The story of a request.
 async fn answer(guest: &Arc<Guest>, request: Request<Incoming>) -> Result<Response<Body>, Gone> {
     let mut exchange = Exchange::begin(guest.ends(), &request);
-    let form = heads::form(&request);
+    let (form, many) = (heads::form(&request), request.version() == Version::HTTP_2);
     let told = match tell(guest, request, &mut exchange).await {
         Ok(answered) => Ok(answered),
         Err(Ended::Declined(declined)) => Err(declined),
-        Err(Ended::Gone(refusal)) => {
-            guest.gone.store(true, Ordering::Relaxed);
-            exchange.refused(refusal.clone());
-            return Err(Gone(refusal));
+        Err(Ended::Gone(unanswered)) => {
+            let (gone, left) = match unanswered {
+                Unanswered::Untaken(refusal) if many => {
+                    (Gone::Untaken(refusal.into(), h2::Reason::REFUSED_STREAM.into()), None)
+                }
+                Unanswered::Untaken(refusal) => (Gone::Broke(refusal), Some(Left::Untaken)),
+                Unanswered::Broke(refusal) => (Gone::Broke(refusal), Some(Failure::DestinationReset.into())),
+            };
+            exchange.refused(gone.refusal().clone());
+            if let Some(left) = left {
+                *guest.gone.lock().unwrap_or_else(PoisonError::into_inner) = Some(left);
+            }
+            return Err(gone);
         }
     };
     Ok(respond(told, form, exchange))
 }
 
-/// Why the application has not answered.
+impl Gone {
+    fn refusal(&self) -> &Refusal {
+        match self {
+            Self::Broke(refusal) => refusal,
+            Self::Untaken(refusal, _) => refusal,
+        }
+    }
+}
+
+/// Why a request is not answered by the application.
 enum Ended {
     /// It was not asked.
     Declined(Declined),
-    /// It did not.
-    Gone(Refusal),
+    /// It did not answer.
+    Gone(Unanswered),
+}
+
+/// Why the application does not answer.
+enum Unanswered {
+    /// It certainly took nothing.
+    Untaken(Refusal),
+    /// It may have.
+    Broke(Refusal),
 }
 
 impl From<Declined> for Ended {
@@ -309,7 +363,7 @@ async fn tell(
         Err(_) if measured.as_ref().is_some_and(|(_, longer)| longer.is()) => {
             return Err(intake::longer().into());
         }
-        Err(refusal) => return Err(Ended::Gone(refusal)),
+        Err(unanswered) => return Err(Ended::Gone(unanswered)),
     };
 
     // And back.
@@ -351,7 +405,11 @@ impl Application {
 
     /// Sends a request, and waits for the head of its answer. One that was certainly not taken, since the application has
     /// closed an idle connection, is sent on another.
-    async fn send(&self, guest: &Guest, mut request: Request<Body>) -> Result<Response<Incoming>, Refusal> {
+    async fn send(
+        &self,
+        guest: &Guest,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, Unanswered> {
         let many = request.version() == Version::HTTP_2;
         let extended = websocket::is_extended(&request);
         loop {
@@ -363,7 +421,7 @@ impl Application {
             };
             let (sender, fresh) = match kept {
                 Some(sender) => (sender, false),
-                None => (self.open(guest, many).await?, true),
+                None => (self.open(guest, many).await.map_err(Unanswered::Untaken)?, true),
             };
             let mut error = match sender {
                 Sender::One(mut one) => match one.try_send_request(request).await {
@@ -394,20 +452,35 @@ impl Application {
                     }
                 }
             };
-            match error.take_message() {
-                Some(unsent) if !fresh => request = unsent,
-                _ => return Err(Refusal::new(Reason::BackendReset, error.into_error().to_string())),
-            }
+            let untaken = match error.take_message() {
+                Some(unsent) if !fresh => {
+                    request = unsent;
+                    continue;
+                }
+                unsent => unsent.is_some(),
+            };
+            let error = error.into_error();
+            let refusal = Refusal::new(Reason::BackendReset, error.to_string());
+            return Err(match untaken || upstream::is_declined(&error) {
+                true => Unanswered::Untaken(refusal),
+                false => Unanswered::Broke(refusal),
+            });
         }
     }
 
     /// Asks for a WebSocket by a connection of its own, as the application does not take it beside other requests.
-    async fn beside(&self, guest: &Guest, mut request: Request<Body>) -> Result<Response<Incoming>, Refusal> {
+    async fn beside(
+        &self,
+        guest: &Guest,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, Unanswered> {
         let way = websocket::as_upgrade(&mut request, rand::random());
-        let stream = TokioIo::new(Socket::from(guest.connect().await?));
-        let (mut sender, connection) = upstream::http1().handshake(stream).await.map_err(unspoken)?;
+        let app = guest.connect().await.map_err(Unanswered::Untaken)?;
+        let spoken = upstream::http1().handshake(TokioIo::new(Socket::from(app))).await;
+        let (mut sender, connection) = spoken.map_err(|error| Unanswered::Untaken(unspoken(error)))?;
         guest.drive(connection.with_upgrades());
-        let mut response = sender.send_request(request).await.map_err(unspoken)?;
+        let sent = sender.send_request(request).await;
+        let mut response = sent.map_err(|error| Unanswered::Broke(unspoken(error)))?;
         websocket::answered(&mut response, &way);
         Ok(response)
     }

@@ -192,6 +192,12 @@ impl<L: HasLink> Frames<L> {
     }
 }
 
+/// Whether this is the other end's word that it took nothing which it has not answered (see [`LinkError::Closed`]).
+pub(super) fn is_closed(error: &(dyn std::error::Error + 'static)) -> bool {
+    let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    inner.and_then(|it| it.downcast_ref()).is_some_and(|it| matches!(it, LinkError::Closed))
+}
+
 /// What arrives at a workload: a lease of another agent's, or an application's own connection. Clones are the same stream;
 /// one of them reads and writes.
 #[derive(Debug, Clone)]

@@ -37,7 +37,7 @@ use super::{
     line::Line,
     one::One,
     settings::{self, FirstFrame, Takes},
-    stream::Upstream,
+    stream::{self, Upstream},
     websocket::{self, Way},
     within::Within,
 };
@@ -554,14 +554,18 @@ pub(in crate::connection) fn unspoken(error: hyper::Error) -> Refusal {
     Refusal::new(Reason::BackendReset, error.to_string())
 }
 
-/// Whether a server has said of a stream that it was not processed in any way: by a GOAWAY without an error, which ends the
-/// streams above the last one that it names and no others, or by REFUSED_STREAM (RFC 9113, sections 6.8 and 8.7).
-fn is_declined(error: &hyper::Error) -> bool {
+/// Whether a server has said of a request that it was not processed in any way: of a stream by a GOAWAY without an error, which ends
+/// those above the last one that it names and no others, or by REFUSED_STREAM (RFC 9113, sections 6.8 and 8.7); or its agent
+/// has, by the end of the tunnel.
+pub(in crate::connection) fn is_declined(error: &hyper::Error) -> bool {
     let mut causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
-    causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).is_some_and(|error| {
-        let leaves = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
-        let refuses = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
-        error.is_remote() && (leaves || refuses)
+    causes.any(|cause| {
+        let of_stream = cause.downcast_ref::<h2::Error>().is_some_and(|error| {
+            let leaves = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+            let refuses = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            error.is_remote() && (leaves || refuses)
+        });
+        of_stream || stream::is_closed(cause)
     })
 }
 

@@ -1,0 +1,150 @@
+//! Requests to a service whose endpoints go away: what certainly was not taken goes elsewhere, whatever it is and whoever reads
+//! it. Needs root, as the data path does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+#[path = "data_path/app.rs"]
+#[allow(dead_code, reason = "the tests of requests use the rest of it")]
+mod app;
+#[path = "data_path/world.rs"]
+#[allow(dead_code, reason = "the tests of bytes use the rest of it")]
+mod world;
+
+use std::{convert::Infallible, net::SocketAddr};
+
+use app::{App, app};
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body_util::Full;
+use hyper::{
+    client::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use mesh_agent::connection::Limits;
+use mesh_core::model::{
+    Action, Asks, Policy, Rule, Target,
+    traffic::{Algorithm, Balancing, Traffic},
+};
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinHandle};
+use world::*;
+
+/// A client of a service whose endpoints, `web` and `api`, are asked in turn; the test itself serves them.
+struct Service {
+    world: World,
+    at: SocketAddr,
+    web: Option<TcpListener>,
+    api: Option<TcpListener>,
+}
+
+impl Service {
+    /// The endpoints' agents read requests, too, if there are policies that say something of them.
+    async fn new(policies: Vec<Policy>, limits: Limits) -> Self {
+        let mut plan = Plan { policies, ..Plan::default() };
+        plan.service(&[]);
+        let world = World::with(&plan, limits, Limits::default());
+        let ((web_at, web), (api_at, api)) = (world.web().await, world.api().await);
+        plan.service(&[("web", web_at), ("api", api_at)]);
+        let balancing = Some(Balancing { algorithm: Algorithm::RoundRobin, slow_start: None });
+        plan.services[0].ports[0].traffic = Traffic { reads_requests: true, balancing, ..Traffic::default() };
+        world.publish(&plan, "2");
+        let at = world.outbound(VIP.parse().unwrap());
+        Self { world, at, web: Some(web), api: Some(api) }
+    }
+
+    fn api(&mut self) -> App {
+        app("api", self.api.take().unwrap())
+    }
+
+    /// An application that takes one connection.
+    fn web(&mut self) -> JoinHandle<()> {
+        let listener = self.web.take().unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = accept(&listener).await;
+            let service = service_fn(async |_| {
+                Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(r#"{"app": "web"}"#)))
+            });
+            let builder = auto::Builder::new(TokioExecutor::new());
+            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+        })
+    }
+
+    async fn log(&self, path: &str) -> Value {
+        eventually(async || {
+            let lines = self.world.source.log().await;
+            lines.into_iter().find(|line| line["kind"] == "request" && line["path"] == path)
+        })
+        .await
+    }
+}
+
+/// That DELETE is refused.
+fn policy() -> Policy {
+    let delete = Asks { methods: vec!["DELETE".into()], ..Asks::default() };
+    let to = vec![Target { any_of: delete, ..Target::default() }];
+    Policy::new(name("requests"), Action::Deny, vec![Rule { from: vec![], to }])
+}
+
+enum Client {
+    One(http1::SendRequest<Full<Bytes>>),
+    Many(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Client {
+    async fn new(version: Version, at: SocketAddr) -> Self {
+        let stream = TokioIo::new(connect(at).await);
+        if version == Version::HTTP_2 {
+            let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+            tokio::spawn(connection);
+            return Self::Many(sender);
+        }
+        let (sender, connection) = http1::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        Self::One(sender)
+    }
+
+    /// The status, and what the application said.
+    async fn ask(&mut self, method: Method, path: &str) -> (StatusCode, Value) {
+        let mut request = Request::new(Full::from("body"));
+        *request.method_mut() = method;
+        let response = match self {
+            Self::One(sender) => {
+                *request.uri_mut() = path.parse().unwrap();
+                request.headers_mut().insert("host", "service".parse().unwrap());
+                in_time(sender.ready()).await.unwrap();
+                in_time(sender.send_request(request)).await
+            }
+            Self::Many(sender) => {
+                *request.uri_mut() = format!("http://service{path}").parse().unwrap();
+                *request.version_mut() = Version::HTTP_2;
+                in_time(sender.send_request(request)).await
+            }
+        };
+        app::said(response.unwrap()).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_application_that_is_gone_did_not_take_goes_elsewhere_whoever_reads_it() {
+    for version in [Version::HTTP_11, Version::HTTP_2] {
+        let mut service = Service::new(vec![policy()], Limits::default()).await;
+        let (_api, web) = (service.api(), service.web());
+        let mut client = Client::new(version, service.at).await;
+        let begin = [client.ask(Method::POST, "/1").await.1, client.ask(Method::POST, "/2").await.1];
+        assert!(begin.iter().any(|said| said["app"] == "web"), "{version:?}: {begin:?}");
+        // Its connection with its agent ends, and nobody listens any more; that of the two agents stays.
+        web.abort();
+        let _ = web.await;
+        let mut attempts = vec![];
+        for number in 0..4 {
+            let path = format!("/after/{number}");
+            let (status, said) = client.ask(Method::POST, &path).await;
+            assert_eq!((status, &said["app"]), (StatusCode::OK, &json!("api")), "{version:?} {path}");
+            attempts.push(service.log(&path).await["attempts"].as_u64().unwrap());
+        }
+        assert!(attempts.contains(&2), "{version:?}: {attempts:?}");
+    }
+}
