@@ -56,6 +56,9 @@ pub struct Limits {
     pub answer_wait: Duration,
     /// Endpoints of a service that are tried for one connection: 3.
     pub endpoint_attempts: usize,
+    /// How long a connection of HTTP/1.1 to a backend may have been idle to be taken for a request that must not be made twice:
+    /// 1 s. Servers end idle ones after 2 s (gunicorn), 5 s (Node.js, Apache) or later, and what is sent just then is lost.
+    pub unsafe_after_idle: Duration,
 }
 
 impl Limits {
@@ -96,6 +99,7 @@ impl Default for Limits {
             stalled_memory: 256 << 20,
             answer_wait: Duration::from_secs(2),
             endpoint_attempts: 3,
+            unsafe_after_idle: Duration::from_secs(1),
         }
     }
 }

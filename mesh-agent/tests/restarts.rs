@@ -1,5 +1,5 @@
-//! Requests to a service whose endpoints go away: what certainly was not taken goes elsewhere, whatever it is and whoever reads
-//! it. Needs root, as the data path does.
+//! Requests to a service whose endpoints go away: what certainly was not taken goes elsewhere, whatever it is and whoever reads it,
+//! and what must not be made twice is not put where it may be lost. Needs root, as the data path does.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 #[path = "data_path/app.rs"]
@@ -9,7 +9,7 @@ mod app;
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{convert::Infallible, net::SocketAddr};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use app::{App, app};
 use bytes::Bytes;
@@ -146,5 +146,21 @@ async fn what_an_application_that_is_gone_did_not_take_goes_elsewhere_whoever_re
             attempts.push(service.log(&path).await["attempts"].as_u64().unwrap());
         }
         assert!(attempts.contains(&2), "{version:?}: {attempts:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_must_not_be_made_twice_goes_by_a_connection_that_was_used_just_now() {
+    for (longest, connections) in [(Duration::from_secs(3600), 1), (Duration::ZERO, 3)] {
+        let limits = Limits { unsafe_after_idle: longest, ..Limits::default() };
+        let mut service = Service::new(vec![], limits).await;
+        drop(service.web.take());
+        let api = service.api();
+        let mut client = Client::new(Version::HTTP_11, service.at).await;
+        // A safe one goes by whatever is there.
+        for method in [Method::POST, Method::GET, Method::PUT, Method::DELETE, Method::GET] {
+            assert_eq!(client.ask(method, "/").await.0, StatusCode::OK);
+        }
+        assert_eq!(api.connected(), connections, "{longest:?}");
     }
 }

@@ -32,6 +32,7 @@ use crate::world::in_time;
 pub(crate) struct App {
     served: Arc<AtomicUsize>,
     given_up: Arc<AtomicUsize>,
+    connected: Arc<AtomicUsize>,
     #[allow(dead_code, reason = "for those who end it")]
     pub(crate) task: JoinHandle<()>,
 }
@@ -40,6 +41,12 @@ impl App {
     /// Requests so far.
     pub(crate) fn served(&self) -> usize {
         self.served.load(Ordering::Relaxed)
+    }
+
+    /// Connections so far.
+    #[allow(dead_code, reason = "for those who count them")]
+    pub(crate) fn connected(&self) -> usize {
+        self.connected.load(Ordering::Relaxed)
     }
 
     /// Requests for `/stalls` that nobody waits for any more.
@@ -51,9 +58,11 @@ impl App {
 
 pub(crate) fn app(says: &'static str, listener: TcpListener) -> App {
     let (served, given_up) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
-    let (counted, dropped) = (served.clone(), given_up.clone());
+    let connected = Arc::<AtomicUsize>::default();
+    let (counted, dropped, connects) = (served.clone(), given_up.clone(), connected.clone());
     let task = tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
+            connects.fetch_add(1, Ordering::Relaxed);
             let (counted, dropped) = (counted.clone(), dropped.clone());
             tokio::spawn(async move {
                 let service = service_fn(move |request| {
@@ -72,7 +81,7 @@ pub(crate) fn app(says: &'static str, listener: TcpListener) -> App {
             });
         }
     });
-    App { served, given_up, task }
+    App { served, given_up, connected, task }
 }
 
 /// Counts when it is dropped.

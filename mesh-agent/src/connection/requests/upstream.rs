@@ -216,8 +216,11 @@ impl Upstreams {
         let extended = websocket::is_extended(&request);
         let mut many = request.version() == Version::HTTP_2;
         let mut way = Way::Stream;
+        // Its server may end an idle connection just when this is sent, and nobody could say that it was not taken.
+        let idle =
+            if request.method().is_safe() { Duration::MAX } else { from.node.limits().unsafe_after_idle };
         loop {
-            let (sender, fresh) = match self.checkout(&key, many).await {
+            let (sender, fresh) = match self.checkout(&key, many, idle).await {
                 Some(sender) => (sender, false),
                 None => match self.open(&key, from, reached.clone(), many).await {
                     Ok(sender) => (sender, true),
@@ -254,12 +257,12 @@ impl Upstreams {
         }
     }
 
-    async fn checkout(&self, key: &Key, many: bool) -> Option<Sender> {
+    async fn checkout(&self, key: &Key, many: bool, idle: Duration) -> Option<Sender> {
         if many {
             return self.of(key, Of::shared).flatten().map(|shared| Sender::Shared(Stream::of(shared)));
         }
         loop {
-            let mut one = self.of(key, Of::idle).flatten()?;
+            let mut one = self.of(key, |of| of.idle(idle)).flatten()?;
             // As a rule it is; a moment after an answer's end its connection may not have noticed yet.
             if one.is_ready().await {
                 return Some(Sender::One(one));
@@ -331,9 +334,11 @@ impl Idle {
 }
 
 impl Of {
-    /// The one that was used last. Not one that still sends: whoever took it would wait for another client's body.
-    fn idle(&mut self) -> Option<One> {
-        let last = self.idle.iter().rposition(|it| it.one.has_sent_all())?;
+    /// The one that was used last, if it has not been idle for longer. Not one that still sends: whoever took it would wait for
+    /// another client's body.
+    fn idle(&mut self, longest: Duration) -> Option<One> {
+        let may = |it: &Idle| it.one.has_sent_all() && it.since.elapsed() <= longest;
+        let last = self.idle.iter().rposition(may)?;
         Some(self.idle.remove(last).one)
     }
 
