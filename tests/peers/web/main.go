@@ -1,5 +1,5 @@
 // A server and a client made of Go's own net/http, for tests of what Go's programs see through the mesh: `web serve NAME`
-// and `web ask URL PROTOCOL METHODS WORKERS REQUESTS`.
+// and `web ask URL PROTOCOL METHODS WORKERS REQUESTS RATE`.
 package main
 
 import (
@@ -29,10 +29,11 @@ func main() {
 	switch {
 	case len(os.Args) == 3 && os.Args[1] == "serve":
 		serve(os.Args[2])
-	case len(os.Args) == 7 && os.Args[1] == "ask":
-		ask(os.Args[2], os.Args[3], strings.Split(os.Args[4], ","), number(os.Args[5]), number(os.Args[6]))
+	case len(os.Args) == 8 && os.Args[1] == "ask":
+		methods, workers, requests, rate := strings.Split(os.Args[4], ","), os.Args[5], os.Args[6], os.Args[7]
+		ask(os.Args[2], os.Args[3], methods, number(workers), number(requests), number(rate))
 	default:
-		log.Fatal("usage: web serve NAME | web ask URL http1|http2 METHOD,METHOD... WORKERS REQUESTS")
+		log.Fatal("usage: web serve NAME | web ask URL http1|http2 METHOD,METHOD... WORKERS REQUESTS RATE")
 	}
 }
 
@@ -98,9 +99,10 @@ func serve(name string) {
 	log.Printf("answered %d", answered.Load())
 }
 
-// Sends that many requests in all, from that many at once, with these methods in turn. Bodies cannot be read again, so that
-// none is sent twice unseen. Ends before when told so by SIGTERM. Fails unless each is answered with what was asked.
-func ask(url, protocol string, methods []string, workers, requests int) {
+// Sends that many requests in all, from that many at once, with these methods in turn, and no more than `rate` a second unless
+// that is 0. Bodies cannot be read again, so that none is sent twice unseen. Ends before when told so by SIGTERM. Fails unless
+// each is answered with what was asked.
+func ask(url, protocol string, methods []string, workers, requests, rate int) {
 	http2 := protocol == "http2"
 	client := &http.Client{
 		Timeout: patience,
@@ -112,11 +114,20 @@ func ask(url, protocol string, methods []string, workers, requests int) {
 	proto := map[bool]string{false: "HTTP/1.1", true: "HTTP/2.0"}[http2]
 	enough, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
+	var turn <-chan time.Time
+	if rate > 0 {
+		ticker := time.NewTicker(time.Second / time.Duration(rate))
+		defer ticker.Stop()
+		turn = ticker.C
+	}
 	var next, succeeded, failed atomic.Int64
 	var working sync.WaitGroup
 	for range workers {
 		working.Go(func() {
 			for number := next.Add(1); number <= int64(requests) && enough.Err() == nil; number = next.Add(1) {
+				if rate > 0 {
+					<-turn
+				}
 				if err := once(client, url, methods[number%int64(len(methods))], proto, number); err != nil {
 					failed.Add(1)
 					log.Printf("request %d: %v", number, err)
