@@ -505,6 +505,24 @@ async fn large_bodies_pass_unchanged_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_drains_keeps_no_connection_for_requests_to_come() {
+    let bed = Bed::new(vec![rule(vec![], vec![to("web", 1)])]).await;
+    let mut client = connect(bed.at).await;
+    let begins = b"POST / HTTP/1.1\r\nhost: service\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n";
+    client.write_all(begins).await.unwrap();
+    eventually(async || (bed.web.served() == 1).then_some(())).await;
+    let drain = bed.world.source.drain.clone();
+    let drained = tokio::spawn(async move { drain.drain(Duration::from_secs(10)).await });
+    eventually(async || bed.world.source.drain.is_draining().then_some(())).await;
+    client.write_all(b"0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    in_time(client.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert_eq!(drained.await.unwrap(), 0, "the one to the backend is not waited for until it is cut");
+    bed.web.task.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_drains_answers_what_is_under_way_and_takes_nothing_more() {
     let times = Timeouts { request: Some(Duration::from_secs(1)), backend: None };
     let bed = Bed::new(vec![RouteRule { timeouts: times, ..rule(vec![], vec![to("web", 1)]) }]).await;

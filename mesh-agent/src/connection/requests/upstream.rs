@@ -9,7 +9,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
     time::{Duration, Instant},
@@ -70,6 +70,8 @@ const CONNECTION_WINDOW: u32 = WINDOW * STREAMS as u32;
 #[derive(Debug)]
 pub(in super::super) struct Upstreams {
     of: Mutex<HashMap<Key, Of>>,
+    /// Set before what is kept is dropped for the last time: looked at with that locked.
+    stopped: AtomicBool,
     watch: Arc<Watch>,
     /// Of the same.
     waker: Waker,
@@ -191,7 +193,12 @@ pub(super) enum Unanswered {
 impl Default for Upstreams {
     fn default() -> Self {
         let watch = Arc::<Watch>::default();
-        Self { of: Mutex::default(), waker: Waker::from(watch.clone()), watch }
+        Self {
+            of: Mutex::default(),
+            stopped: AtomicBool::new(false),
+            waker: Waker::from(watch.clone()),
+            watch,
+        }
     }
 }
 
@@ -285,7 +292,7 @@ impl Upstreams {
         let opened = Opened::new(key.to, from, reached).await?;
         if many {
             let shared = opened.shared(from).await?;
-            self.lock().entry(key.clone()).or_default().shared.push(shared.clone());
+            self.keep(key, |of| of.shared.push(shared.clone()));
             return Ok(Sender::Shared(Stream::of(shared)));
         }
         opened.one(from).await.map(Sender::One)
@@ -293,6 +300,14 @@ impl Upstreams {
 
     fn of<T>(&self, key: &Key, look: impl FnOnce(&mut Of) -> T) -> Option<T> {
         self.lock().get_mut(key).map(look)
+    }
+
+    /// Puts something among what is kept, unless nothing is.
+    fn keep(&self, key: &Key, put: impl FnOnce(&mut Of)) {
+        let mut all = self.lock();
+        if !self.stopped.load(Ordering::Acquire) {
+            put(all.entry(key.clone()).or_default());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, Of>> {
@@ -315,8 +330,9 @@ impl Upstreams {
         }
     }
 
-    /// Closes what is idle; what is in use ends when it is done.
+    /// Closes what is idle, and keeps nothing any more; what is in use ends when it is done.
     pub(in super::super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
         self.lock().clear();
     }
 
@@ -429,11 +445,11 @@ impl Used {
         if let Some(Sender::One(mut one)) = self.sender.take()
             && one.rest(&self.upstreams.waker)
         {
-            let mut all = self.upstreams.lock();
-            let of = all.entry(self.key.clone()).or_default();
-            if of.idle.len() < IDLE_PER_KEY {
-                of.idle.push(Idle { one, since: Instant::now() });
-            }
+            self.upstreams.keep(&self.key, |of| {
+                if of.idle.len() < IDLE_PER_KEY {
+                    of.idle.push(Idle { one, since: Instant::now() });
+                }
+            });
         }
     }
 }
