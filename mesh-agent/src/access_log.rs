@@ -131,12 +131,16 @@ impl AccessLog {
     /// Done when every line so far is written.
     pub async fn flush(&self) {
         let (done, wait) = oneshot::channel();
+        self.tell_when_flushed(done);
+        // It ends after everything has been written, too.
+        let _ = wait.await;
+    }
+
+    fn tell_when_flushed(&self, done: oneshot::Sender<()>) {
         let Handle(shared) = &*self.handle;
         let mut waiting = shared.lock();
         waiting.flushed.push(done);
         shared.wake(waiting);
-        // It ends after everything has been written, too.
-        let _ = wait.await;
     }
 }
 

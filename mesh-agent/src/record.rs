@@ -131,12 +131,12 @@ impl Entry {
     }
 
     /// How it ended. Records it.
-    pub(crate) fn finish(mut self: Box<Self>, result: Result<(), Stop>) {
+    pub(crate) fn finish(mut self, result: Result<(), Stop>) {
         self.result = result;
     }
 
     /// It was no connection but a tunnel, whose leases are recorded one by one.
-    pub(crate) fn withdraw(mut self: Box<Self>) {
+    pub(crate) fn withdraw(mut self) {
         self.withdrawn = true;
     }
 

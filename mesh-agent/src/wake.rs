@@ -71,9 +71,12 @@ impl Bell {
         mut part: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
         let Self { state, waker } = self;
-        state.task.register(cx.waker());
-        for _ in 0..TURNS {
+        for turn in 0..TURNS {
             state.is.store(POLLED, Ordering::Release);
+            if turn == 0 {
+                // Not before: who rings from here on is seen below, and does not take the task's waker away.
+                state.task.register(cx.waker());
+            }
             if let Poll::Ready(ready) = part(&mut Context::from_waker(waker)) {
                 // Whatever is polled next begins anew.
                 state.is.store(RUNG, Ordering::Release);

@@ -70,11 +70,11 @@ pub(super) async fn serve(accepted: Accepted, node: &Node) {
                 Ok(Next::Requests(visit)) => {
                     Box::pin(requests_in_plaintext(accepted, *visit, node, entry)).await;
                 }
-                Ok(Next::Ended) => super::end(accepted.stream, entry, Ok(())),
-                Err(stop) => super::end(accepted.stream, entry, Err(stop)),
+                Ok(Next::Ended) => super::end(accepted.stream, *entry, Ok(())),
+                Err(stop) => super::end(accepted.stream, *entry, Err(stop)),
             }
         }
-        Err(refusal) => super::end(accepted.stream, entry, Err(refusal.into())),
+        Err(refusal) => super::end(accepted.stream, *entry, Err(refusal.into())),
     }
 }
 
@@ -302,8 +302,8 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
     let carried = node.carried(&entry, &at.workload, at.from.ip());
     let (stopped, said) = tokio::select! {
         carried = relay::tunnel::run(&app, &mut link, &carried) => carried,
-        refusal = revoked(node, at, Some(&proved), &entry, Content::Bytes) => return cut(entry, refusal),
-        refusal = seldom(node.cut(&at.workload)) => return cut(entry, refusal),
+        refusal = revoked(node, at, Some(&proved), &entry, Content::Bytes) => return cut(*entry, refusal),
+        refusal = seldom(node.cut(&at.workload)) => return cut(*entry, refusal),
     };
     let (result, usable) = match stopped {
         Stopped::Finished => {
@@ -354,7 +354,7 @@ async fn requests(link: Box<Link>, visit: Visit, node: &Node, entry: Box<Entry>)
 }
 
 /// Ends a connection in its midst: application and tunnel are reset, by being dropped.
-fn cut(entry: Box<Entry>, refusal: Refusal) -> Option<Box<Link>> {
+fn cut(entry: Entry, refusal: Refusal) -> Option<Box<Link>> {
     entry.finish(Err(refusal.into()));
     None
 }

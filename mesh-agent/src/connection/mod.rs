@@ -295,8 +295,8 @@ pub async fn serve_outbound(accepted: Accepted, node: Node) {
     };
     match result {
         Ok(Some(routed)) => Box::pin(requests::serve(accepted, *routed, &node, entry)).await,
-        Ok(None) => end(accepted.stream, entry, Ok(())),
-        Err(stop) => end(accepted.stream, entry, Err(stop)),
+        Ok(None) => end(accepted.stream, *entry, Ok(())),
+        Err(stop) => end(accepted.stream, *entry, Err(stop)),
     }
 }
 
@@ -327,7 +327,7 @@ async fn outbound(accepted: &Accepted, node: &Node, entry: &mut Entry) -> Result
 }
 
 /// Ends the application's side of a connection as the connection ended, and records it.
-fn end(stream: TcpStream, entry: Box<Entry>, result: Result<(), Stop>) {
+fn end(stream: TcpStream, entry: Entry, result: Result<(), Stop>) {
     if result.is_ok() {
         socket::close(stream);
     } else {

@@ -14,12 +14,20 @@ use std::{
 use http::{Request, Response, header};
 use hyper::{
     body::Incoming,
-    client::conn::http1::{Connection, SendRequest},
+    client::conn::{
+        TrySendError,
+        http1::{Connection, SendRequest},
+    },
 };
 use hyper_util::rt::TokioIo;
 
 use super::{body::Body, line::Cuttable};
 use crate::wake::Bell;
+
+/// What became of a request that has no answer: itself, if it was not sent, and why.
+pub(super) fn unsent(mut error: TrySendError<Request<Body>>) -> (Option<Box<Request<Body>>>, hyper::Error) {
+    (error.take_message().map(Box::new), error.into_error())
+}
 
 /// A connection that carries one request at a time.
 #[derive(Debug)]
@@ -113,17 +121,18 @@ impl One {
     pub(super) async fn send(
         &mut self,
         request: Request<Body>,
-    ) -> Result<Response<Incoming>, hyper::client::conn::TrySendError<Request<Body>>> {
+    ) -> Result<Response<Incoming>, (Option<Box<Request<Body>>>, hyper::Error)> {
         if !request.body().is_whole() || request.headers().contains_key(header::UPGRADE) {
             self.stand_alone();
         }
         let request = request.map(|body| body.sending(&self.sending));
         let Self { sender, run, .. } = self;
         let mut sent = std::pin::pin!(sender.try_send_request(request));
-        match run {
+        let sent = match run {
             Some(run) => std::future::poll_fn(|cx| run.poll(cx, |cx| sent.as_mut().poll(cx))).await,
             None => sent.await,
-        }
+        };
+        sent.map_err(unsent)
     }
 
     /// Gives it a task of its own: it goes on though nobody polls it.

@@ -35,7 +35,7 @@ use super::{
     super::{Node, outbound},
     body::Body,
     line::Line,
-    one::One,
+    one::{One, unsent},
     settings::{self, FirstFrame, Takes},
     stream::{self, Upstream},
     websocket::{self, Way},
@@ -384,16 +384,13 @@ impl Sender {
         self,
         request: Request<Body>,
     ) -> Result<(Response<Incoming>, Self), (Option<Box<Request<Body>>>, hyper::Error)> {
-        let failed = |mut error: hyper::client::conn::TrySendError<Request<Body>>| {
-            (error.take_message().map(Box::new), error.into_error())
-        };
         match self {
             Self::One(mut one) => {
-                let response = one.send(request).await.map_err(failed)?;
+                let response = one.send(request).await?;
                 Ok((response, Self::One(one)))
             }
             Self::Shared(mut stream) => {
-                let response = stream.0.sender.try_send_request(request).await.map_err(failed)?;
+                let response = stream.0.sender.try_send_request(request).await.map_err(unsent)?;
                 Ok((response, Self::Shared(stream)))
             }
         }
