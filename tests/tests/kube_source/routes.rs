@@ -86,9 +86,10 @@ fn say_as_another(cluster: &Cluster) {
     cluster.kubectl(&[&patch[..], &[&status]].concat()).unwrap();
 }
 
-/// `CONTROLLER PARENT: CONDITION=STATUS REASON, ...` of each entry.
+/// `CONTROLLER PARENT: CONDITION=STATUS REASON, ...` of each entry. The name is one in `shop`, or has its namespace.
 fn said(cluster: &Cluster, kind: &str, name: &str) -> Result<Vec<String>, String> {
-    let asked = ["--namespace", "shop", "get", kind, name, "-o", "json"];
+    let (namespace, name) = name.split_once('/').unwrap_or(("shop", name));
+    let asked = ["--namespace", namespace, "get", kind, name, "-o", "json"];
     let object = cluster.kubectl(&asked).map_err(|error| format!("{error:#}"))?;
     let object: Value = serde_json::from_str(&object).map_err(|error| error.to_string())?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -179,7 +180,7 @@ fn are_followed_in_the_version_that_is_served(cluster: &Cluster, controller: &Co
     until("the cluster takes a route of the older version", AGAIN, || {
         cluster.apply(OLDER).map(drop).map_err(|error| format!("{error:#}"))
     });
-    let older = ("tcproutes.v1alpha2.gateway.networking.k8s.io", "older");
+    let older = ("tcproutes.v1alpha2.gateway.networking.k8s.io", "bank/older");
     let accepted = "nodemesh.io/controller accounts: Accepted=True Accepted, ResolvedRefs=True ResolvedRefs";
     until_said(
         cluster,
@@ -195,7 +196,7 @@ fn are_followed_in_the_version_that_is_served(cluster: &Cluster, controller: &Co
         let newer = OLDER.replace("v1alpha2", "v1").replace("name: older", "name: newer");
         cluster.apply(&newer).map(drop).map_err(|error| format!("{error:#}"))
     });
-    let newer = ("tcproutes.v1.gateway.networking.k8s.io", "newer");
+    let newer = ("tcproutes.v1.gateway.networking.k8s.io", "bank/newer");
     until_said(cluster, controller, "a route of the newer version is, too", newer, &[accepted]);
     assert!(controller.row("routes", "bank/older").is_some());
 }
