@@ -23,12 +23,8 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use mesh_agent::{
-    connection::Direction,
-    metrics::{Named, RequestLabels},
-};
 use mesh_core::model::{
-    Action, Asks, Name, Policy, Rule,
+    Action, Asks, Policy, Rule,
     intake::{Intake, PortIntake, RateBy, RateLimit, Sizes},
 };
 use serde_json::json;
@@ -63,19 +59,6 @@ impl Bed {
         let ports = [(self.web.port(), of_port)].into();
         self.plan.intakes = vec![Intake { workload: name("web"), labels: BTreeMap::new(), ports }];
         self.world.publish(&self.plan, version);
-    }
-
-    fn refused(&self, status: u16, reason: &'static str) -> u64 {
-        self.world.destination.metrics.requests(&RequestLabels {
-            direction: Direction::Inbound,
-            workload: Named(Some(Name::new("shop", "web"))),
-            service: Named(None),
-            route: None,
-            backend: Named(None),
-            status: Some(status),
-            grpc_status: None,
-            reason,
-        })
     }
 
     async fn stranger(&self) -> Client {
@@ -125,7 +108,7 @@ async fn one_too_many_is_answered_with_when_to_come_again_and_does_not_reach_the
         "{line}"
     );
     assert!(line["detail"].as_str().unwrap().contains("2 requests in 3600s from all together"), "{line}");
-    bed.log(|_| bed.refused(429, "limit_rate") == 2).await;
+    bed.log(|_| bed.answered(429, "limit_rate") == 2).await;
 
     // Another limit beside it leaves it as it is; one that says something else begins anew.
     bed.limit(rates(vec![two(8, RateBy::Identity), two(7, RateBy::All)]), "3");
@@ -230,7 +213,7 @@ async fn a_body_is_taken_up_to_its_limit_whether_or_not_it_says_its_length() {
         let (_, said) = app::said(response).await;
         assert_eq!(said["length"], if status == StatusCode::OK { json!(10) } else { json!(null) });
     }
-    bed.log(|_| bed.refused(413, "limit_body") == 2).await;
+    bed.log(|_| bed.answered(413, "limit_body") == 2).await;
     let line = bed.log(|line| line["reason"] == "limit_body").await;
     assert_eq!(line["outcome"], "refused", "{line}");
 

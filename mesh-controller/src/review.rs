@@ -78,8 +78,10 @@ pub fn review(ledger: &Ledger, default_mode: Mode) -> Vec<Warning> {
     for service in model.services.values() {
         review.service(service);
     }
-    review.routes();
-    review.traffic();
+    let traffic = crate::traffic::resolve(&model);
+    let routes = crate::routes::resolve(&model, &traffic);
+    review.routes(&routes);
+    review.traffic(&traffic, &routes);
     review.namespaces();
     review.addresses();
     review.found.sort();

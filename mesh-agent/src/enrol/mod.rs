@@ -103,7 +103,6 @@ impl Enroller {
         // The view whose addresses are the captured destinations: with thousands of them, not to be gone through at
         // every turn.
         let mut synced: Option<Arc<Snapshot>> = None;
-        let mut settled = false;
         loop {
             let snapshot = view.borrow_and_update().clone();
             if let Some(snapshot) = snapshot {
@@ -118,9 +117,6 @@ impl Enroller {
                 }
                 self.reconcile(&snapshot, &mut enrolled, prove).await;
                 complete = enrolled.len() == snapshot.local().count();
-                if complete && !std::mem::replace(&mut settled, true) {
-                    give_back_memory();
-                }
                 self.is_in_force();
             }
             let latest = view.borrow().clone();
@@ -398,14 +394,4 @@ fn tell_failed(let_go: anyhow::Result<()>) {
 /// Whether something could not be looked at for want of descriptors, which says nothing of the workload.
 fn lacks_descriptors(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref()).any(socket::is_shortage)
-}
-
-/// Gives back what loading the programs and the first enrolments took: glibc keeps it otherwise, a quarter of what an
-/// idle agent has.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointers; glibc locks its arenas itself.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

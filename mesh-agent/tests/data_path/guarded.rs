@@ -7,13 +7,16 @@ use http::{Response, StatusCode};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use mesh_agent::connection::Limits;
+use mesh_agent::{
+    connection::{Direction, Limits},
+    metrics::{Named, RequestLabels},
+};
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     app::{App, app, said},
-    world::{Plan, World, connect, eventually, in_time},
+    world::{Plan, World, connect, eventually, in_time, name},
 };
 
 pub(crate) struct Bed {
@@ -41,6 +44,20 @@ impl Bed {
 
     pub(crate) async fn client(&self) -> Client {
         Client::on(connect(self.at).await).await
+    }
+
+    /// How many requests the destination has answered so.
+    pub(crate) fn answered(&self, status: u16, reason: &'static str) -> u64 {
+        self.world.destination.metrics.requests(&RequestLabels {
+            direction: Direction::Inbound,
+            workload: Named(Some(name("web"))),
+            service: Named(None),
+            route: None,
+            backend: Named(None),
+            status: Some(status),
+            grpc_status: None,
+            reason,
+        })
     }
 
     /// The destination's line of a request, or of a connection.

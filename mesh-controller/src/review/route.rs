@@ -8,17 +8,16 @@ use mesh_core::model::{
 use super::{Review, near};
 use crate::{
     model::{ObjectKey, Route, Service},
-    routes::{Broken, NotAccepted, Outcome, Why, resolve},
-    traffic,
+    routes::{Broken, NotAccepted, Outcome, Resolved, Why},
 };
 
 impl Review<'_> {
-    pub(super) fn routes(&mut self) {
+    pub(super) fn routes(&mut self, routes: &Resolved) {
         let model = self.model;
-        for ((kind, name), outcome) in resolve(model, &traffic::resolve(model)).outcomes {
-            let key = ObjectKey { kind: kind.into(), name: name.clone() };
-            let Some(route) = model.routes.get(&(kind, name)) else { continue };
-            self.references(&key, &outcome);
+        for (name, outcome) in &routes.outcomes {
+            let Some(route) = model.routes.get(name) else { continue };
+            let key = ObjectKey { kind: route.kind.into(), name: route.name.clone() };
+            self.references(&key, outcome);
             for (place, rule) in route.rules.iter().enumerate() {
                 self.backends(&key, &format!("spec.rules[{place}]"), rule, &outcome.broken);
             }

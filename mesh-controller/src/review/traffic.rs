@@ -4,16 +4,13 @@ use super::{Review, near};
 use crate::{
     model::{Kind, ObjectKey, TrafficTarget},
     routes::{self, Unread},
-    traffic::{NotInForce, resolve},
+    traffic::{self, NotInForce},
 };
 
 impl Review<'_> {
-    pub(super) fn traffic(&mut self) {
-        let resolved = resolve(self.model);
-        let mut unread = routes::resolve(self.model, &resolved).unread;
-        for (name, outcome) in resolved.outcomes {
-            let unread = unread.remove(&name).unwrap_or_default();
-            let key = ObjectKey { kind: Kind::TrafficPolicy, name };
+    pub(super) fn traffic(&mut self, traffic: &traffic::Resolved, routes: &routes::Resolved) {
+        for (name, outcome) in &traffic.outcomes {
+            let key = ObjectKey { kind: Kind::TrafficPolicy, name: name.clone() };
             for (index, (target, why)) in outcome.targets.iter().enumerate() {
                 let Some(why) = why else { continue };
                 let field = format!("spec.targetRefs[{index}]");
@@ -21,7 +18,8 @@ impl Review<'_> {
                 self.warn(&key, &field, format!("{target}: {why}"), cure);
             }
             // Whoever speaks of a whole namespace knows that not all of it is read.
-            for unread in unread.iter().filter(|it| !it.of_namespace) {
+            let unread = routes.unread.get(name).into_iter().flatten();
+            for unread in unread.filter(|it| !it.of_namespace) {
                 let place = outcome.targets.iter().position(|(target, _)| self.is_for(target, unread));
                 let field = format!("spec.targetRefs[{}]", place.unwrap_or_default());
                 self.warn(&key, &field, unread.to_string(), unread.cure());

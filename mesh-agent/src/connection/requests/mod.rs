@@ -217,10 +217,9 @@ pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry
         asker.upgraded.wait().await;
         ended
     };
-    let cut = pin!(node.cut(&asker.local));
     let result = tokio::select! {
         result = conversation => result,
-        refusal = seldom(cut) => Err(refusal.into()),
+        refusal = seldom(node.cut(&asker.local)) => Err(refusal.into()),
     };
     if result.is_ok() {
         socket.ended();
@@ -258,12 +257,11 @@ where
         .auto_date_header(false);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer));
     let mut connection = pin!(connection);
-    let draining = pin!(drain.draining());
     let conversation = async {
         tokio::select! {
             ended = connection.as_mut() => ended,
             // What is under way is answered still.
-            () = seldom(draining) => {
+            () = seldom(drain.draining()) => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }

@@ -6,6 +6,7 @@
 
 use std::{
     fmt,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker},
@@ -81,6 +82,18 @@ impl Run {
     }
 }
 
+/// Polls what waits for a connection, and the connection, unless a task of its own runs it.
+fn poll<T>(
+    run: &mut Option<Run>,
+    cx: &mut Context<'_>,
+    mut waits: impl FnMut(&mut Context<'_>) -> Poll<T>,
+) -> Poll<T> {
+    match run {
+        Some(run) => run.poll(cx, waits),
+        None => waits(cx),
+    }
+}
+
 impl Drop for One {
     /// Without a sender it ends in its order, as far as it has come.
     fn drop(&mut self) {
@@ -98,23 +111,15 @@ impl One {
     pub(super) fn poll<T>(
         &mut self,
         cx: &mut Context<'_>,
-        mut waits: impl FnMut(&mut Context<'_>) -> Poll<T>,
+        waits: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        match &mut self.run {
-            Some(run) => run.poll(cx, waits),
-            None => waits(cx),
-        }
+        poll(&mut self.run, cx, waits)
     }
 
     /// Whether it takes a request, once that is known.
     pub(super) async fn is_ready(&mut self) -> bool {
         let Self { sender, run, .. } = self;
-        let mut ready = |cx: &mut Context<'_>| sender.poll_ready(cx);
-        let ready = std::future::poll_fn(|cx| match run {
-            Some(run) => run.poll(cx, &mut ready),
-            None => ready(cx),
-        });
-        ready.await.is_ok()
+        poll_fn(|cx| poll(run, cx, |cx| sender.poll_ready(cx))).await.is_ok()
     }
 
     /// The head of the answer, or the request, if it was not sent.
@@ -128,11 +133,7 @@ impl One {
         let request = request.map(|body| body.sending(&self.sending));
         let Self { sender, run, .. } = self;
         let mut sent = std::pin::pin!(sender.try_send_request(request));
-        let sent = match run {
-            Some(run) => std::future::poll_fn(|cx| run.poll(cx, |cx| sent.as_mut().poll(cx))).await,
-            None => sent.await,
-        };
-        sent.map_err(unsent)
+        poll_fn(|cx| poll(run, cx, |cx| sent.as_mut().poll(cx))).await.map_err(unsent)
     }
 
     /// Gives it a task of its own: it goes on though nobody polls it.

@@ -6,7 +6,6 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -530,17 +529,13 @@ fn drive(
     let place = local.admit(usize::MAX);
     from.node.drain().spawn(async move {
         let _place = place;
-        let ended = {
-            let refused = pin!(node.each_view(|view| {
+        let ended = tokio::select! {
+            ended = connection => ended.map_err(|error| error.to_string()),
+            refusal = seldom(node.each_view(|view| {
                 outbound::stays_trusted(view, led.as_ref())?;
                 outbound::goes_on(view, &local.name, &entry)
-            }));
-            let cut = pin!(node.cut(&local));
-            tokio::select! {
-                ended = connection => ended.map_err(|error| error.to_string()),
-                refusal = seldom(refused) => Err(refusal.to_string()),
-                refusal = seldom(cut) => Err(refusal.to_string()),
-            }
+            })) => Err(refusal.to_string()),
+            refusal = seldom(node.cut(&local)) => Err(refusal.to_string()),
         };
         if let Err(error) = ended {
             tracing::debug!(%error, "a connection to a backend ended");
