@@ -12,7 +12,7 @@ use mesh_core::{model::Workload, view::Snapshot};
 use mesh_settings::{InForce, log::LogFilter};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
-    runtime::{Builder, Runtime},
+    runtime::Builder,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
@@ -44,6 +44,7 @@ use crate::{
     run_dir::RunDir,
     spans::{Spans, Tracing},
     surroundings::Surroundings,
+    threads::Threads,
     view::{Enrolment, ReportHandle, Role},
     wants::{Known, Wants},
 };
@@ -58,17 +59,15 @@ pub fn run(config: &Config, log_filter: LogFilter) -> anyhow::Result<()> {
     raise_descriptor_limit();
     // Before there is any other thread: capabilities are a thread's own, and threads inherit them.
     privileges::keep_needed()?;
-    let data = Builder::new_multi_thread().thread_name("data").enable_all().build()?;
+    let threads = Threads::start().context("cannot start the threads of connections")?;
     let control = Builder::new_current_thread().thread_name("control").enable_all().build()?;
-    control.block_on(serve(config, log_filter, &data, agent_cgroup))?;
-    data.shutdown_background();
-    Ok(())
+    control.block_on(serve(config, log_filter, &threads, agent_cgroup))
 }
 
 async fn serve(
     config: &Config,
     log_filter: LogFilter,
-    data: &Runtime,
+    threads: &Threads,
     agent_cgroup: u64,
 ) -> anyhow::Result<()> {
     let mut told = Told::listen()?;
@@ -98,12 +97,12 @@ async fn serve(
         .with_context(|| format!("cannot open the access log {}", config.access_log.display()))?
         .of(config.access_log_mode);
     let spans = {
-        let _inside = data.enter();
+        let _inside = threads.first().enter();
         let (view, metrics) = (control.snapshots.clone(), metrics.clone());
         tracing(config).map(|tracing| Spans::start(&tracing, &config.node, view, metrics)).transpose()?
     };
     let node = {
-        let _inside = data.enter();
+        let _inside = threads.first().enter();
         let known = Known { view: control.snapshots.clone(), wants: control.wants.clone() };
         Node::new(
             config.node.clone(),
@@ -138,11 +137,11 @@ async fn serve(
         pins,
         node: node.clone(),
         identities,
-        data: data.handle().clone(),
+        threads: threads.clone(),
         metrics: metrics.clone(),
         headroom: headroom.clone(),
         reports: control.reports.clone(),
-        checks: Checks::new(data.handle().clone(), control.reports.clone(), metrics.clone()),
+        checks: Checks::new(threads.first().clone(), control.reports.clone(), metrics.clone()),
         holds,
         run_dir: config.run_dir.clone(),
         in_force: in_force.clone(),

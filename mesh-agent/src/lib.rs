@@ -14,7 +14,7 @@
 //! | 7 | [`view`], [`identity`], [`tunnel`], [`capture`], [`drain`], [`ownership`], [`headroom`], [`live`], [`spans`] | what the steps stand on; how near limits are; the connections that live now; spans of requests |
 //! | 8 | [`wants`], [`access_log`] | the addresses that connections use, and what the controller is asked for; lines of what has ended |
 //! | 9 | [`config`], [`metrics`], [`rpc`], [`run_dir`], [`limits`], [`local`], [`trust`], [`stalled`], [`underway`] | settings; counters; the controller's services; what survives a restart; limits; this node's workloads; to which root a peer's certificate led; what waits for readers; what is under way to services |
-//! | 10 | [`refusal`], [`net`], [`quota`], [`rates`], [`surroundings`], [`health`], [`privileges`], [`secrets`], [`wake`] | how a connection ends; sockets and namespaces; who holds how much; what is left of what workloads take; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from; parts of a task that are polled only when they were woken |
+//! | 10 | [`refusal`], [`net`], [`quota`], [`rates`], [`surroundings`], [`health`], [`privileges`], [`secrets`], [`threads`], [`wake`] | how a connection ends; sockets and namespaces; who holds how much; what is left of what workloads take; time, chance and the way to the controller; what is wrong with the control side; what the agent may do; the secrets that tunnels' keys come from; the threads that carry connections; parts of a task that are polled only when they were woken |
 
 pub mod access_log;
 pub mod admin;
@@ -51,6 +51,7 @@ pub mod secrets;
 pub mod spans;
 pub mod stalled;
 pub mod surroundings;
+pub mod threads;
 pub mod trust;
 pub mod tunnel;
 pub mod underway;

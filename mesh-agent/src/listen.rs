@@ -7,13 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{net::TcpListener, runtime::Handle};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     connection::{self, Accepted, Direction, Node},
     local::Local,
     net::socket,
+    threads::Threads,
 };
 
 /// How long an accept loop goes on once a successor's listener is in force: handshakes that had begun with this one
@@ -24,20 +25,20 @@ const SHORTAGE_WAIT: Duration = Duration::from_millis(50);
 /// How often the log says so.
 const SHORTAGE_SAID: Duration = Duration::from_secs(10);
 
-/// Serves a listener on the data runtime until `stop`, or until draining has begun and its last handshakes are
+/// Serves a listener on one of the threads until `stop`, or until draining has begun and its last handshakes are
 /// through. What waits in its queue then is still served.
 pub fn spawn(
-    runtime: &Handle,
+    threads: &Threads,
     listener: &StdListener,
     direction: Direction,
     local: Arc<Local>,
     node: Node,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let _inside = runtime.enter();
+    let _inside = threads.for_listener().enter();
     // The enrolment keeps the original, to prove that it still listens.
     let listener = TcpListener::from_std(listener.try_clone()?)?;
-    let drain = node.drain().clone();
+    let (drain, threads) = (node.drain().clone(), threads.clone());
     drain.clone().spawn(async move {
         let mut drained = std::pin::pin!(async {
             drain.draining().await;
@@ -52,7 +53,7 @@ pub fn spawn(
                 () = drain.cut() => break,
                 () = &mut drained => break,
                 result = listener.accept() => match result {
-                    Ok((stream, peer)) => start(stream, peer, direction, &local, &node),
+                    Ok((stream, peer)) => start(stream, peer, direction, &local, &node, &threads),
                     // Destroyed from outside (`ss -K`): the enrolment notices and opens another.
                     Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
                     Err(error) => {
@@ -67,7 +68,7 @@ pub fn spawn(
             }
         }
         while let Some(Ok((stream, peer))) = futures_util::FutureExt::now_or_never(listener.accept()) {
-            start(stream, peer, direction, &local, &node);
+            start(stream, peer, direction, &local, &node, &threads);
         }
     });
     Ok(())
@@ -79,9 +80,10 @@ fn start(
     direction: Direction,
     local: &Arc<Local>,
     node: &Node,
+    threads: &Threads,
 ) {
     if let Some(accepted) = accepted(stream, peer, direction, local) {
-        connection::spawn(accepted, node);
+        connection::spawn(accepted, node, threads);
     }
 }
 

@@ -5,18 +5,16 @@
 mod checks;
 mod durations;
 pub mod exposition;
+mod requests;
 mod sending;
 mod spans;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
-use mesh_core::{http::trace::TraceId, model::Name, view::Snapshot};
+use mesh_core::view::Snapshot;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -25,10 +23,11 @@ use prometheus_client::{
 
 pub use self::{
     checks::CheckLabels,
+    requests::{AttemptLabels, Before, Named, RequestEnd, RequestLabels, RequestTimeLabels},
     sending::{EjectionLabels, FaultLabels, HedgeLabels, HedgeOutcome, ServiceLabels},
     spans::SpanLabels,
 };
-use self::{checks::Checks, durations::Durations, sending::Sending, spans::Spans};
+use self::{checks::Checks, requests::Requests, sending::Sending, spans::Spans};
 use crate::health::{Condition, Kept};
 
 /// Which way a connection goes, seen from this node's workload.
@@ -75,64 +74,6 @@ pub struct AuditLabels {
     pub workload: String,
     /// The reason's label.
     pub reason: &'static str,
-}
-
-/// A name as the value of a label; empty for none. Not a text, as what is told of each request has several.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Named(pub Option<Name>);
-
-impl EncodeLabelValue for Named {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
-        match &self.0 {
-            Some(name) => name.to_string().encode(encoder),
-            None => "".encode(encoder),
-        }
-    }
-}
-
-/// Labels of `nodemesh_requests_total`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct RequestLabels {
-    /// Outbound: decided where it comes from, by routes; inbound: where it arrives, by policies on requests.
-    pub direction: Direction,
-    /// The workload of this node: that asked, or that is asked, `namespace/name`.
-    pub workload: Named,
-    /// The service that it asked, `namespace/name`; empty where that is not known.
-    pub service: Named,
-    /// The route that it fell under, `KIND/namespace/name`; empty for none.
-    pub route: Option<Arc<str>>,
-    /// The service that it went to, `namespace/name`; empty for none.
-    pub backend: Named,
-    /// The answer's status; empty if there was none.
-    pub status: Option<u16>,
-    /// The status of a call of gRPC; empty where there is none.
-    pub grpc_status: Option<u16>,
-    /// Why it did not go well: a reason's label, `cut_short` if its answer did not come to its end; else empty.
-    pub reason: &'static str,
-}
-
-/// Labels of `nodemesh_request_duration_seconds`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct RequestTimeLabels {
-    /// Which way, as in `nodemesh_requests_total`.
-    pub direction: Direction,
-    /// The workload of this node, `namespace/name`.
-    pub workload: Named,
-    /// The service that it asked, `namespace/name`; empty where that is not known.
-    pub service: Named,
-    /// The service that it went to, `namespace/name`; empty for none.
-    pub backend: Named,
-}
-
-/// Labels of `nodemesh_request_attempts_total`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct AttemptLabels {
-    /// The workload of this node that asked, `namespace/name`.
-    pub workload: Named,
-    /// The service that it asked, `namespace/name`.
-    pub service: Named,
-    /// The service that the request went to in the end, `namespace/name`.
-    pub backend: Named,
 }
 
 /// Labels of `nodemesh_routed_connections_total`.
@@ -248,12 +189,10 @@ pub struct Metrics {
     connections: Family<ConnectionLabels, Counter>,
     routed: Family<RoutedLabels, Counter>,
     active: Family<DirectionLabels, Gauge>,
-    requests: Family<RequestLabels, Counter>,
-    request_seconds: Durations,
+    requests: Requests,
     sending: Sending,
     spans: Spans,
     checks: Checks,
-    request_attempts: Family<AttemptLabels, Counter>,
     audit_refusals: Family<AuditLabels, Counter>,
     outbound_bytes: ByteCounters,
     inbound_bytes: ByteCounters,
@@ -297,12 +236,10 @@ impl Metrics {
             connections: Family::default(),
             routed: Family::default(),
             active: Family::default(),
-            requests: Family::default(),
-            request_seconds: Durations::default(),
+            requests: Requests::default(),
             sending: Sending::default(),
             spans: Spans::default(),
             checks: Checks::default(),
-            request_attempts: Family::default(),
             audit_refusals: Family::default(),
             outbound_bytes: both(Direction::Outbound),
             inbound_bytes: both(Direction::Inbound),
@@ -343,22 +280,10 @@ impl Metrics {
             m.routed.clone(),
         );
         registry.register("connections_active", "Connections that are carried now", m.active.clone());
-        registry.register(
-            "requests",
-            "Requests that are read: of this node's workloads to services that have routes, and to workloads of which policies \
-             say something of requests",
-            m.requests.clone(),
-        );
-        registry.register_collector(Box::new(m.request_seconds.clone()));
+        m.requests.register(&mut registry);
         m.sending.register(&mut registry);
         m.spans.register(&mut registry);
         m.checks.register(&mut registry);
-        registry.register(
-            "request_attempts",
-            "Endpoints at which requests of this node's workloads were tried: more than requests that ended, where some \
-             were made again",
-            m.request_attempts.clone(),
-        );
         registry.register(
             "policy_audit_refusals",
             "Connections that an audited policy would have refused, had it been enforced",
@@ -482,26 +407,6 @@ impl Metrics {
     /// How many of these ended with these labels.
     pub fn routed(&self, labels: &RoutedLabels) -> u64 {
         self.routed.get_or_create(labels).get()
-    }
-
-    /// A request ended.
-    pub fn request_ended(&self, labels: &RequestLabels) {
-        self.requests.get_or_create(labels).inc();
-    }
-
-    /// How many requests ended with these labels.
-    pub fn requests(&self, labels: &RequestLabels) -> u64 {
-        self.requests.get_or_create(labels).get()
-    }
-
-    /// A request took so long; of which trace it is, if that is recorded.
-    pub fn request_took(&self, labels: &RequestTimeLabels, took: Duration, trace: Option<TraceId>) {
-        self.request_seconds.observe(labels, took, trace);
-    }
-
-    /// A request was tried at so many endpoints, one after the other.
-    pub fn request_attempted(&self, labels: &AttemptLabels, times: u32) {
-        self.request_attempts.get_or_create(labels).inc_by(u64::from(times));
     }
 
     /// How many connections ended with these labels.
@@ -729,6 +634,10 @@ impl Flow {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use mesh_core::model::Name;
+
     use super::*;
 
     #[test]
@@ -792,7 +701,7 @@ mod tests {
             reason: "",
         });
         let named = |name| Named(Some(Name::new("shop", name)));
-        metrics.request_ended(&RequestLabels {
+        let labels = RequestLabels {
             direction: Direction::Outbound,
             workload: named("web"),
             service: named("pay"),
@@ -801,10 +710,9 @@ mod tests {
             status: Some(200),
             grpc_status: None,
             reason: "",
-        });
-        let (workload, service, backend) = (named("web"), named("pay"), named("pay-v2"));
-        let labels = RequestTimeLabels { direction: Direction::Outbound, workload, service, backend };
-        metrics.request_took(&labels, Duration::from_millis(3), None);
+        };
+        let end = RequestEnd { attempts: 2, took: Duration::from_millis(3), trace: None };
+        metrics.request_ended(labels, &end, &Before::default());
         let pay = Name::new("shop", "pay");
         metrics.ejected(&pay, mesh_core::balance::Cause::Consecutive);
         metrics.tried_again(&pay);
@@ -813,8 +721,6 @@ mod tests {
         metrics.spans_dropped("queue", 1);
         metrics.health_checked(&pay, true);
         metrics.endpoint_unhealthy(&pay, true);
-        let RequestTimeLabels { workload, service, backend, .. } = labels;
-        metrics.request_attempted(&AttemptLabels { workload, service, backend }, 2);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
         // How long requests take is a collector, and no descriptor.

@@ -211,6 +211,30 @@ async fn a_hundred_connections_in_a_row_share_a_few_handshakes() {
     .await;
 }
 
+/// Connections are given to the thread that carries the fewest: two at once are on two threads, where there are two.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_of_one_thread_carries_connections_of_another() {
+    let limits = Limits { spares: 0, ..Limits::default() };
+    let world = World::with(&Plan::default(), limits, Limits::default());
+    let (web, app) = world.web().await;
+    echo(app);
+    let to = world.outbound(web);
+    let idle = || world.source.metrics.tunnels("idle").get();
+    let mut held = connect(to).await;
+    for round in 0..20u32 {
+        // Alternately the only one of its thread, so that the tunnel goes back and forth.
+        let other = if round % 2 == 0 { None } else { Some(connect(to).await) };
+        let sent = pattern(100_000, round);
+        assert!(ask(to, &sent).await.unwrap() == sent, "round {round}");
+        drop(other);
+        eventually(async || (idle() > 0).then_some(())).await;
+    }
+    held.shutdown().await.unwrap();
+    in_time(held.read_to_end(&mut Vec::new())).await.unwrap();
+    let handshakes = world.source.metrics.handshakes("ok");
+    assert!(handshakes <= 3, "{handshakes} handshakes, where three connections are at once at most");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tunnel_that_the_destination_closed_costs_no_connection() {
     let at_destination = Limits { idle_at_destination: Duration::from_millis(1), ..Limits::default() };

@@ -38,6 +38,7 @@ use crate::{
     refusal::{Refusal, Stop},
     relay::Carried,
     stalled::Stalled,
+    threads::Threads,
     tunnel::{buffers::SIZE, pool::Pool},
     wake::seldom,
     wants::{self, Denied, Known, Wants},
@@ -170,14 +171,27 @@ impl Node {
             *spare = descriptor();
             return true;
         };
-        let entry = self.inner.recorder.begin(accepted.direction, &accepted.workload.name);
-        entry.told().source.address = Some(accepted.peer);
-        entry.told().destination.address = Some(accepted.original);
+        let Accepted { peer, original, direction, workload, .. } = &accepted;
+        let entry = self.begin(*direction, workload, *peer, *original);
         socket::reset(accepted.stream);
         *spare = descriptor();
         drop(spare);
         entry.finish(Err(Refusal::new(Reason::LimitDescriptors, "the agent may open no more files").into()));
         true
+    }
+
+    /// A captured connection, which will be recorded.
+    fn begin(
+        &self,
+        direction: Direction,
+        workload: &Local,
+        peer: SocketAddr,
+        original: SocketAddr,
+    ) -> Box<Entry> {
+        let entry = self.inner.recorder.begin(direction, &workload.name);
+        entry.told().source.address = Some(peer);
+        entry.told().destination.address = Some(original);
+        entry
     }
 
     /// A place for one more connection of this workload.
@@ -274,20 +288,36 @@ impl Node {
     }
 }
 
-/// Carries a captured connection to its end, in a task of its own, and records how that was.
-pub fn spawn(accepted: Accepted, node: &Node) {
+/// Carries a captured connection to its end, in a task of its own on one of these threads, and records how that was.
+pub fn spawn(accepted: Accepted, node: &Node, threads: &Threads) {
+    let place = threads.place();
+    let _inside = place.enter();
+    let Accepted { stream, peer, original, direction, workload } = accepted;
+    let stream = match place.take(stream) {
+        Ok(stream) => stream,
+        Err(error) => {
+            let entry = node.begin(direction, &workload, peer, original);
+            return entry.finish(Err(Refusal::new(Reason::LimitDescriptors, error.to_string()).into()));
+        }
+    };
+    let accepted = Accepted { stream, peer, original, direction, workload };
+    let (drain, node) = (node.drain().clone(), node.clone());
     // A task of its own kind for each direction: one for both would be as large as the larger of the two.
-    match accepted.direction {
-        Direction::Outbound => drop(node.drain().spawn(serve_outbound(accepted, node.clone()))),
-        Direction::Inbound => drop(node.drain().spawn(serve_inbound(accepted, node.clone()))),
+    match direction {
+        Direction::Outbound => drop(drain.spawn(async move {
+            let _place = place;
+            serve_outbound(accepted, node).await;
+        })),
+        Direction::Inbound => drop(drain.spawn(async move {
+            let _place = place;
+            serve_inbound(accepted, node).await;
+        })),
     }
 }
 
 /// Carries a connection that a workload opens.
 pub async fn serve_outbound(accepted: Accepted, node: Node) {
-    let mut entry = node.inner.recorder.begin(Direction::Outbound, &accepted.workload.name);
-    entry.told().source.address = Some(accepted.peer);
-    entry.told().destination.address = Some(accepted.original);
+    let mut entry = node.begin(Direction::Outbound, &accepted.workload, accepted.peer, accepted.original);
     // The story may be cut anywhere: what it leaves behind is reset here.
     let result = tokio::select! {
         result = outbound(&accepted, &node, &mut entry) => result,

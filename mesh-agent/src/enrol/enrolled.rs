@@ -14,7 +14,6 @@ use mesh_core::{
     view::Snapshot,
 };
 use mesh_ebpf::abi;
-use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -34,6 +33,7 @@ use crate::{
         netns::Namespace,
         socket::{self, Family},
     },
+    threads::Threads,
 };
 
 /// How long connections of a workload that leaves the mesh may take to end, before capture is taken from under them.
@@ -149,7 +149,7 @@ impl Enrolled {
             .context("cannot set rule, route and sysctls in the pod's namespace")?;
         for family in new.families() {
             for direction in [Direction::Outbound, Direction::Inbound] {
-                let listener = new.listen(family, direction, &context.node, &context.data)?;
+                let listener = new.listen(family, direction, &context.node, &context.threads)?;
                 new.lead(&listener, &mut context.maps)?;
                 new.listeners.push(listener);
             }
@@ -199,11 +199,11 @@ impl Enrolled {
         family: Family,
         direction: Direction,
         node: &Node,
-        data: &Handle,
+        threads: &Threads,
     ) -> anyhow::Result<Listener> {
         let socket =
             socket::listen(&self.local.namespace, family).context("cannot listen in the pod's namespace")?;
-        listen::spawn(data, &socket, direction, self.local.clone(), node.clone(), self.stop.clone())?;
+        listen::spawn(threads, &socket, direction, self.local.clone(), node.clone(), self.stop.clone())?;
         Ok(Listener { socket, direction, family })
     }
 
@@ -258,7 +258,7 @@ impl Enrolled {
         kernel: &mut Kernel,
         maps: &mut Maps,
         node: &Node,
-        data: &Handle,
+        threads: &Threads,
     ) -> anyhow::Result<Vec<&'static str>> {
         if let Some(address) = lacks(&self.local.namespace, self.addresses())? {
             anyhow::bail!("the namespace no longer has {address}");
@@ -279,7 +279,7 @@ impl Enrolled {
         for index in 0..self.listeners.len() {
             if !is_listening(&self.listeners[index].socket) {
                 let Listener { direction, family, .. } = self.listeners[index];
-                let fresh = self.listen(family, direction, node, data)?;
+                let fresh = self.listen(family, direction, node, threads)?;
                 self.lead(&fresh, maps)?;
                 self.listeners[index] = fresh;
                 repaired.push("listener");

@@ -23,7 +23,7 @@ use mesh_core::{
     view::Snapshot,
 };
 use mesh_ebpf::abi::{KernelReason, MAX_WORKLOADS};
-use tokio::{runtime::Handle, sync::watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -40,6 +40,7 @@ use crate::{
     metrics::Metrics,
     net::socket,
     run_dir::RunDir,
+    threads::Threads,
     view::report::{Enrolment, ReportHandle},
 };
 
@@ -64,7 +65,7 @@ pub struct Enroller {
     /// Certificates: nothing is captured before its certificate is there.
     pub identities: Arc<Identities>,
     /// Where connections run.
-    pub data: Handle,
+    pub threads: Threads,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// How full the maps are is told here.
@@ -261,7 +262,7 @@ impl Enroller {
         }
         let mut lost = Vec::new();
         for (name, present) in enrolled.iter_mut() {
-            match present.prove(&mut self.kernel, &mut self.maps, &self.node, &self.data).await {
+            match present.prove(&mut self.kernel, &mut self.maps, &self.node, &self.threads).await {
                 Ok(repaired) => {
                     // Repaired is not yet proven: it counts as unprotected until the next proof finds it whole.
                     present.whole = repaired.is_empty();

@@ -48,8 +48,9 @@ impl EncodeLabelValue for Trace {
     }
 }
 
+/// What requests with the same labels took.
 #[derive(Debug)]
-struct Both {
+pub(super) struct Both {
     classic: HistogramWithExemplars<Seen>,
     native: Histogram,
 }
@@ -63,7 +64,8 @@ impl Both {
         }
     }
 
-    fn observe(&self, took: Duration, trace: Option<TraceId>) {
+    /// A request took so long; of which trace it is, if that is recorded.
+    pub(super) fn observe(&self, took: Duration, trace: Option<TraceId>) {
         let seconds = took.as_secs_f64();
         let seen = trace.map(|trace| Seen { trace_id: Trace(trace) });
         let at = trace.map(|_| SystemTime::now());
@@ -74,19 +76,16 @@ impl Both {
 
 /// By labels; cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Durations(Arc<RwLock<HashMap<RequestTimeLabels, Mutex<Both>>>>);
+pub(super) struct Durations(Arc<RwLock<HashMap<RequestTimeLabels, Arc<Mutex<Both>>>>>);
 
 impl Durations {
-    /// A request took so long; of which trace it is, if that is recorded.
-    pub(super) fn observe(&self, labels: &RequestTimeLabels, took: Duration, trace: Option<TraceId>) {
-        let observe = |both: &Mutex<Both>| {
-            both.lock().unwrap_or_else(PoisonError::into_inner).observe(took, trace);
-        };
+    /// Those with these labels.
+    pub(super) fn of(&self, labels: &RequestTimeLabels) -> Arc<Mutex<Both>> {
         if let Some(both) = self.0.read().unwrap_or_else(PoisonError::into_inner).get(labels) {
-            return observe(both);
+            return both.clone();
         }
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        observe(all.entry(labels.clone()).or_insert_with(|| Mutex::new(Both::new())));
+        all.entry(labels.clone()).or_insert_with(|| Arc::new(Mutex::new(Both::new()))).clone()
     }
 }
 

@@ -188,13 +188,18 @@ mod tests {
 
     fn took(metrics: &Metrics, service: &str, milliseconds: u64, trace: Option<u128>) {
         let named = |name: &str| Named(Some(name.parse().unwrap()));
-        let labels = RequestTimeLabels {
+        let labels = RequestLabels {
             direction: Direction::Outbound,
             workload: named("shop/web"),
             service: named(service),
+            route: None,
             backend: named(service),
+            status: Some(200),
+            grpc_status: None,
+            reason: "",
         };
-        metrics.request_took(&labels, Duration::from_millis(milliseconds), trace.map(TraceId::random));
+        let (took, trace) = (Duration::from_millis(milliseconds), trace.map(TraceId::random));
+        metrics.request_ended(labels, &RequestEnd { attempts: 0, took, trace }, &Before::default());
     }
 
     #[test]

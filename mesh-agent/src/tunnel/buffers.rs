@@ -5,18 +5,21 @@
 //! cannot make others wait for theirs.
 
 use std::{
+    cell::RefCell,
     ops::{Deref, DerefMut},
-    sync::{Mutex, PoisonError},
 };
 
 /// Bytes that one read takes at most: more than 64 KiB was not faster (`docs/adr/0002-leased-connections.md`).
 pub(crate) const READ: usize = 64 * 1024;
 /// Bytes of a buffer: what [`READ`] bytes of ciphertext can become when the start of a record was read before.
 pub(crate) const SIZE: usize = READ + 18 * 1024;
-/// Buffers kept for reuse: 10 MiB.
-const KEPT: usize = 128;
+/// Buffers that a thread keeps for reuse: 5 MiB.
+const KEPT: usize = 64;
 
-static FREE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+thread_local! {
+    /// Of each thread its own: what was given back last is still near its processor.
+    static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A borrowed buffer of [`SIZE`] bytes; its content is what the last borrower left.
 #[derive(Debug)]
@@ -25,17 +28,21 @@ pub(crate) struct Buffer(Option<Box<[u8]>>);
 impl Buffer {
     /// Borrows a buffer.
     pub(crate) fn take() -> Self {
-        let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let free = FREE.with_borrow_mut(Vec::pop);
         Self(Some(free.unwrap_or_else(|| vec![0; SIZE].into_boxed_slice())))
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < KEPT {
-            free.extend(self.0.take());
-        }
+        let buffer = self.0.take();
+        // A thread that ends keeps nothing.
+        let _ = FREE.try_with(|free| {
+            let mut free = free.borrow_mut();
+            if free.len() < KEPT {
+                free.extend(buffer);
+            }
+        });
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     metrics::{Counted, Metrics},
+    threads,
     trust::Led,
 };
 
@@ -83,7 +84,17 @@ impl Unverified {
     ) -> Box<Link> {
         let Self { tls, incoming, .. } = self;
         let counted = Counted::new(metrics.tunnels("busy"));
-        Box::new(Link { tls, incoming, own, peer, born: Instant::now(), until, led, counted })
+        Box::new(Link {
+            tls,
+            incoming,
+            own,
+            peer,
+            born: Instant::now(),
+            until,
+            led,
+            counted,
+            thread: threads::own(),
+        })
     }
 }
 
@@ -99,9 +110,21 @@ pub(crate) struct Link {
     until: SystemTime,
     led: Led,
     counted: Counted,
+    /// The thread that looks after its socket.
+    thread: Option<usize>,
 }
 
 impl Link {
+    /// The same, looked after by this thread. Nobody may wait for it.
+    pub(super) fn here(self: Box<Self>) -> io::Result<Box<Self>> {
+        let thread = threads::own();
+        if self.thread == thread {
+            return Ok(self);
+        }
+        let Self { tls, .. } = *self;
+        Ok(Box::new(Self { tls: tls.here()?, thread, ..*self }))
+    }
+
     /// Its two halves, for the two directions of a relay.
     pub(crate) fn halves(&mut self) -> (&Tls, &mut Incoming) {
         (&self.tls, &mut self.incoming)

@@ -25,4 +25,4 @@ mod tls;
 
 pub(crate) use incoming::{Event, Incoming};
 pub(crate) use link::{Link, Unverified};
-pub(crate) use tls::{LinkError, Tls, read_some};
+pub(crate) use tls::{LinkError, Tls, read_some, read_some_into};

@@ -75,6 +75,8 @@ impl Pool {
             let mut link = self.pop(key)?;
             let may = link.is_between(own, peer) && !link.has_expired() && link.led().holds(roots);
             if may && !link.is_older_than(self.limits.tunnel_age) && link.is_quiet() {
+                // One whose socket is lost so was of no use.
+                let Ok(mut link) = link.here() else { continue };
                 link.count_as("busy", &self.metrics);
                 return Some(link);
             }

@@ -17,14 +17,20 @@ use std::{
 
 use mesh_core::{frame::FrameError, refusal::Reason};
 use rustls::AlertDescription;
-use socket2::SockRef;
-use tokio::{io::Interest, net::TcpStream};
+use socket2::{SockRef, Socket};
+use tokio::{
+    io::{Interest, ReadBuf},
+    net::TcpStream,
+};
 
 use super::{
     buffers::{Buffer, READ, SIZE},
     records::{self, MAX_PLAIN, Opened, RECORD_HEADER, Records},
 };
-use crate::refusal::{Failure, Refusal, Stop};
+use crate::{
+    refusal::{Failure, Refusal, Stop},
+    threads,
+};
 
 /// TCP keepalive of tunnels: a peer's node that is gone is noticed after two minutes, also by an idle connection.
 const KEEPALIVE_TIME: Duration = Duration::from_secs(60);
@@ -128,6 +134,11 @@ impl Tls {
         SockRef::from(&tcp).set_linger(Some(Duration::ZERO))?;
         let session = Session { records, outgoing: Outgoing::default(), partial: rest };
         Ok(Self { tcp, session: Mutex::new(session) })
+    }
+
+    /// The same, looked after by this thread.
+    pub(super) fn here(self) -> io::Result<Self> {
+        Ok(Self { tcp: threads::moved(self.tcp)?, ..self })
     }
 
     fn session(&self) -> MutexGuard<'_, Session> {
@@ -321,23 +332,43 @@ impl Outgoing {
 }
 
 /// Reads what is there, up to the length of `buffer`; 0 is the end of the stream.
-///
-/// After a short read the socket is empty: saying so to the runtime saves the read that would only find that out.
 pub(crate) fn read_some(tcp: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    let room = buffer.len();
+    read_up_to(tcp, room, |mut socket| socket.read(buffer))
+}
+
+/// The same, into memory that need not have been written before. The end of the stream leaves it as it was.
+pub(crate) fn read_some_into(tcp: &TcpStream, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
+    // SAFETY: nothing that was written there is made to be unwritten.
+    let unfilled = unsafe { buffer.unfilled_mut() };
+    let n = read_up_to(tcp, unfilled.len(), |socket| socket.recv(unfilled))?;
+    // SAFETY: the kernel has written so many bytes at its start.
+    unsafe { buffer.assume_init(n) };
+    buffer.advance(n);
+    Ok(())
+}
+
+/// After a read of less than there was room for the socket is empty: saying so to the runtime saves the read that would only
+/// find that out.
+fn read_up_to(
+    tcp: &TcpStream,
+    room: usize,
+    mut read: impl FnMut(&Socket) -> io::Result<usize>,
+) -> io::Result<usize> {
     let mut short = None;
-    let read = tcp.try_io(Interest::READABLE, || {
+    let result = tcp.try_io(Interest::READABLE, || {
         let socket = SockRef::from(tcp);
         let n = loop {
-            match (&*socket).read(buffer) {
+            match read(&socket) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
             }
         };
-        if n > 0 && n < buffer.len() {
+        if n > 0 && n < room {
             short = Some(n);
             return Err(io::ErrorKind::WouldBlock.into());
         }
         Ok(n)
     });
-    short.map_or(read, Ok)
+    short.map_or(result, Ok)
 }

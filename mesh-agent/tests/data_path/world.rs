@@ -26,6 +26,7 @@ use mesh_agent::{
     net::netns::Namespace,
     record::Seen,
     spans::{Spans, Tracing},
+    threads::Threads,
     wants::{Known, Wants},
 };
 use mesh_core::{
@@ -240,6 +241,7 @@ pub(crate) struct Agent {
     pub(crate) identities: Arc<Identities>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) drain: Drain,
+    threads: Threads,
     pub(crate) wants: Arc<Wants>,
     #[allow(dead_code, reason = "for the tests of what is seen")]
     pub(crate) spans: Option<Spans>,
@@ -271,7 +273,8 @@ impl Agent {
             limits,
             drain.clone(),
         );
-        Self { node, identities, metrics, drain, wants, spans, registry, log, log_path, _dir: dir }
+        let threads = Threads::start().expect("threads");
+        Self { node, identities, metrics, drain, threads, wants, spans, registry, log, log_path, _dir: dir }
     }
 
     /// The access log's lines so far.
@@ -396,7 +399,7 @@ impl World {
         workload: Arc<Local>,
         original: SocketAddr,
     ) {
-        let (node, drain) = (by.node.clone(), by.drain.clone());
+        let (node, drain, threads) = (by.node.clone(), by.drain.clone(), by.threads.clone());
         by.drain.spawn(async move {
             loop {
                 let (stream, peer) = tokio::select! {
@@ -404,7 +407,7 @@ impl World {
                     () = drain.draining() => return,
                 };
                 let accepted = Accepted { stream, peer, original, direction, workload: workload.clone() };
-                spawn(accepted, &node);
+                spawn(accepted, &node, &threads);
             }
         });
     }

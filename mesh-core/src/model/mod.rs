@@ -12,7 +12,13 @@ mod request;
 pub mod tcp;
 pub mod traffic;
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    hash::{Hash, Hasher},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -36,18 +42,33 @@ pub const ZONE: &str = "topology.kubernetes.io/zone";
 pub struct Name(Arc<Parts>);
 
 /// The two parts of a [`Name`].
-#[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Parts {
     /// `metadata.namespace`.
     pub namespace: String,
     /// `metadata.name`.
     pub name: String,
+    /// Both, as they are printed.
+    text: Box<str>,
 }
 
 impl Name {
     /// A name from its two parts.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self(Arc::new(Parts { namespace: namespace.into(), name: name.into() }))
+        let (namespace, name) = (namespace.into(), name.into());
+        let text = format!("{namespace}/{name}").into();
+        Self(Arc::new(Parts { namespace, name, text }))
+    }
+
+    /// As it is printed.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl Hash for Parts {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.text.hash(state);
     }
 }
 
@@ -60,13 +81,13 @@ impl std::ops::Deref for Name {
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        f.write_str(&self.text)
     }
 }
 
 impl Serialize for Name {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        serializer.serialize_str(&self.text)
     }
 }
 

@@ -51,7 +51,7 @@ use crate::{
     connect,
     live::Party,
     local::Admission,
-    metrics::Direction,
+    metrics::{Before, Direction},
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     relay::ResetOnDrop,
@@ -111,6 +111,7 @@ pub(super) async fn serve(
         at,
         proved,
         application: Application::new(app),
+        before: Arc::default(),
         upgraded: TaskTracker::new(),
         applications: TaskTracker::new(),
         ended,
@@ -181,6 +182,8 @@ struct Guest {
     at: At,
     proved: Option<Proved>,
     application: Application,
+    /// What its last request has counted.
+    before: Arc<Before>,
     /// What goes on in another protocol.
     upgraded: TaskTracker,
     /// The application's connections.
@@ -199,6 +202,7 @@ impl Guest {
             source: self.source.clone(),
             destination: self.destination.clone(),
             port: self.at.original.port(),
+            before: self.before.clone(),
         }
     }
 }

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     live::Party,
-    metrics::{AttemptLabels, AuditLabels, Direction, Named, RequestLabels, RequestTimeLabels},
+    metrics::{AuditLabels, Before, Direction, Named, RequestEnd, RequestLabels},
     record::Recorder,
     refusal::Refusal,
 };
@@ -46,6 +46,8 @@ pub(in crate::connection) struct Ends {
     pub(in crate::connection) destination: Party,
     /// The port that was asked for.
     pub(in crate::connection) port: u16,
+    /// What the request before it has counted.
+    pub(in crate::connection) before: Arc<Before>,
 }
 
 /// A request that will be recorded.
@@ -273,7 +275,7 @@ impl Drop for Told {
         }
         let recorded = self.traced.as_ref().map(|it| it.place).filter(|place| place.sampled);
         let span = self.span(took);
-        let Ends { recorder, direction, source, destination, port } = &self.ends;
+        let Ends { recorder, direction, source, destination, port, before } = &self.ends;
         let direction = *direction;
         let workload = match direction {
             Direction::Outbound => &source.workload,
@@ -284,24 +286,18 @@ impl Drop for Told {
             let (policy, reason) = (found.policy.to_string(), found.reason.label());
             metrics.audit_refused(&AuditLabels { policy, workload: workload.to_string(), reason });
         }
-        let (workload, service, backend) =
-            (Named(workload.clone()), Named(destination.service.clone()), Named(self.backend.clone()));
-        metrics.request_ended(&RequestLabels {
+        let labels = RequestLabels {
             direction,
-            workload: workload.clone(),
-            service: service.clone(),
+            workload: Named(workload.clone()),
+            service: Named(destination.service.clone()),
             route: self.route.clone(),
-            backend: backend.clone(),
+            backend: Named(self.backend.clone()),
             status: self.status,
             grpc_status: self.grpc_status,
             reason: self.reason(),
-        });
-        if self.attempts > 0 {
-            let (workload, service, backend) = (workload.clone(), service.clone(), backend.clone());
-            metrics.request_attempted(&AttemptLabels { workload, service, backend }, self.attempts);
-        }
-        let labels = RequestTimeLabels { direction, workload, service, backend };
-        metrics.request_took(&labels, took, recorded.map(|place| place.trace));
+        };
+        let trace = recorded.map(|place| place.trace);
+        metrics.request_ended(labels, &RequestEnd { attempts: self.attempts, took, trace }, before);
         if let (Some(spans), Some((whose, span))) = (&recorder.spans, span) {
             spans.tell(whose, span);
         }

@@ -88,7 +88,7 @@ use crate::{
     drain::Drain,
     live::Party,
     local::{Admission, Local},
-    metrics::Direction,
+    metrics::{Before, Direction},
     record::Entry,
     refusal::{Failure, Refusal, Stop},
     underway,
@@ -164,6 +164,8 @@ struct Asker {
     original: SocketAddr,
     service: Name,
     port: u16,
+    /// What its last request has counted.
+    before: Arc<Before>,
     /// What goes on in another protocol.
     upgraded: TaskTracker,
     /// Cancelled when the connection must end.
@@ -181,6 +183,7 @@ impl Asker {
             source,
             destination: Party { service: Some(self.service.clone()), ..Party::default() },
             port: self.port,
+            before: self.before.clone(),
         }
     }
 
@@ -204,6 +207,7 @@ pub(super) async fn serve(accepted: Accepted, routed: Routed, node: &Node, entry
         original,
         service: routed.service.clone(),
         port: routed.port,
+        before: Arc::default(),
         upgraded: TaskTracker::new(),
         ended,
     });

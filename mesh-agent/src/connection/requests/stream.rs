@@ -26,7 +26,7 @@ use crate::{
         Event, Link, LinkError,
         buffers::{Buffer, READ},
         lease::Said,
-        read_some,
+        read_some_into,
     },
 };
 
@@ -332,13 +332,13 @@ impl Socket {
     }
 
     fn poll_fill(&self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
         loop {
-            match read_some(&self.stream, buffer.initialize_unfilled()) {
-                Ok(n) => {
+            match read_some_into(&self.stream, buffer) {
+                Ok(()) => {
                     if let Some(live) = &self.counted {
-                        live.flow.sent(n);
+                        live.flow.sent(buffer.filled().len() - before);
                     }
-                    buffer.advance(n);
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -47,6 +47,7 @@ use crate::{
     metrics::{Direction, Metrics},
     record::Entry,
     refusal::Refusal,
+    threads,
     trust::Led,
     underway::Place,
     wake::seldom,
@@ -86,9 +87,10 @@ impl Wake for Watch {
     }
 }
 
-/// Whose a connection is, and where it leads.
+/// Whose a connection is, where it leads, and on which thread it is: who uses it is on the same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
+    thread: Option<usize>,
     local: u64,
     to: SocketAddr,
     own: Arc<SpiffeId>,
@@ -218,7 +220,7 @@ impl Upstreams {
             Reached::Workload(workload) => from.view.identity(&workload.name).cloned(),
             Reached::Outside => None,
         };
-        let key = Key { local: from.local.id(), to, own: from.own.clone(), peer };
+        let key = Key { thread: threads::own(), local: from.local.id(), to, own: from.own.clone(), peer };
         let extended = websocket::is_extended(&request);
         let mut many = request.version() == Version::HTTP_2;
         let mut way = Way::Stream;
