@@ -59,6 +59,9 @@ pub struct Limits {
     /// How long a connection of HTTP/1.1 to a backend may have been idle to be taken for a request that must not be made twice:
     /// 1 s. Servers end idle ones after 2 s (gunicorn), 5 s (Node.js, Apache) or later, and what is sent just then is lost.
     pub unsafe_after_idle: Duration,
+    /// How long a connection of HTTP/1.1 to a backend is idle before a thread that has none takes it from the one that used it last,
+    /// though it is woken by that: 100 ms. A server that serves one connection at a time would not see another.
+    pub lent_after_idle: Duration,
 }
 
 impl Limits {
@@ -100,6 +103,7 @@ impl Default for Limits {
             answer_wait: Duration::from_secs(2),
             endpoint_attempts: 3,
             unsafe_after_idle: Duration::from_secs(1),
+            lent_after_idle: Duration::from_millis(100),
         }
     }
 }

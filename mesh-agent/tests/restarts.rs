@@ -164,3 +164,25 @@ async fn what_must_not_be_made_twice_goes_by_a_connection_that_was_used_just_now
         assert_eq!(api.connected(), connections, "{longest:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_a_thread_does_without_is_used_by_another() {
+    // Clients that are there at once are on two threads, where there are two.
+    let threads = std::thread::available_parallelism().unwrap().get();
+    for (after, connections) in [(Duration::ZERO, 1), (Duration::from_secs(3600), threads.min(2))] {
+        let limits = Limits { lent_after_idle: after, ..Limits::default() };
+        let mut service = Service::new(vec![], limits).await;
+        drop(service.web.take());
+        let api = service.api();
+        let mut clients = [
+            Client::new(Version::HTTP_11, service.at).await,
+            Client::new(Version::HTTP_11, service.at).await,
+        ];
+        for _ in 0..3 {
+            for client in &mut clients {
+                assert_eq!(client.ask(Method::GET, "/").await.0, StatusCode::OK);
+            }
+        }
+        assert_eq!(api.connected(), connections, "after {after:?}");
+    }
+}

@@ -87,10 +87,9 @@ impl Wake for Watch {
     }
 }
 
-/// Whose a connection is, where it leads, and on which thread it is: who uses it is on the same.
+/// Whose a connection is, and where it leads.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
-    thread: Option<usize>,
     local: u64,
     to: SocketAddr,
     own: Arc<SpiffeId>,
@@ -111,12 +110,16 @@ struct Of {
 struct Idle {
     one: One,
     since: Instant,
+    /// The thread that used it last.
+    thread: Option<usize>,
 }
 
 /// A connection that carries many requests at once.
 #[derive(Debug, Clone)]
 struct Shared {
     sender: http2::SendRequest<Body>,
+    /// The thread that runs it.
+    thread: Option<usize>,
     streams: Arc<AtomicUsize>,
     /// How many the other end takes at once, as far as it has said.
     most: Arc<AtomicUsize>,
@@ -220,13 +223,14 @@ impl Upstreams {
             Reached::Workload(workload) => from.view.identity(&workload.name).cloned(),
             Reached::Outside => None,
         };
-        let key = Key { thread: threads::own(), local: from.local.id(), to, own: from.own.clone(), peer };
+        let key = Key { local: from.local.id(), to, own: from.own.clone(), peer };
         let extended = websocket::is_extended(&request);
         let mut many = request.version() == Version::HTTP_2;
         let mut way = Way::Stream;
         // Its server may end an idle connection just when this is sent, and nobody could say that it was not taken.
-        let idle =
-            if request.method().is_safe() { Duration::MAX } else { from.node.limits().unsafe_after_idle };
+        let limits = from.node.limits();
+        let longest = if request.method().is_safe() { Duration::MAX } else { limits.unsafe_after_idle };
+        let idle = (limits.lent_after_idle, longest);
         loop {
             let (sender, fresh) = match self.checkout(&key, many, idle).await {
                 Some(sender) => (sender, false),
@@ -265,7 +269,7 @@ impl Upstreams {
         }
     }
 
-    async fn checkout(&self, key: &Key, many: bool, idle: Duration) -> Option<Sender> {
+    async fn checkout(&self, key: &Key, many: bool, idle: (Duration, Duration)) -> Option<Sender> {
         if many {
             return self.of(key, Of::shared).flatten().map(|shared| Sender::Shared(Stream::of(shared)));
         }
@@ -351,18 +355,23 @@ impl Idle {
 }
 
 impl Of {
-    /// The one that was used last, if it has not been idle for longer. Not one that still sends: whoever took it would wait for
-    /// another client's body.
-    fn idle(&mut self, longest: Duration) -> Option<One> {
-        let may = |it: &Idle| it.one.has_sent_all() && it.since.elapsed() <= longest;
-        let last = self.idle.iter().rposition(may)?;
+    /// The one that this thread used last, or else one that its own did without for so long, if it has not been idle for longer than
+    /// it may. Not one that still sends: whoever took it would wait for another client's body.
+    fn idle(&mut self, (lent_after, longest): (Duration, Duration)) -> Option<One> {
+        let may = |it: &Idle, shortest: Duration| {
+            it.one.has_sent_all() && (shortest..=longest).contains(&it.since.elapsed())
+        };
+        let own = threads::own();
+        let of_own = self.idle.iter().rposition(|it| it.thread == own && may(it, Duration::ZERO));
+        let last = of_own.or_else(|| self.idle.iter().rposition(|it| may(it, lent_after)))?;
         Some(self.idle.remove(last).one)
     }
 
-    /// Of those that can take more, the one with the fewest requests.
+    /// Of those of this thread that can take more, the one with the fewest requests.
     fn shared(&mut self) -> Option<Shared> {
         self.shared.retain(|shared| !shared.sender.is_closed());
-        let free = self.shared.iter().filter(|shared| shared.takes_more());
+        let own = threads::own();
+        let free = self.shared.iter().filter(|shared| shared.thread == own && shared.takes_more());
         free.min_by_key(|shared| shared.streams.load(Ordering::Relaxed)).cloned()
     }
 }
@@ -445,7 +454,7 @@ impl Used {
         {
             self.upstreams.keep(&self.key, |of| {
                 if of.idle.len() < IDLE_PER_KEY {
-                    of.idle.push(Idle { one, since: Instant::now() });
+                    of.idle.push(Idle { one, since: Instant::now(), thread: threads::own() });
                 }
             });
         }
@@ -516,7 +525,7 @@ impl Opened {
         let connection = line.until_gone(within.run(connection));
         drive(connection, from, entry, led);
         let used = Arc::new(Mutex::new(Instant::now()));
-        Ok(Shared { sender, streams: Arc::default(), most, used, takes })
+        Ok(Shared { sender, thread: threads::own(), streams: Arc::default(), most, used, takes })
     }
 }
 
