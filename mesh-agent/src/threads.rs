@@ -162,7 +162,7 @@ mod tests {
             let _inside = threads.first().enter();
             TcpStream::from_std(accepted).unwrap()
         };
-        for thread in threads.0.threads.iter().rev() {
+        for (at, thread) in threads.0.threads.iter().enumerate().rev() {
             let (told, tells) = std::sync::mpsc::channel();
             thread.runtime.spawn(async move {
                 let mut stream = moved(stream).unwrap();
@@ -171,6 +171,20 @@ mod tests {
                 stream.write_all(&word).await.unwrap();
                 told.send(stream).unwrap();
             });
+            // No other one does anything until it is told.
+            let others = threads.0.threads.iter().enumerate().filter(|(other, _)| *other != at);
+            let _stopped: Vec<_> = others
+                .map(|(_, other)| {
+                    let (go, goes) = std::sync::mpsc::channel::<()>();
+                    let (stops, stopped) = std::sync::mpsc::channel();
+                    other.runtime.spawn(async move {
+                        stops.send(()).unwrap();
+                        let _ = goes.recv();
+                    });
+                    stopped.recv().unwrap();
+                    go
+                })
+                .collect();
             client.write_all(b"hello").unwrap();
             let mut word = [0; 5];
             client.read_exact(&mut word).unwrap();

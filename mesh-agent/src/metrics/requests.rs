@@ -159,3 +159,35 @@ impl super::Metrics {
         self.requests.ended.get_or_create(labels).get()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[test]
+    fn requests_of_a_connection_are_counted_by_what_each_of_them_is() {
+        let (metrics, _) = Metrics::new();
+        let named = |name| Named(Some(Name::new("shop", name)));
+        let labels = |service, status| RequestLabels {
+            direction: Direction::Outbound,
+            workload: named("web"),
+            service: named(service),
+            route: None,
+            backend: named(service),
+            status: Some(status),
+            grpc_status: None,
+            reason: "",
+        };
+        let before = Before::default();
+        let asked = [("pay", 200), ("pay", 200), ("pay", 503), ("cart", 503), ("pay", 200)];
+        for (number, (service, status)) in asked.into_iter().enumerate() {
+            let end = RequestEnd { attempts: number as u32, took: Duration::from_millis(1), trace: None };
+            metrics.request_ended(labels(service, status), &end, &before);
+        }
+        let counts = [("pay", 200), ("pay", 503), ("cart", 503)];
+        assert_eq!(counts.map(|(service, status)| metrics.requests(&labels(service, status))), [3, 1, 1]);
+        let attempts = ["pay", "cart"].map(|service| metrics.requests.attempts(&labels(service, 200)).get());
+        assert_eq!(attempts, [7, 3]);
+    }
+}

@@ -340,6 +340,11 @@ impl World {
     fn of(plan: &Plan, at_source: Limits, at_destination: Limits, sees: &Sees) -> Self {
         let ca = Ca::new();
         let (view, watched) = watch::channel(Some(plan.snapshot("1", &ca)));
+        // Connections to backends are shared as widely as they may be, whatever threads their clients are on: who must not share one
+        // is seen to have another.
+        let usual = at_source.lent_after_idle == Limits::default().lent_after_idle;
+        let lent_after_idle = if usual { Duration::ZERO } else { at_source.lent_after_idle };
+        let at_source = Limits { lent_after_idle, ..at_source };
         let source = Agent::new("node-a", watched, at_source, sees);
         let (view_b, watched) = watch::channel(view.borrow().clone());
         let destination = Agent::new("node-b", watched, at_destination, sees);
