@@ -323,9 +323,10 @@ fn goes_away(
     }
 }
 
-/// Waits until more requests were answered: half a second's.
+/// Waits until more requests were answered: half a second's, as a rule.
 fn await_load(world: &World, rate: usize) {
-    let enough = if rate == 0 { 200.0 } else { rate as f64 / 2.0 };
+    // At any rate for longer than the pauses between attempts: a request is not there at three ends of servers.
+    let enough = if rate == 0 { 2000.0 } else { rate as f64 / 2.0 };
     let answered = || {
         let metrics = world.agent("a").metrics().unwrap();
         metrics.sum("nodemesh_requests_total", &[("service", "shop/site"), ("status", "200")])
