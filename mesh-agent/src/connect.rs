@@ -13,7 +13,7 @@ use std::{
 
 use mesh_core::{
     balance::How,
-    frame::Open,
+    frame::{Control, Open},
     identity::SpiffeId,
     model::{
         Endpoint, Name, Service, Workload,
@@ -419,10 +419,25 @@ impl Connector {
     pub(crate) fn settle(&self, lease: Lease, said: Said) {
         let (pool, wait) = (self.pool.clone(), self.limits.ready_wait);
         self.drain.spawn(async move {
-            if let Some(link) = lease::settle(lease.link, said, wait).await {
+            if let Ok(link) = lease::settle(lease.link, said, wait).await {
                 pool.put(lease.key, link);
             }
         });
+    }
+
+    /// Ends a lease that its destination has ended before us: whether that says that nothing was taken which it has not answered.
+    pub(crate) async fn took_none(self, lease: Lease, said: Said) -> bool {
+        let Lease { link, key } = lease;
+        if !said.own_end && link.push(&Control::Fin).is_err() {
+            return false;
+        }
+        match lease::settle(link, Said { own_end: true, ..said }, self.limits.ready_wait).await {
+            Ok(link) => {
+                self.pool.put(key, link);
+                false
+            }
+            Err(error) => matches!(error, LinkError::Closed),
+        }
     }
 
     fn dial_spare(&self, key: Key, ask: &Ask<'_>, peer: &Arc<SpiffeId>) {

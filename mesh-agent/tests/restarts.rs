@@ -29,7 +29,11 @@ use mesh_core::model::{
     traffic::{Algorithm, Balancing, Traffic},
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
 use world::*;
 
 /// A client of a service whose endpoints, `web` and `api`, are asked in turn; the test itself serves them.
@@ -43,10 +47,15 @@ struct Service {
 impl Service {
     /// The endpoints' agents read requests, too, if there are policies that say something of them.
     async fn new(policies: Vec<Policy>, limits: Limits) -> Self {
+        Self::behind(&Valve::new(), policies, limits).await
+    }
+
+    /// The same, with this between the agents of the client and of `web`.
+    async fn behind(valve: &Valve, policies: Vec<Policy>, limits: Limits) -> Self {
         let mut plan = Plan { policies, ..Plan::default() };
         plan.service(&[]);
         let world = World::with(&plan, limits, Limits::default());
-        let ((web_at, web), (api_at, api)) = (world.web().await, world.api().await);
+        let ((web_at, web), (api_at, api)) = (world.web_behind(valve).await, world.api().await);
         plan.service(&[("web", web_at), ("api", api_at)]);
         let balancing = Some(Balancing { algorithm: Algorithm::RoundRobin, slow_start: None });
         plan.services[0].ports[0].traffic = Traffic { reads_requests: true, balancing, ..Traffic::default() };
@@ -184,5 +193,81 @@ async fn a_connection_that_a_thread_does_without_is_used_by_another() {
             }
         }
         assert_eq!(api.connected(), connections, "after {after:?}");
+    }
+}
+
+/// What `web` does with the request that comes after the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Web {
+    /// It has closed before.
+    Closed,
+    /// It has said that it ends, and reads on.
+    HalfClosed,
+    /// It reads it, and closes.
+    Closes,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_crosses_the_end_of_an_idle_connection_is_made_once() {
+    for web in [Web::Closed, Web::HalfClosed, Web::Closes] {
+        let valve = Valve::new();
+        let mut service = Service::behind(&valve, vec![], Limits::default()).await;
+        let _api = service.api();
+        let listener = service.web.take().unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = accept(&listener).await;
+            take_request(&mut stream).await;
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n{\"app\": \"web\"}")
+                .await
+                .unwrap();
+            stream
+        });
+        let mut client = Client::new(Version::HTTP_11, service.at).await;
+        let first = [client.ask(Method::POST, "/1").await.1, client.ask(Method::POST, "/2").await.1];
+        assert!(first.iter().any(|said| said["app"] == "web"), "{web:?}: {first:?}");
+        let mut stream = in_time(serving).await.unwrap();
+        // The other's turn, so that the next is this one's.
+        if first[1]["app"] == "web" {
+            assert_eq!(client.ask(Method::POST, "/3").await.1["app"], "api");
+        }
+
+        // What `web` does is not known at the client's agent when the request is sent.
+        valve.close();
+        if web != Web::Closes {
+            stream.shutdown().await.unwrap();
+        }
+        let stream = (web != Web::Closed).then_some(stream);
+        let ends = if web == Web::Closes { 0 } else { valve.holds_more(0).await };
+        let served = async {
+            if let Some(mut stream) = stream {
+                take_request(&mut stream).await;
+            }
+            if web != Web::HalfClosed {
+                // That it has closed.
+                valve.holds_more(ends).await;
+            }
+            valve.open();
+        };
+        let ((status, said), ()) = tokio::join!(client.ask(Method::POST, "/crosses"), served);
+        let line = service.log("/crosses").await;
+        if web == Web::Closed {
+            assert_eq!((status, &said["app"]), (StatusCode::OK, &json!("api")), "{said}");
+            assert_eq!(line["attempts"], 2, "{line}");
+        } else {
+            assert_eq!(
+                (status, &line["reason"]),
+                (StatusCode::SERVICE_UNAVAILABLE, &json!("backend_reset")),
+                "{web:?}"
+            );
+        }
+    }
+}
+
+/// Reads a request with its body.
+async fn take_request(stream: &mut TcpStream) {
+    let mut said = vec![];
+    while !said.ends_with(b"\r\n\r\nbody") {
+        assert!(in_time(stream.read_buf(&mut said)).await.unwrap() > 0, "ends before");
     }
 }

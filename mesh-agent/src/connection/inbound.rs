@@ -306,12 +306,20 @@ async fn lease(mut link: Box<Link>, open: Open, at: &At, node: &Node) -> Option<
         refusal = seldom(node.cut(&at.workload)) => return cut(*entry, refusal),
     };
     let (result, usable) = match stopped {
+        Stopped::ApplicationReset { untaken: true } => {
+            // Its source reads requests, perhaps, and may send this one elsewhere.
+            entry.finish(Err(Failure::DestinationReset.into()));
+            Box::pin(link.close(wait)).await;
+            return None;
+        }
         Stopped::Finished => {
             app.finished();
             (Ok(()), true)
         }
         // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
-        Stopped::ApplicationReset => (Err(Failure::DestinationReset.into()), !said.own_end),
+        Stopped::ApplicationReset { untaken: false } => {
+            (Err(Failure::DestinationReset.into()), !said.own_end)
+        }
         Stopped::PeerReset => (Err(Failure::SourceReset.into()), true),
         Stopped::Lost(error) => (Err(Stop::from(error)), false),
         Stopped::Stalled(no_room) => (Err(Refusal::from(no_room).into()), false),

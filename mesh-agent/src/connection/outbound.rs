@@ -126,8 +126,8 @@ pub(super) async fn serve(
     let result = match stopped {
         Stopped::Finished => Ok(Next::Ended),
         // A RESET after our FIN is not spoken: the tunnel itself is reset, by being dropped.
-        Stopped::ApplicationReset if said.own_end => return Err(Failure::SourceReset.into()),
-        Stopped::ApplicationReset => Err(Failure::SourceReset),
+        Stopped::ApplicationReset { .. } if said.own_end => return Err(Failure::SourceReset.into()),
+        Stopped::ApplicationReset { .. } => Err(Failure::SourceReset),
         Stopped::PeerReset => Err(Failure::DestinationReset),
         Stopped::Lost(error) => return Err(error.into()),
         Stopped::Stalled(no_room) => return Err(Refusal::from(no_room).into()),

@@ -26,6 +26,12 @@ const PORT_ATTEMPTS: u32 = 32;
 /// Linux 6.3 and for both families at this level.
 const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 
+/// How long it may take to be known whether a closed socket took what came to it: longer than an acknowledgement is put off
+/// (200 ms at most, TCP_DELACK_MAX in the kernel).
+const TAKEN_WITHIN: Duration = Duration::from_millis(300);
+/// How often that is looked at: the kernel tells nobody of an acknowledgement.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Opens a listener that only the kernel programs lead to: bound to loopback, transparent, so that the accepted
 /// sockets' local address is the original destination. Non-blocking.
 pub fn listen(namespace: &Namespace, family: Family) -> io::Result<std::net::TcpListener> {
@@ -153,6 +159,60 @@ pub fn reset(stream: TcpStream) {
     let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }
 
+/// Whether the other end, which has ended its own direction, certainly took nothing of the last `sent` bytes; ours must be open.
+///
+/// Its FIN acknowledges what its kernel had until then, as every segment does (RFC 9293 §3.10.7.4), so what came later found a
+/// connection on which nothing can be answered any more. That nobody was there to read it either is said by a RST (§3.10.7.1, and
+/// `tcp_rcv_state_process` in the kernel), after which nothing is acknowledged. Waits for it, or for an acknowledgement of any of
+/// these bytes, for 300 ms at most.
+pub async fn took_none(stream: &TcpStream, sent: usize) -> bool {
+    let told = async {
+        loop {
+            if let Some(none) = known_untaken(stream, sent) {
+                return none;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::time::timeout(TAKEN_WITHIN, told).await.unwrap_or(false)
+}
+
+/// The same, if it is known now.
+pub fn known_untaken(stream: &TcpStream, sent: usize) -> Option<bool> {
+    // In this order: nothing is acknowledged after a reset.
+    let reset = is_reset(stream);
+    match unacknowledged(stream) {
+        Ok(waiting) if waiting >= sent => reset.then_some(true),
+        _ => Some(false),
+    }
+}
+
+/// Whether the connection is no more, though our direction was not ended (`TCP_INFO`, whose first byte is the state).
+fn is_reset(stream: &TcpStream) -> bool {
+    const TCP_CLOSE: u8 = 7;
+    let (mut state, mut len) = (0u8, 1 as libc::socklen_t);
+    // SAFETY: the descriptor is open for the call, and pointer and length describe `state`.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_INFO,
+            (&raw mut state).cast(),
+            &raw mut len,
+        )
+    };
+    result == 0 && state == TCP_CLOSE
+}
+
+/// Bytes that the other end has not acknowledged (`SIOCOUTQ`, tcp(7)); those of a connection that was reset stay so.
+fn unacknowledged(stream: &TcpStream) -> io::Result<usize> {
+    nix::ioctl_read_bad!(outgoing, libc::TIOCOUTQ, libc::c_int);
+    let mut bytes = 0;
+    // SAFETY: the descriptor is open for the call, and `bytes` is what this call writes.
+    unsafe { outgoing(stream.as_raw_fd(), &raw mut bytes) }?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
 /// Closes a stream that [`listen`] accepted, which would be reset otherwise, with all that is still unsent.
 pub fn close(stream: TcpStream) {
     // Fails only for a socket that is gone already; then there is nothing to send.
@@ -192,4 +252,53 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
     // SAFETY: the descriptor is open for the call, and the pointer and length describe `value`.
     let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (client, server) = tokio::join!(TcpStream::connect(at), listener.accept());
+        (client.unwrap(), server.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn what_comes_to_a_closed_socket_is_not_taken() {
+        let (mut client, server) = pair().await;
+        drop(server);
+        client.write_all(b"request").await.unwrap();
+        assert!(took_none(&client, 7).await);
+        // Of more than was sent nobody knows.
+        assert!(!took_none(&client, 8).await);
+    }
+
+    #[tokio::test]
+    async fn what_was_there_before_the_end_may_be() {
+        let (mut client, mut server) = pair().await;
+        client.write_all(b"request").await.unwrap();
+        assert_eq!(server.read(&mut [0; 16]).await.unwrap(), 7);
+        drop(server);
+        assert_eq!(client.read(&mut [0; 16]).await.unwrap(), 0);
+        assert!(!took_none(&client, 7).await);
+        // What is sent now is not, but it is all that was asked that counts.
+        client.write_all(b"more").await.unwrap();
+        assert!(!took_none(&client, 11).await);
+        assert!(took_none(&client, 4).await);
+    }
+
+    #[tokio::test]
+    async fn what_a_half_closed_socket_has_may_be_read() {
+        let (mut client, mut server) = pair().await;
+        server.shutdown().await.unwrap();
+        client.write_all(b"request").await.unwrap();
+        assert!(!took_none(&client, 7).await);
+    }
 }

@@ -9,7 +9,7 @@ pub(crate) mod tunnel;
 
 use std::{
     io,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::Duration,
 };
 
@@ -18,6 +18,7 @@ use tokio::{io::Interest, net::TcpStream};
 
 use crate::{
     metrics::{Direction, Flow},
+    net::socket,
     refusal::Refusal,
     stalled::{Reader, Readers, Waiting},
     tunnel::read_some,
@@ -109,11 +110,20 @@ struct Reset;
 struct Socket<'a> {
     stream: &'a TcpStream,
     reset: AtomicBool,
+    /// It has ended its direction.
+    ended: AtomicBool,
+    /// Bytes that were written to it since it said something last.
+    unanswered: AtomicUsize,
 }
 
 impl<'a> Socket<'a> {
     fn new(stream: &'a TcpStream) -> Self {
-        Self { stream, reset: AtomicBool::new(false) }
+        Self {
+            stream,
+            reset: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            unanswered: AtomicUsize::new(0),
+        }
     }
 
     fn died(&self) -> Reset {
@@ -147,7 +157,14 @@ impl<'a> Socket<'a> {
     fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, Reset> {
         match read_some(self.stream, buffer) {
             Ok(0) if self.is_reset() => Err(Reset),
-            Ok(n) => Ok(Some(n)),
+            Ok(0) => {
+                self.ended.store(true, Ordering::Relaxed);
+                Ok(Some(0))
+            }
+            Ok(n) => {
+                self.unanswered.store(0, Ordering::Relaxed);
+                Ok(Some(n))
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(_) => Err(self.died()),
         }
@@ -156,10 +173,35 @@ impl<'a> Socket<'a> {
     /// Writes what there is room for; `None` is no room.
     fn write(&self, bytes: &[u8]) -> Result<Option<usize>, Reset> {
         match self.stream.try_write(bytes) {
-            Ok(n) => Ok(Some(n)),
+            Ok(n) => {
+                self.unanswered.fetch_add(n, Ordering::Relaxed);
+                Ok(Some(n))
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(_) => Err(self.died()),
+            Err(error) => {
+                // What the kernel says of a reset that came after the end (`tcp_reset`).
+                if error.kind() == io::ErrorKind::BrokenPipe && !self.is_reset() {
+                    self.ended.store(true, Ordering::Relaxed);
+                }
+                Err(self.died())
+            }
         }
+    }
+
+    /// Whether it certainly took nothing of what it has not answered: it had ended before that came, and it is reset.
+    fn took_none(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+            && socket::known_untaken(self.stream, self.unanswered.load(Ordering::Relaxed)) == Some(true)
+    }
+
+    /// Waits until it is known, of one that has ended, whether it takes what it was sent or is reset.
+    async fn settled(&self) -> Result<(), Reset> {
+        let unanswered = self.unanswered.load(Ordering::Relaxed);
+        let ended = self.ended.load(Ordering::Relaxed);
+        if ended && unanswered > 0 && socket::took_none(self.stream, unanswered).await {
+            return Err(self.died());
+        }
+        Ok(())
     }
 
     /// Half close.

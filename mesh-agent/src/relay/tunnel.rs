@@ -26,7 +26,10 @@ pub(crate) enum Stopped {
     /// Both directions ended, and everything was delivered.
     Finished,
     /// The application on this node reset its connection.
-    ApplicationReset,
+    ApplicationReset {
+        /// Of a destination: it certainly took nothing that it has not answered.
+        untaken: bool,
+    },
     /// The peer's end was reset.
     PeerReset,
     /// The tunnel broke.
@@ -56,6 +59,13 @@ impl Carried<'_> {
 pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>) -> (Stopped, Said) {
     let (tls, incoming) = link.halves();
     let app = &Socket::new(app);
+    let stopped = |broken| match broken {
+        Broken::Application => {
+            Stopped::ApplicationReset { untaken: carried.direction == Direction::Inbound && app.took_none() }
+        }
+        Broken::Link(error) => Stopped::Lost(error),
+        Broken::NoRoom(no_room) => Stopped::Stalled(no_room),
+    };
     let mut up = std::pin::pin!(up(app, tls, carried));
     // First both directions run. A branch that loses keeps its future, except when the connection is given up.
     {
@@ -63,7 +73,7 @@ pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>)
         tokio::select! {
             ended = &mut up => {
                 if let Err(broken) = ended {
-                    return (broken.into(), Said { own_end: false, peer_end: false });
+                    return (stopped(broken), Said { own_end: false, peer_end: false });
                 }
                 // The application has ended: nothing reads it any more, but its reset has to be seen.
                 let ended = tokio::select! {
@@ -73,7 +83,7 @@ pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>)
                 return match ended {
                     Ok(End::Fin) => (Stopped::Finished, Said { own_end: true, peer_end: true }),
                     Ok(End::Reset) => (Stopped::PeerReset, Said { own_end: true, peer_end: true }),
-                    Err(broken) => (broken.into(), Said { own_end: true, peer_end: false }),
+                    Err(broken) => (stopped(broken), Said { own_end: true, peer_end: false }),
                 };
             }
             ended = &mut down => match ended {
@@ -85,7 +95,7 @@ pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>)
                         // is the peer's to read; a dead socket gives it without waiting.
                         let _ = tokio::time::timeout(carried.wait, up).await;
                     }
-                    return (broken.into(), Said { own_end: false, peer_end: false });
+                    return (stopped(broken), Said { own_end: false, peer_end: false });
                 }
             },
         }
@@ -94,7 +104,7 @@ pub(crate) async fn run(app: &TcpStream, link: &mut Link, carried: &Carried<'_>)
     tokio::select! {
         ended = &mut up => match ended {
             Ok(()) => (Stopped::Finished, Said { own_end: true, peer_end: true }),
-            Err(broken) => (broken.into(), Said { own_end: false, peer_end: true }),
+            Err(broken) => (stopped(broken), Said { own_end: false, peer_end: true }),
         },
         word = incoming.next(tls) => {
             let error = word.map_or_else(|error| error, |_| LinkError::OutOfTurn);
@@ -140,16 +150,6 @@ impl From<LinkError> for Broken {
 impl From<NoRoom> for Broken {
     fn from(no_room: NoRoom) -> Self {
         Self::NoRoom(no_room)
-    }
-}
-
-impl From<Broken> for Stopped {
-    fn from(broken: Broken) -> Self {
-        match broken {
-            Broken::Application => Self::ApplicationReset,
-            Broken::Link(error) => Self::Lost(error),
-            Broken::NoRoom(no_room) => Self::Stalled(no_room),
-        }
     }
 }
 
@@ -228,6 +228,9 @@ async fn down(
         match incoming.next(tls).await? {
             Event::Data => deliver(app, tls, incoming, carried).await?,
             Event::Control(Control::Fin) => {
+                if carried.direction == Direction::Inbound {
+                    app.settled().await?;
+                }
                 app.finish()?;
                 return Ok(End::Fin);
             }

@@ -4,7 +4,7 @@
 //! peer took nothing. That is so when its close_notify came before any answer (after close_notify it processes
 //! nothing), when it refused, and when no byte of the application had been sent.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use mesh_core::{
     frame::{Control, Open},
@@ -54,14 +54,15 @@ pub(crate) struct Said {
     pub(crate) peer_end: bool,
 }
 
-/// The source's end of a lease: whatever the destination still sends is thrown away until it is READY. `None` if the
-/// tunnel cannot be leased again.
-pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> Option<Box<Link>> {
+/// The source's end of a lease: whatever the destination still sends is thrown away until it is READY.
+///
+/// An error if the tunnel cannot be leased again: [`LinkError::Closed`] if nothing was taken that was not answered.
+pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> Result<Box<Link>, LinkError> {
     let ready = async {
         if !said.own_end {
             link.push(&Control::Reset)?;
-            link.flush().await?;
         }
+        link.flush().await?;
         loop {
             match link.next().await? {
                 Event::Control(Control::Ready) => return Ok::<(), LinkError>(()),
@@ -71,7 +72,10 @@ pub(crate) async fn settle(mut link: Box<Link>, said: Said, wait: Duration) -> O
             }
         }
     };
-    matches!(tokio::time::timeout(wait, ready).await, Ok(Ok(()))).then_some(link)
+    tokio::time::timeout(wait, ready)
+        .await
+        .unwrap_or(Err(io::Error::from(io::ErrorKind::TimedOut).into()))?;
+    Ok(link)
 }
 
 /// The destination's end of a lease: reads to the source's end, then says READY. `None` if the tunnel is given up.

@@ -383,7 +383,23 @@ impl World {
         self.captured("api", API, API_APP).await
     }
 
+    /// `web`, of whose agent this lets through what it says to the source's.
+    #[allow(dead_code, reason = "for the tests of what crosses on its way")]
+    pub(crate) async fn web_behind(&self, valve: &Valve) -> (SocketAddr, TcpListener) {
+        self.captured_behind("web", WEB, WEB_APP, Some(valve.clone())).await
+    }
+
     async fn captured(&self, account: &str, address: &str, app: &str) -> (SocketAddr, TcpListener) {
+        self.captured_behind(account, address, app, None).await
+    }
+
+    async fn captured_behind(
+        &self,
+        account: &str,
+        address: &str,
+        app: &str,
+        valve: Option<Valve>,
+    ) -> (SocketAddr, TcpListener) {
         loop {
             let listener = listen(&SocketAddr::new(ip(app), 0));
             let port = listener.local_addr().expect("bound").port();
@@ -391,7 +407,8 @@ impl World {
             // The port may be taken on the other address.
             let Some(captured) = try_listen(&outside) else { continue };
             let original = listener.local_addr().expect("bound");
-            self.capture(captured, &self.destination, Direction::Inbound, local(account, address), original);
+            let workload = local(account, address);
+            self.capture(captured, &self.destination, (Direction::Inbound, original), workload, valve);
             return (outside, listener);
         }
     }
@@ -400,9 +417,9 @@ impl World {
         &self,
         at: TcpListener,
         by: &Agent,
-        direction: Direction,
+        (direction, original): (Direction, SocketAddr),
         workload: Arc<Local>,
-        original: SocketAddr,
+        valve: Option<Valve>,
     ) {
         let (node, drain, threads) = (by.node.clone(), by.drain.clone(), by.threads.clone());
         by.drain.spawn(async move {
@@ -410,6 +427,10 @@ impl World {
                 let (stream, peer) = tokio::select! {
                     accepted = at.accept() => accepted.expect("accepts"),
                     () = drain.draining() => return,
+                };
+                let stream = match &valve {
+                    Some(valve) => valve.before(stream).await,
+                    None => stream,
                 };
                 let accepted = Accepted { stream, peer, original, direction, workload: workload.clone() };
                 spawn(accepted, &node, &threads);
@@ -421,7 +442,7 @@ impl World {
     pub(crate) fn outbound(&self, to: SocketAddr) -> SocketAddr {
         let listener = listen(&SocketAddr::new(ip(CLIENT), 0));
         let at = listener.local_addr().expect("bound");
-        self.capture(listener, &self.source, Direction::Outbound, self.client.clone(), to);
+        self.capture(listener, &self.source, (Direction::Outbound, to), self.client.clone(), None);
         at
     }
 
@@ -435,6 +456,76 @@ impl World {
             transport: "tunnel",
         };
         agent.metrics.connections(&labels)
+    }
+}
+
+/// Lets through what an agent says to another, or holds it back. Clones are the same.
+#[derive(Debug, Clone)]
+pub(crate) struct Valve {
+    open: watch::Sender<bool>,
+    /// Bytes that were held back.
+    held: watch::Sender<usize>,
+}
+
+#[allow(dead_code, reason = "for the tests of what crosses on its way")]
+impl Valve {
+    pub(crate) fn new() -> Self {
+        Self { open: watch::Sender::new(true), held: watch::Sender::new(0) }
+    }
+
+    pub(crate) fn close(&self) {
+        self.open.send_replace(false);
+        self.held.send_replace(0);
+    }
+
+    pub(crate) fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Waits until more bytes than so many are held back; returns how many.
+    pub(crate) async fn holds_more(&self, than: usize) -> usize {
+        *in_time(self.held.subscribe().wait_for(|held| *held > than)).await.expect("there is a sender")
+    }
+
+    /// An agent's end of a connection of which this is before the other.
+    async fn before(&self, stream: TcpStream) -> TcpStream {
+        let listener = listen(&SocketAddr::new(ip("127.0.0.1"), 0));
+        let (ours, theirs) =
+            tokio::join!(TcpStream::connect(listener.local_addr().expect("bound")), listener.accept());
+        let (ours, (theirs, _)) = (ours.expect("connects"), theirs.expect("accepts"));
+        stream.set_nodelay(true).expect("an option of TCP");
+        ours.set_nodelay(true).expect("an option of TCP");
+        let ((mut from_agent, mut to_agent), (mut from_source, mut to_source)) =
+            (ours.into_split(), stream.into_split());
+        let valve = self.clone();
+        tokio::spawn(async move {
+            let mut open = valve.open.subscribe();
+            let (mut waiting, mut ended) = (vec![], false);
+            while !ended || !waiting.is_empty() {
+                tokio::select! {
+                    read = from_agent.read_buf(&mut waiting), if !ended => {
+                        let n = read.unwrap_or(0);
+                        ended = n == 0;
+                        if !*open.borrow() {
+                            valve.held.send_modify(|held| *held += n);
+                        }
+                    }
+                    changed = open.changed() => changed.expect("there is a sender"),
+                }
+                if *open.borrow_and_update() {
+                    if to_source.write_all(&waiting).await.is_err() {
+                        return;
+                    }
+                    waiting.clear();
+                }
+            }
+            let _ = to_source.shutdown().await;
+        });
+        tokio::spawn(async move {
+            let _ = tokio::io::copy(&mut from_source, &mut to_agent).await;
+            let _ = to_agent.shutdown().await;
+        });
+        theirs
     }
 }
 

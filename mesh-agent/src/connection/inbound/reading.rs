@@ -37,7 +37,7 @@ use super::{
             exchange::{Ends, Exchange},
             heads, respond,
             settings::{self, FirstFrame, Takes},
-            stream::{Arriving, Socket},
+            stream::{Arriving, Owed, Socket, Upstream},
             switched,
             upstream::{self, unspoken},
             websocket::{self, Way},
@@ -391,7 +391,7 @@ struct Application {
 
 #[derive(Debug)]
 enum Sender {
-    One(http1::SendRequest<Body>),
+    One(http1::SendRequest<Body>, Owed),
     Many(http2::SendRequest<Body>, Takes),
 }
 
@@ -419,7 +419,9 @@ impl Application {
         loop {
             let mut place = self.sender.lock().await;
             let kept = match place.take() {
-                Some(Sender::One(mut one)) => one.ready().await.is_ok().then_some(Sender::One(one)),
+                Some(Sender::One(mut one, owed)) => {
+                    one.ready().await.is_ok().then_some(Sender::One(one, owed))
+                }
                 Some(Sender::Many(many, takes)) => (!many.is_closed()).then_some(Sender::Many(many, takes)),
                 None => None,
             };
@@ -428,13 +430,16 @@ impl Application {
                 None => (self.open(guest, many).await.map_err(Unanswered::Untaken)?, true),
             };
             let mut error = match sender {
-                Sender::One(mut one) => match one.try_send_request(request).await {
-                    Ok(response) => {
-                        *place = Some(Sender::One(one));
-                        return Ok(response);
+                Sender::One(mut one, owed) => {
+                    owed.ask();
+                    match one.try_send_request(request).await {
+                        Ok(response) => {
+                            *place = Some(Sender::One(one, owed));
+                            return Ok(response);
+                        }
+                        Err(error) => error,
                     }
-                    Err(error) => error,
-                },
+                }
                 Sender::Many(mut many, takes) => {
                     *place = Some(Sender::Many(many.clone(), takes.clone()));
                     drop(place);
@@ -504,10 +509,12 @@ impl Application {
             guest.drive(within.run(connection));
             return Ok(Sender::Many(sender, takes));
         }
-        let stream = TokioIo::new(Socket::from(app));
-        let (sender, connection) = upstream::http1().handshake(stream).await.map_err(unspoken)?;
+        let stream = Upstream::to_application(app);
+        let owed = stream.owed();
+        let spoken = upstream::http1().handshake(TokioIo::new(stream)).await;
+        let (sender, connection) = spoken.map_err(unspoken)?;
         guest.drive(connection.with_upgrades());
-        Ok(Sender::One(sender))
+        Ok(Sender::One(sender, owed))
     }
 }
 

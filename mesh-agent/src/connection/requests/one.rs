@@ -22,7 +22,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 
-use super::{body::Body, line::Cuttable};
+use super::{body::Body, line::Cuttable, stream::Owed};
 use crate::wake::Bell;
 
 /// What became of a request that has no answer: itself, if it was not sent, and why.
@@ -38,6 +38,7 @@ pub(super) struct One {
     run: Option<Run>,
     /// Shared with the last request's body for as long as that is sent, if it is carried: an answer may end before.
     sending: Arc<()>,
+    owed: Owed,
 }
 
 /// What has to be polled for anything to be sent or received.
@@ -102,9 +103,14 @@ impl Drop for One {
 }
 
 impl One {
-    pub(super) fn new(sender: SendRequest<Body>, connection: Connection<TokioIo<Cuttable>, Body>) -> Self {
+    /// `owed` is of the way that the connection speaks on.
+    pub(super) fn new(
+        sender: SendRequest<Body>,
+        connection: Connection<TokioIo<Cuttable>, Body>,
+        owed: Owed,
+    ) -> Self {
         let run = Run { connection: Some(Box::pin(connection.with_upgrades())), bell: Bell::new() };
-        Self { sender, run: Some(run), sending: Arc::default() }
+        Self { sender, run: Some(run), sending: Arc::default(), owed }
     }
 
     /// Polls what waits for this connection, which does something only if it is polled, too.
@@ -131,6 +137,7 @@ impl One {
             self.stand_alone();
         }
         let request = request.map(|body| body.sending(&self.sending));
+        self.owed.ask();
         let Self { sender, run, .. } = self;
         let mut sent = std::pin::pin!(sender.try_send_request(request));
         poll_fn(|cx| poll(run, cx, |cx| sent.as_mut().poll(cx))).await.map_err(unsent)

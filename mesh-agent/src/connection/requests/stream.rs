@@ -7,7 +7,10 @@
 use std::{
     io,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -21,6 +24,7 @@ use tokio::{
 use crate::{
     connect::{Connector, Lease, Way},
     live::Live,
+    net::socket,
     relay::ResetOnDrop,
     tunnel::{
         Event, Link, LinkError,
@@ -31,29 +35,100 @@ use crate::{
 };
 
 /// The way to a backend.
+///
+/// Whose server closes it when it has been idle may do so just when a request is on its way there. If an answer is
+/// [owed](Owed), nothing of it has come, and the request certainly was not taken, the end of this stream is an error
+/// ([`is_closed`]).
+pub(in crate::connection) struct Upstream {
+    way: UpstreamBy,
+    owed: Owed,
+    /// After the end: whether what was asked was not taken.
+    untaken: Option<Untaken>,
+}
+
+type Untaken = Pin<Box<dyn Future<Output = bool> + Send>>;
+
 #[derive(Debug)]
-pub(super) enum Upstream {
+enum UpstreamBy {
     /// Through a tunnel.
     Tunnel(Box<Leased>),
-    /// As it is.
-    Plaintext(Socket),
+    /// As it is, with what was written since something was read last, bytes.
+    Plaintext(Socket, usize),
+}
+
+/// Whether an answer is owed of which nothing has come: said by whoever asks, where one request is answered after the other.
+#[derive(Debug, Clone, Default)]
+pub(in crate::connection) struct Owed(Arc<AtomicBool>);
+
+impl Owed {
+    /// Something is asked now.
+    pub(in crate::connection) fn ask(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn end(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Upstream {
     pub(super) fn new(way: Way, connector: &Connector) -> Self {
-        match way {
-            Way::Tunnel(lease) => Self::Tunnel(Box::new(Leased {
+        Self::by(match way {
+            Way::Tunnel(lease) => UpstreamBy::Tunnel(Box::new(Leased {
                 frames: Frames::new(lease, None),
                 connector: connector.clone(),
             })),
-            Way::Plaintext(stream) => Self::Plaintext(Socket::new(stream)),
+            Way::Plaintext(stream) => UpstreamBy::Plaintext(Socket::new(stream), 0),
+        })
+    }
+
+    /// To an application of this node.
+    pub(in crate::connection) fn to_application(app: ResetOnDrop) -> Self {
+        Self::by(UpstreamBy::Plaintext(app.into(), 0))
+    }
+
+    fn by(way: UpstreamBy) -> Self {
+        Self { way, owed: Owed::default(), untaken: None }
+    }
+
+    /// For whoever asks.
+    pub(in crate::connection) fn owed(&self) -> Owed {
+        self.owed.clone()
+    }
+}
+
+impl std::fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upstream").field("way", &self.way).field("owed", &self.owed).finish_non_exhaustive()
+    }
+}
+
+impl UpstreamBy {
+    /// Now that the other end has ended: whether it took nothing of what was asked. `None` if nothing was sent, or it cannot be
+    /// told.
+    fn is_untaken(&mut self) -> Option<Untaken> {
+        match self {
+            Self::Tunnel(leased) => {
+                let (lease, said) = (leased.frames.of.take()?, leased.frames.said);
+                let connector = leased.connector.clone();
+                Some(Box::pin(async move { connector.took_none(lease, said).await }))
+            }
+            Self::Plaintext(_, 0) => None,
+            Self::Plaintext(socket, sent) => {
+                let (stream, sent) = (socket.stream.clone(), *sent);
+                Some(Box::pin(async move { socket::took_none(&stream, sent).await }))
+            }
         }
     }
 }
 
 /// A lease of ours, read and written.
 #[derive(Debug)]
-pub(super) struct Leased {
+struct Leased {
     frames: Frames<Lease>,
     connector: Connector,
 }
@@ -420,10 +495,30 @@ impl AsyncRead for Upstream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tunnel(leased) => leased.frames.poll_fill(cx, buffer),
-            Self::Plaintext(socket) => socket.poll_fill(cx, buffer),
+        let Self { way, owed, untaken } = self.get_mut();
+        if untaken.is_none() {
+            let before = buffer.filled().len();
+            ready!(match way {
+                UpstreamBy::Tunnel(leased) => leased.frames.poll_fill(cx, buffer),
+                UpstreamBy::Plaintext(socket, _) => socket.poll_fill(cx, buffer),
+            })?;
+            if buffer.filled().len() > before {
+                owed.end();
+                if let UpstreamBy::Plaintext(_, sent) = way {
+                    *sent = 0;
+                }
+            } else if owed.is() {
+                *untaken = way.is_untaken();
+            }
         }
+        let Some(asked) = untaken else { return Poll::Ready(Ok(())) };
+        let took_none = ready!(asked.as_mut().poll(cx));
+        *untaken = None;
+        owed.end();
+        if took_none {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, LinkError::Closed)));
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -437,9 +532,18 @@ impl AsyncWrite for Upstream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tunnel(leased) => leased.frames.poll_put(cx, slices),
-            Self::Plaintext(socket) => socket.poll_put(cx, slices),
+        let Self { way, untaken, .. } = self.get_mut();
+        if untaken.is_some() {
+            // Whoever reads is woken by what becomes of it, and writes no more.
+            return Poll::Pending;
+        }
+        match way {
+            UpstreamBy::Tunnel(leased) => leased.frames.poll_put(cx, slices),
+            UpstreamBy::Plaintext(socket, sent) => {
+                let n = ready!(socket.poll_put(cx, slices))?;
+                *sent += n;
+                Poll::Ready(Ok(n))
+            }
         }
     }
 
@@ -449,15 +553,73 @@ impl AsyncWrite for Upstream {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tunnel(leased) => leased.frames.poll_send(cx),
-            Self::Plaintext(_) => Poll::Ready(Ok(())),
+            Self { untaken: Some(_), .. } => Poll::Ready(Ok(())),
+            Self { way: UpstreamBy::Tunnel(leased), .. } => leased.frames.poll_send(cx),
+            Self { way: UpstreamBy::Plaintext(..), .. } => Poll::Ready(Ok(())),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tunnel(leased) => leased.frames.poll_finish(cx),
-            Self::Plaintext(socket) => Poll::Ready(socket.finish()),
+            Self { untaken: Some(_), .. } => Poll::Ready(Ok(())),
+            Self { way: UpstreamBy::Tunnel(leased), .. } => leased.frames.poll_finish(cx),
+            Self { way: UpstreamBy::Plaintext(socket, _), .. } => Poll::Ready(socket.finish()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    async fn to_application() -> (Upstream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (client, server) = tokio::join!(TcpStream::connect(at), listener.accept());
+        (Upstream::to_application(ResetOnDrop::new(client.unwrap())), server.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn a_request_that_a_closed_server_did_not_take_is_told_from_one_that_it_may_have() {
+        // Asked, and the server has closed before; asked, and it closes when it has read; not asked.
+        for (asked, reads, untaken) in [(true, false, true), (true, true, false), (false, false, false)] {
+            let (mut upstream, mut server) = to_application().await;
+            if asked {
+                upstream.owed().ask();
+            }
+            if !reads {
+                drop(server);
+                upstream.write_all(b"request").await.unwrap();
+            } else {
+                upstream.write_all(b"request").await.unwrap();
+                assert_eq!(server.read(&mut [0; 16]).await.unwrap(), 7);
+                drop(server);
+            }
+            let read = upstream.read(&mut [0; 16]).await;
+            assert_eq!(
+                read.as_ref().is_err_and(|error| is_closed(error)),
+                untaken,
+                "{asked} {reads}: {read:?}"
+            );
+            assert!(untaken || read.unwrap() == 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_answered_in_part_may_have_been_taken() {
+        let (mut upstream, mut server) = to_application().await;
+        upstream.owed().ask();
+        upstream.write_all(b"request").await.unwrap();
+        server.read_exact(&mut [0; 7]).await.unwrap();
+        server.write_all(b"HTTP").await.unwrap();
+        drop(server);
+        assert_eq!(upstream.read(&mut [0; 16]).await.unwrap(), 4);
+        upstream.write_all(b"more").await.unwrap();
+        assert_eq!(upstream.read(&mut [0; 16]).await.unwrap(), 0);
     }
 }

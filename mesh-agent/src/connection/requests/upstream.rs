@@ -504,10 +504,11 @@ impl Opened {
 
     async fn one(self, from: Asking<'_>) -> Result<One, Refusal> {
         let Self { stream, entry, led } = self;
+        let owed = stream.owed();
         let (stream, line) = Line::over(stream);
         let (sender, connection) = http1().handshake(TokioIo::new(stream)).await.map_err(unspoken)?;
         drive(line.until_gone(std::future::ready(Ok(()))), from, entry, led);
-        Ok(One::new(sender, connection))
+        Ok(One::new(sender, connection, owed))
     }
 
     async fn shared(self, from: Asking<'_>) -> Result<Shared, Refusal> {
