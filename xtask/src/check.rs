@@ -1,14 +1,21 @@
 //! `test` and `ci`: format, lints, build, and the tests in the order of what they need.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result};
 
 use crate::{
-    chart, cluster, conformance, ebpf, fuzz, kernel, peers,
-    run::{cargo, read, step, succeed},
+    chart, cluster, conformance, ebpf, fuzz, kernel, peers, profile,
+    run::{cargo, clean, read, step, succeed},
     setup,
 };
+
+/// What users run.
+const PROGRAMS: [&str; 3] = ["mesh-agent", "mesh-controller", "meshctl"];
 
 /// Everything that needs neither root nor the kernel toolchain nor any tool beside cargo.
 pub(crate) fn pure(filter: Option<&str>) -> Result<()> {
@@ -94,25 +101,55 @@ pub(crate) fn ci() -> Result<()> {
 
 /// Builds what worlds run, and returns the directory that it is in.
 pub(crate) fn build_binaries() -> Result<PathBuf> {
-    build("debug", &[])
-}
-
-/// The same as users get it, for measuring.
-pub(crate) fn build_release() -> Result<PathBuf> {
-    build("release", &["--release"])
-}
-
-fn build(directory: &str, profile: &[&str]) -> Result<PathBuf> {
     step("Build controller and agent", || {
-        let mut build = cargo();
-        build.args(["build", "--package", "mesh-agent", "--package", "mesh-controller", "--bins"]);
-        succeed(build.args(profile))?;
-        let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
-        let metadata: serde_json::Value =
-            serde_json::from_str(&metadata).context("reading cargo metadata")?;
-        let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
-        Ok(PathBuf::from(target).join(directory))
+        succeed(&mut build())?;
+        Ok(target_directory()?.join("debug"))
     })
+}
+
+/// The same as users get it, laid out by the profile that is kept.
+pub(crate) fn build_release() -> Result<PathBuf> {
+    build_with(&profile::flags()?, "profiled")
+}
+
+/// The same in a target directory of its own, with these words for rustc; not for what runs while it is built.
+pub(crate) fn build_with(flags: &[String], directory: &str) -> Result<PathBuf> {
+    step(&format!("Build controller and agent: {directory}"), || {
+        let host = read(clean("rustc").arg("--print=host-tuple"))?.trim().to_owned();
+        let directory = target_directory()?.join(directory);
+        let mut build = build();
+        build.args(["--release", "--target", &host]).arg("--target-dir").arg(&directory);
+        succeed(build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")))?;
+        Ok(directory.join(host).join("release"))
+    })
+}
+
+/// Builds what users run, and puts it somewhere.
+pub(crate) fn release(to: Option<&Path>) -> Result<()> {
+    setup::kernel_toolchain()?;
+    ebpf::build()?;
+    let built = build_release()?;
+    for program in PROGRAMS {
+        if let Some(to) = to {
+            fs::copy(built.join(program), to.join(program))
+                .with_context(|| format!("copying {program} to {}", to.display()))?;
+        }
+    }
+    println!("{} are in {}", PROGRAMS.join(", "), to.unwrap_or(&built).display());
+    Ok(())
+}
+
+fn build() -> Command {
+    let mut build = cargo();
+    build.args(["build", "--package", "mesh-agent", "--package", "mesh-controller", "--bins"]);
+    build
+}
+
+fn target_directory() -> Result<PathBuf> {
+    let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
+    let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
+    Ok(target.into())
 }
 
 /// `PATH` with a tool's directory before everything else.

@@ -14,6 +14,7 @@
 //! | [`conformance`] | the Gateway API's conformance tests for meshes |
 //! | [`peers`] | programs of others that tests run: gRPC's interoperability tests, h2spec |
 //! | [`image`] | OCI images of agent and controller |
+//! | [`profile`] | counts how often which of the agent's code runs, for release builds |
 //! | [`demo`] | shows a mesh at work |
 //! | [`bench`] | measures what the mesh costs, beside peers |
 //! | [`debian`], [`go`], [`elf`] | packages that are unpacked instead of installed; programs built by Go; what programs load |
@@ -35,6 +36,7 @@ mod go;
 mod image;
 mod kernel;
 mod peers;
+mod profile;
 mod run;
 mod setup;
 
@@ -101,6 +103,15 @@ enum Task {
         #[arg(long, value_name = "FILE", conflicts_with = "from")]
         program: Option<PathBuf>,
     },
+    /// Build agent, controller and meshctl as users get them.
+    Release {
+        /// Where the programs go; a directory of target, which is said, unless given.
+        #[arg(long, value_name = "DIRECTORY")]
+        to: Option<PathBuf>,
+    },
+    /// Count anew how often which of the agent's code runs under load, by which release builds are laid out. Needs root and a quiet
+    /// machine.
+    Profile,
     /// Write the reference in docs/reference from the programs' own definitions, deploy/dashboards, and deploy/manifests from the
     /// chart.
     Generate {
@@ -141,6 +152,8 @@ fn main() -> anyhow::Result<()> {
         Task::Conformance(arguments) => conformance::conformance(&arguments),
         Task::Image { from: _, to, program: Some(program) } => image::of_program(&program, to),
         Task::Image { from, to, program: None } => image::make(from, to),
+        Task::Release { to } => check::release(to.as_deref()),
+        Task::Profile => profile::record(),
         Task::Generate { what: None } => {
             generate::reference().and_then(|()| dashboards::generate()).and_then(|()| chart::generate())
         }

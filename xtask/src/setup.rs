@@ -120,6 +120,16 @@ pub(crate) fn cargo_deny() -> Result<PathBuf> {
     cargo_tool("cargo-deny", CARGO_DENY)
 }
 
+/// Installs LLVM's tools of our toolchain, and returns where `llvm-profdata` is.
+pub(crate) fn profdata() -> Result<PathBuf> {
+    succeed(clean("rustup").args(["component", "add", "llvm-tools"]))?;
+    let of_rustc = |what: &str| read(clean("rustc").arg(format!("--print={what}")));
+    let (sysroot, host) = (of_rustc("sysroot")?, of_rustc("host-tuple")?);
+    let program = Path::new(sysroot.trim()).join("lib/rustlib").join(host.trim()).join("bin/llvm-profdata");
+    ensure!(program.is_file(), "{} is not there after `rustup component add llvm-tools`", program.display());
+    Ok(program)
+}
+
 /// Installs cargo-nextest and returns where it is.
 pub(crate) fn nextest() -> Result<PathBuf> {
     cargo_tool("cargo-nextest", NEXTEST)

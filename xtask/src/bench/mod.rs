@@ -27,7 +27,10 @@ mod scenarios;
 mod soak;
 mod systems;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 
@@ -91,18 +94,44 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
         Some(directory) => directory.clone(),
         None => check::build_release()?,
     };
+    prepare(&binaries)?;
+    match &arguments.long {
+        Some(Long::Soak(arguments)) => soak::soak(arguments),
+        Some(Long::Scale(arguments)) => scale::scale(arguments),
+        None => compare(arguments),
+    }
+}
+
+/// Worlds run these programs from now on, as users do.
+fn prepare(binaries: &Path) -> Result<()> {
     // SAFETY: no other thread runs yet that could read the environment.
     unsafe { std::env::set_var("NODEMESH_BIN_DIR", binaries) };
     if std::env::var_os("RUST_LOG").is_none() {
         // SAFETY: as above. Debug lines of the tests' default level would be measured too.
         unsafe { std::env::set_var("RUST_LOG", "info") };
     }
-    cost::raise_descriptor_limit()?;
-    match &arguments.long {
-        Some(Long::Soak(arguments)) => soak::soak(arguments),
-        Some(Long::Scale(arguments)) => scale::scale(arguments),
-        None => compare(arguments),
+    cost::raise_descriptor_limit()
+}
+
+/// Has agents among these programs do what is measured, and ends them in order.
+pub(crate) fn exercise(binaries: &Path) -> Result<()> {
+    const EACH: Duration = Duration::from_secs(4);
+    use Scenario::{Bulk1, Connections, Requests1, Requests64, Streams};
+    setup::bench(false)?;
+    prepare(binaries)?;
+    for (kind, layer, scenarios) in [
+        (Kind::Nodemesh, Layer::Connections, &[Bulk1, Requests1, Requests64, Connections, Streams][..]),
+        (Kind::NodemeshHttp, Layer::Requests, &[Requests1, Requests64, Connections, Streams]),
+    ] {
+        let systems = [step(&format!("Start {kind}"), || System::start(kind, 0))?];
+        let mut figures = Figures::new(&systems, layer, 1, EACH.as_secs())?;
+        let [system] = systems;
+        for scenario in scenarios {
+            step(&format!("{kind}: {scenario}"), || scenario.measure(&system, EACH, &mut figures))?;
+        }
+        step(&format!("End {kind}"), || system.end())?;
     }
+    Ok(())
 }
 
 impl Arguments {

@@ -244,6 +244,14 @@ impl System {
         super::cost::with_children(agents.chain(self.sidecars.iter().map(Program::pid)))
     }
 
+    /// Ends it: agents as an operator ends them.
+    pub(super) fn end(self) -> Result<()> {
+        for node in self.world.nodes() {
+            self.world.agent(&node.name).stop()?;
+        }
+        Ok(())
+    }
+
     /// Changes the rule that all requests of HTTP/1.1 fall under: answers have the change's number from then on. Without one it
     /// is as it was at first.
     pub(super) fn change_rule(&self, change: Option<u32>) -> Result<()> {
