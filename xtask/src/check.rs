@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     chart, cluster, conformance, ebpf, fuzz, kernel, peers, profile,
-    run::{cargo, clean, read, step, succeed},
+    run::{cargo, of_rustc, step, succeed, target_directory},
     setup,
 };
 
@@ -115,7 +115,7 @@ pub(crate) fn build_release() -> Result<PathBuf> {
 /// The same in a target directory of its own, with these words for rustc; not for what runs while it is built.
 pub(crate) fn build_with(flags: &[String], directory: &str) -> Result<PathBuf> {
     step(&format!("Build controller and agent: {directory}"), || {
-        let host = read(clean("rustc").arg("--print=host-tuple"))?.trim().to_owned();
+        let host = of_rustc("host-tuple")?;
         let directory = target_directory()?.join(directory);
         let mut build = build();
         build.args(["--release", "--target", &host]).arg("--target-dir").arg(&directory);
@@ -129,8 +129,8 @@ pub(crate) fn release(to: Option<&Path>) -> Result<()> {
     setup::kernel_toolchain()?;
     ebpf::build()?;
     let built = build_release()?;
-    for program in PROGRAMS {
-        if let Some(to) = to {
+    if let Some(to) = to {
+        for program in PROGRAMS {
             fs::copy(built.join(program), to.join(program))
                 .with_context(|| format!("copying {program} to {}", to.display()))?;
         }
@@ -143,13 +143,6 @@ fn build() -> Command {
     let mut build = cargo();
     build.args(["build", "--package", "mesh-agent", "--package", "mesh-controller", "--bins"]);
     build
-}
-
-fn target_directory() -> Result<PathBuf> {
-    let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
-    let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
-    Ok(target.into())
 }
 
 /// `PATH` with a tool's directory before everything else.

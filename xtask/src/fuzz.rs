@@ -10,7 +10,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    run::{cargo, clean, read, root, step, succeed, target},
+    run::{cargo, clean, of_rustc, root, step, succeed, target},
     setup,
 };
 
@@ -84,7 +84,7 @@ pub(crate) fn seeds() -> Result<()> {
 fn build() -> Result<PathBuf> {
     setup::cpp_compiler()?;
     step("Build the fuzz targets", || {
-        let host = read(clean("rustc").arg("--print=host-tuple"))?.trim().to_owned();
+        let host = of_rustc("host-tuple")?;
         let directory = target().join("fuzz/build");
         let mut build = cargo();
         build.args(["build", "--release", "--manifest-path", "tests/fuzz/Cargo.toml"]);

@@ -37,6 +37,19 @@ pub(crate) fn target() -> PathBuf {
     root().join("target")
 }
 
+/// Where the cargo that runs us builds: the same, unless it is told of another.
+pub(crate) fn target_directory() -> Result<PathBuf> {
+    let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
+    let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
+    Ok(target.into())
+}
+
+/// What our toolchain's rustc says of itself by `--print`, such as `host-tuple`.
+pub(crate) fn of_rustc(what: &str) -> Result<String> {
+    Ok(read(clean("rustc").arg(format!("--print={what}")))?.trim().to_owned())
+}
+
 /// Tells what happens, does it, and tells how long it took.
 pub(crate) fn step<T>(title: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     eprintln!("\n▶ {title}");

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use nix::{sys::utsname::uname, unistd::geteuid};
 
-use crate::run::{clean, find, read, root, step, succeed, target};
+use crate::run::{clean, find, of_rustc, read, root, step, succeed, target};
 
 /// Builds the kernel programs; has rust-src, for core.
 pub(crate) const NIGHTLY: &str = "nightly-2026-10-01";
@@ -123,9 +123,8 @@ pub(crate) fn cargo_deny() -> Result<PathBuf> {
 /// Installs LLVM's tools of our toolchain, and returns where `llvm-profdata` is.
 pub(crate) fn profdata() -> Result<PathBuf> {
     succeed(clean("rustup").args(["component", "add", "llvm-tools"]))?;
-    let of_rustc = |what: &str| read(clean("rustc").arg(format!("--print={what}")));
     let (sysroot, host) = (of_rustc("sysroot")?, of_rustc("host-tuple")?);
-    let program = Path::new(sysroot.trim()).join("lib/rustlib").join(host.trim()).join("bin/llvm-profdata");
+    let program = Path::new(&sysroot).join("lib/rustlib").join(host).join("bin/llvm-profdata");
     ensure!(program.is_file(), "{} is not there after `rustup component add llvm-tools`", program.display());
     Ok(program)
 }

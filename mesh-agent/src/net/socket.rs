@@ -255,7 +255,7 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
@@ -263,7 +263,8 @@ mod tests {
 
     use super::*;
 
-    async fn pair() -> (TcpStream, TcpStream) {
+    /// Both ends of a connection over loopback.
+    pub(crate) async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let (client, server) = tokio::join!(TcpStream::connect(at), listener.accept());

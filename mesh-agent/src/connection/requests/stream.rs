@@ -570,18 +570,14 @@ impl AsyncWrite for Upstream {
 
 #[cfg(test)]
 mod tests {
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
-    };
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::net::socket::tests::pair;
 
     async fn to_application() -> (Upstream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let at = listener.local_addr().unwrap();
-        let (client, server) = tokio::join!(TcpStream::connect(at), listener.accept());
-        (Upstream::to_application(ResetOnDrop::new(client.unwrap())), server.unwrap().0)
+        let (client, server) = pair().await;
+        (Upstream::to_application(ResetOnDrop::new(client)), server)
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ use serde_json::json;
 
 use self::population::Population;
 use super::cost;
-use crate::run::{cargo, clean, read, step, succeed};
+use crate::run::{cargo, clean, read, step, succeed, target_directory};
 
 /// How many, and how often.
 #[derive(Debug, Clone, clap::Args)]
@@ -77,10 +77,7 @@ pub(super) fn scale(arguments: &Arguments) -> Result<()> {
 
 fn build_agents() -> Result<PathBuf> {
     succeed(cargo().args(["build", "--release", "--package", "mesh-tests", "--bin", "many-agents"]))?;
-    let metadata = read(cargo().args(["metadata", "--format-version", "1", "--no-deps"]))?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
-    let target = metadata["target_directory"].as_str().context("cargo names the target directory")?;
-    Ok(Path::new(target).join("release/many-agents"))
+    Ok(target_directory()?.join("release/many-agents"))
 }
 
 type Table = Vec<(&'static str, String)>;
