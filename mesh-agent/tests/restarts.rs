@@ -9,13 +9,15 @@ mod app;
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, time::Duration};
 
 use app::{App, app};
 use bytes::Bytes;
+use futures_util::{StreamExt, stream};
 use http::{Method, Request, Response, StatusCode, Version};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::{
+    body::{Frame, Incoming},
     client::conn::{http1, http2},
     service::service_fn,
 };
@@ -117,9 +119,13 @@ impl Client {
 
     /// The status, and what the application said.
     async fn ask(&mut self, method: Method, path: &str) -> (StatusCode, Value) {
+        app::said(self.send(method, path).await.unwrap()).await
+    }
+
+    async fn send(&mut self, method: Method, path: &str) -> hyper::Result<Response<Incoming>> {
         let mut request = Request::new(Full::from("body"));
         *request.method_mut() = method;
-        let response = match self {
+        match self {
             Self::One(sender) => {
                 *request.uri_mut() = path.parse().unwrap();
                 request.headers_mut().insert("host", "service".parse().unwrap());
@@ -131,8 +137,7 @@ impl Client {
                 *request.version_mut() = Version::HTTP_2;
                 in_time(sender.send_request(request)).await
             }
-        };
-        app::said(response.unwrap()).await
+        }
     }
 }
 
@@ -260,6 +265,63 @@ async fn a_request_that_crosses_the_end_of_an_idle_connection_is_made_once() {
                 (StatusCode::SERVICE_UNAVAILABLE, &json!("backend_reset")),
                 "{web:?}"
             );
+        }
+    }
+}
+
+/// Serves every connection by an answer that breaks off after its first byte, whose head says that it is so long.
+fn breaks_off(listener: TcpListener, length: Option<usize>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let service = service_fn(move |_| async move {
+                let breaks = stream::once(async {
+                    // What came before is sent.
+                    tokio::task::yield_now().await;
+                    Err(io::Error::other("as asked"))
+                });
+                let frames = stream::iter([Ok(Frame::data(Bytes::from_static(b"{")))]).chain(breaks);
+                let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
+                if let Some(length) = length {
+                    response.headers_mut().insert("content-length", length.into());
+                }
+                Ok::<_, Infallible>(response)
+            });
+            let builder = auto::Builder::new(TokioExecutor::new());
+            tokio::spawn(async move {
+                builder.serve_connection(TokioIo::new(stream), service).await.map_err(drop)
+            });
+        }
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_answer_that_breaks_off_is_asked_for_elsewhere_if_its_request_may_be() {
+    let (short, long) = (Some(64 * 1024), Some(64 * 1024 + 1));
+    for version in [Version::HTTP_11, Version::HTTP_2] {
+        for policies in [vec![], vec![policy()]] {
+            for (method, length, elsewhere) in [
+                (Method::GET, short, true),
+                (Method::POST, short, false),
+                (Method::GET, long, false),
+                (Method::GET, None, false),
+            ] {
+                let case = format!("{version:?} {method} {length:?}");
+                let mut service = Service::new(policies.clone(), Limits::default()).await;
+                let (_api, _web) = (service.api(), breaks_off(service.web.take().unwrap(), length));
+                let mut broken = 0;
+                for path in ["/1", "/2"] {
+                    let mut client = Client::new(version, service.at).await;
+                    let (head, mut body) = client.send(method.clone(), path).await.unwrap().into_parts();
+                    assert_eq!(head.status, StatusCode::OK, "{case}");
+                    let first = in_time(body.frame()).await.unwrap().unwrap().into_data().unwrap();
+                    assert_eq!(first[0], b'{', "{case}: what came before is not lost");
+                    broken += usize::from(in_time(body.collect()).await.is_err());
+                }
+                let lines = [service.log("/1").await, service.log("/2").await];
+                let attempts: Vec<_> = lines.iter().filter_map(|line| line["attempts"].as_u64()).collect();
+                assert_eq!(broken, usize::from(!elsewhere), "{case}: {attempts:?}");
+                assert_eq!(attempts.contains(&2), elsewhere, "{case}: {attempts:?}");
+            }
         }
     }
 }

@@ -373,10 +373,10 @@ async fn tell(
     // And back.
     let (mut parts, incoming) = response.into_parts();
     if websocket::goes_over(&parts, extended)? {
-        return Ok(switched((&guest.upgraded, &guest.ended), parts, incoming, from_client, ())?);
+        return Ok(switched((&guest.upgraded, &guest.ended), parts, from_client, ())?);
     }
     heads::take_hop(&mut parts.headers, None);
-    Ok(Answered::Backend(parts, incoming, None))
+    Ok(Answered::Backend(parts, incoming.into(), None))
 }
 
 /// The application's end: one connection at a time, as its client has one.

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response};
-use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh_core::refusal::Reason;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    body::Body,
+    body::{Body, Coming},
     exchange::Exchange,
     heads::{self, Form},
     upstream,
@@ -90,7 +89,7 @@ pub(in crate::connection) enum Answered {
     /// We do.
     Here(Response<Body>),
     /// The backend did; the connection that it came by, if others may use it.
-    Backend(response::Parts, Incoming, Option<upstream::Used>),
+    Backend(response::Parts, Coming, Option<upstream::Used>),
 }
 
 /// The answer to a request, which is recorded once that has ended.
@@ -105,9 +104,9 @@ pub(in crate::connection) fn respond(
             exchange.complete();
             response
         }
-        Ok(Answered::Backend(parts, incoming, used)) => {
+        Ok(Answered::Backend(parts, coming, used)) => {
             exchange.answered(parts.status, &parts.headers);
-            Response::from_parts(parts, Body::answer(incoming, used, exchange))
+            Response::from_parts(parts, Body::answer(coming, used, exchange))
         }
         Err(Declined { status, more, refusal }) => {
             let response = match (form, more.map(|more| *more)) {
@@ -132,7 +131,6 @@ pub(in crate::connection) fn respond(
 pub(in crate::connection) fn switched(
     (upgraded, ended): (&TaskTracker, &CancellationToken),
     mut parts: response::Parts,
-    incoming: Incoming,
     from_client: Option<hyper::upgrade::OnUpgrade>,
     held: impl Send + 'static,
 ) -> Result<Answered, Declined> {
@@ -142,8 +140,7 @@ pub(in crate::connection) fn switched(
         return Err(Declined::new(StatusCode::BAD_GATEWAY, unasked));
     };
     let protocol = parts.headers.get(header::UPGRADE).cloned();
-    let mut answered = Response::from_parts(parts.clone(), incoming);
-    let from_backend = hyper::upgrade::on(&mut answered);
+    let from_backend = hyper::upgrade::on(Response::from_parts(parts.clone(), ()));
     heads::take_hop(&mut parts.headers, protocol);
     let ended = ended.clone();
     upgraded.spawn(async move {

@@ -1,12 +1,12 @@
 //! One attempt at one endpoint: how it ends, and what its end says of the endpoint.
 
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use http::{Request, Response, StatusCode};
-use hyper::body::Incoming;
 use mesh_core::{
     http::{choose::Terms, later},
     identity::SpiffeId,
@@ -18,11 +18,14 @@ use tokio::time::Instant;
 
 use super::{
     Asker, Declined,
-    body::{Body, grpc_status},
+    body::{Body, Coming, grpc_status},
     heads,
-    upstream::{Unanswered, Used},
+    upstream::{Unanswered, Used, broke},
 };
 use crate::{balance::Attempt, refusal::Refusal};
+
+/// How long a short answer is waited for after its head: as a rule both come at once.
+const SOON: Duration = Duration::from_millis(100);
 
 /// What is the same for all attempts at the endpoints of one service.
 #[derive(Clone, Copy)]
@@ -47,7 +50,7 @@ pub(super) struct Try {
 
 /// How one attempt ended.
 pub(super) enum Tried {
-    Answered(Box<(Response<Incoming>, Used)>),
+    Answered(Box<(Response<Coming>, Used)>),
     /// Certainly not by its endpoint.
     Untaken(Untaken),
     Broke(Refusal),
@@ -82,6 +85,7 @@ impl Tried {
 impl Sending<'_> {
     pub(super) async fn once(self, to: &Try, body: Body, deadline: Option<Instant>) -> Tried {
         let Try { endpoint, attempt, .. } = to;
+        let may_again = body.is_whole() && self.may_be_made_twice();
         let request = again(self.head, body);
         let asking = self.asker.asking(self.own, self.view);
         let sent = self.asker.node.inner.upstreams.send(asking, endpoint, request);
@@ -90,7 +94,11 @@ impl Sending<'_> {
             self.ended(attempt, true);
             return Tried::Late;
         };
-        match sent {
+        let answered = match sent {
+            Ok(answered) if may_again => whole_if_short(answered, endpoint).await,
+            other => other,
+        };
+        match answered {
             Ok((response, used)) => {
                 attempt.connected();
                 // Of a call the end is said at its end, unless that is here.
@@ -118,13 +126,19 @@ impl Sending<'_> {
         }
     }
 
+    /// Whether it may be sent again although somebody may have done what it asks.
+    pub(super) fn may_be_made_twice(self) -> bool {
+        // PUT and DELETE are idempotent by the book, and not in every server.
+        self.terms.retries.every_method || self.head.method().is_safe()
+    }
+
     /// Whether this is an answer, and no other is wanted.
     pub(super) fn keeps(self, tried: &Tried) -> bool {
         matches!(tried, Tried::Answered(answered) if !self.wants_other(&answered.0))
     }
 
     /// Whether another answer than this one is wanted.
-    pub(super) fn wants_other(self, response: &Response<Incoming>) -> bool {
+    pub(super) fn wants_other(self, response: &Response<Coming>) -> bool {
         let retries = &self.terms.retries;
         let said = grpc_status(response.headers());
         retries.codes.contains(&response.status().as_u16())
@@ -139,7 +153,7 @@ impl Sending<'_> {
     }
 
     /// An endpoint has answered: perhaps that it wants nothing for a while.
-    fn rests(self, attempt: &Attempt, response: &Response<Incoming>) {
+    fn rests(self, attempt: &Attempt, response: &Response<Coming>) {
         if later::is_too_much(response.status())
             && let Some(long) = later::retry_after(response.headers(), SystemTime::now())
             && let Some(cause) = attempt.rests(long)
@@ -147,6 +161,22 @@ impl Sending<'_> {
             self.asker.node.inner.connector.metrics.ejected(self.service, cause);
         }
     }
+}
+
+/// Waits for the rest of an answer that is short and comes soon: what breaks off before any of it has been passed on can be asked
+/// for once more.
+async fn whole_if_short(
+    (mut response, mut used): (Response<Coming>, Used),
+    endpoint: &Endpoint,
+) -> Result<(Response<Coming>, Used), Unanswered> {
+    let coming = response.body_mut();
+    if coming.is_short()
+        && let Ok(Err(error)) = tokio::time::timeout(SOON, coming.gather(&mut used)).await
+    {
+        let from = SocketAddr::new(endpoint.address, endpoint.port);
+        return Err(Unanswered::Broke(broke(from, &error)));
+    }
+    Ok((response, used))
 }
 
 pub(super) fn late() -> Declined {

@@ -11,7 +11,6 @@ use std::{
 };
 
 use http::{Response, StatusCode};
-use hyper::body::Incoming;
 use mesh_core::{
     http::{
         choose,
@@ -26,7 +25,7 @@ use super::{
     Declined,
     attempt::{Sending, Tried, Try, Untaken, again, late, left, within},
     backends::Backends,
-    body::Asking,
+    body::{Asking, Coming},
     exchange::Exchange,
     upstream::{Counted, Used},
 };
@@ -47,7 +46,7 @@ impl Attempts<'_> {
     pub(super) async fn run(
         &mut self,
         exchange: &mut Exchange,
-    ) -> Result<(Response<Incoming>, Used, SocketAddr), Declined> {
+    ) -> Result<(Response<Coming>, Used, SocketAddr), Declined> {
         let Sending { asker, terms, .. } = self.sending;
         let limit = terms.timeouts.request.map(|limit| limit.saturating_sub(self.delayed));
         let deadline = limit.map(|limit| Instant::now() + limit);
@@ -107,7 +106,7 @@ impl Attempts<'_> {
     }
 
     /// When an answer's server wants to be asked again, or its service, if no other endpoint is there for it.
-    fn later(&self, response: &Response<Incoming>) -> Option<Later> {
+    fn later(&self, response: &Response<Coming>) -> Option<Later> {
         let said = later::of(response.headers(), SystemTime::now())?;
         let elsewhere = || self.backends.has_one_awake(&self.sending.asker.node.inner.connector.balancer);
         let of_endpoint = matches!(said, Later::NotBefore(_)) && later::is_too_much(response.status());
@@ -117,9 +116,7 @@ impl Attempts<'_> {
     /// After which pause the request may be sent once more, which is counted, if it may.
     fn may_again(&self, again: &mut u32, said: Option<Later>, deadline: Option<Instant>) -> Option<Duration> {
         let retries = &self.sending.terms.retries;
-        // PUT and DELETE are idempotent by the book, and not in every server.
-        let may = retries.every_method || self.sending.head.method().is_safe();
-        if !may || !self.body.is_kept() || *again >= retries.attempts {
+        if !self.sending.may_be_made_twice() || !self.body.is_kept() || *again >= retries.attempts {
             return None;
         }
         let connector = &self.sending.asker.node.inner.connector;

@@ -1,7 +1,8 @@
 //! The bodies of requests and answers: carried as they come, a frame at a time, and never gathered, but for small ones of
-//! requests that may have to be sent more than once.
+//! requests that may have to be sent more than once, and of their answers.
 
 use std::{
+    future::poll_fn,
     pin::Pin,
     sync::{
         Arc,
@@ -10,15 +11,15 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 
 use super::{attempt::has_failed, exchange::Exchange, upstream::Used};
 
-/// Most bytes of a request that are kept to be sent again: 64 KiB.
-const MOST_KEPT: usize = 64 * 1024;
+/// Most bytes of a request that are kept to be sent again, and of an answer that are kept until all of it is there: 64 KiB.
+const MOST_KEPT: u64 = 64 * 1024;
 
 /// A body that is sent.
 #[derive(Debug)]
@@ -81,10 +82,84 @@ impl Measured {
     }
 }
 
+/// The body of an answer that is on its way to us, of which something may be here.
+#[derive(Debug)]
+pub(in crate::connection) struct Coming {
+    rest: Incoming,
+    /// What has come first; as a rule that is all of it.
+    first: Option<Bytes>,
+    /// What has come since.
+    more: BytesMut,
+}
+
+impl From<Incoming> for Coming {
+    fn from(rest: Incoming) -> Self {
+        Self { rest, first: None, more: BytesMut::new() }
+    }
+}
+
+impl Coming {
+    /// Whether all of it can be kept: its head has said how long it is.
+    pub(super) fn is_short(&self) -> bool {
+        self.rest.size_hint().exact().is_some_and(|len| (1..=MOST_KEPT).contains(&len))
+    }
+
+    /// Waits until all of a short one is here. Cancel-safe: what has come is still to be read.
+    pub(super) async fn gather(&mut self, by: &mut Used) -> Result<(), hyper::Error> {
+        while self.is_short() {
+            let Self { rest, .. } = self;
+            let frame = poll_fn(|cx| by.poll(cx, |cx| Pin::new(&mut *rest).poll_frame(cx))).await;
+            // hyper says neither that it ends nor its trailers before it is as long as its head has said.
+            let Some(Ok(data)) = frame.transpose()?.map(Frame::into_data) else { break };
+            match &self.first {
+                None => self.first = Some(data),
+                Some(_) => self.more.extend_from_slice(&data),
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that are here.
+    fn here(&self) -> u64 {
+        (self.first.as_ref().map_or(0, Bytes::len) + self.more.len()) as u64
+    }
+}
+
+impl HttpBody for Coming {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Self { rest, first, more } = self.get_mut();
+        let here = first.take().or_else(|| (!more.is_empty()).then(|| std::mem::take(more).freeze()));
+        match here {
+            Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            None => Pin::new(rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.here() == 0 && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let (rest, here) = (self.rest.size_hint(), self.here());
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + here);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + here);
+        }
+        hint
+    }
+}
+
 /// The body of a backend's answer.
 #[derive(Debug)]
 pub(in crate::connection) struct Answer {
-    body: Incoming,
+    body: Coming,
     used: Option<Used>,
     exchange: Exchange,
     /// That it was broken off, which is said after what came before has been sent.
@@ -115,7 +190,7 @@ impl Body {
     }
 
     /// An answer's. Once it has ended, the connection that it came by, if it was one of many, can be used again.
-    pub(super) fn answer(body: Incoming, used: Option<Used>, exchange: Exchange) -> Self {
+    pub(super) fn answer(body: Coming, used: Option<Used>, exchange: Exchange) -> Self {
         let mut answer = Answer { body, used, exchange, broken: None };
         if answer.body.is_end_stream() {
             answer.ended();
@@ -229,8 +304,8 @@ impl Asking {
             return Ok(Self::Kept(None));
         }
         match body.size_hint().exact() {
-            Some(len) if len <= MOST_KEPT as u64 => {
-                let limited = Limited::new(body, MOST_KEPT).collect().await;
+            Some(len) if len <= MOST_KEPT => {
+                let limited = Limited::new(body, MOST_KEPT as usize).collect().await;
                 // It cannot be longer than its head says: hyper ends it there.
                 let whole = limited.map_err(|error| match error.downcast::<hyper::Error>() {
                     Ok(error) => Some(*error),

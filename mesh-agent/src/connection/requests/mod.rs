@@ -393,10 +393,10 @@ async fn tell(
     let (response, used, endpoint) = attempts.run(exchange).await?;
 
     // The answer, as the rule wants it.
-    let (mut parts, incoming) = response.into_parts();
+    let (mut parts, coming) = response.into_parts();
     if websocket::goes_over(&parts, extended)? {
         let held = used.uncounted();
-        return switched((&asker.upgraded, &asker.ended), parts, incoming, from_client, held);
+        return switched((&asker.upgraded, &asker.ended), parts, from_client, held);
     }
     heads::take_hop(&mut parts.headers, None);
     for filters in [&backend.filters, &rule.filters] {
@@ -410,7 +410,7 @@ async fn tell(
     {
         session::begin(persistence, endpoint, &mut parts.headers);
     }
-    Ok(Answered::Backend(parts, incoming, Some(used)))
+    Ok(Answered::Backend(parts, coming, Some(used)))
 }
 
 fn no_rule(grpc: bool) -> Declined {

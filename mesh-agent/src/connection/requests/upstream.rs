@@ -32,7 +32,7 @@ use tokio::sync::Notify;
 
 use super::{
     super::{Node, outbound},
-    body::Body,
+    body::{Body, Coming},
     line::Line,
     one::{One, unsent},
     settings::{self, FirstFrame, Takes},
@@ -213,7 +213,7 @@ impl Upstreams {
         from: Asking<'_>,
         endpoint: &Endpoint,
         mut request: Request<Body>,
-    ) -> Result<(Response<Incoming>, Used), Unanswered> {
+    ) -> Result<(Response<Coming>, Used), Unanswered> {
         let to = SocketAddr::new(endpoint.address, endpoint.port);
         let Some(reached) = route::reached(from.view, endpoint) else {
             let nobody = Refusal::new(Reason::NoEndpoint, format!("who is at {to} cannot be told"));
@@ -252,7 +252,7 @@ impl Upstreams {
                         websocket::answered(&mut response, &way);
                     }
                     return Ok((
-                        response,
+                        response.map(Coming::from),
                         Used { sender: Some(sender), key, upstreams: self.clone(), counted: None },
                     ));
                 }
@@ -594,7 +594,8 @@ pub(in crate::connection) fn is_declined(error: &hyper::Error) -> bool {
     })
 }
 
-fn broke(to: SocketAddr, error: &hyper::Error) -> Refusal {
+/// A connection to a backend broke, and with it what was under way.
+pub(super) fn broke(to: SocketAddr, error: &hyper::Error) -> Refusal {
     let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
     Refusal::new(Reason::BackendReset, format!("{to}: {error}{cause}"))
 }
