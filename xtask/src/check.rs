@@ -130,12 +130,19 @@ pub(crate) fn release(to: Option<&Path>) -> Result<()> {
     ebpf::build()?;
     let built = build_release()?;
     if let Some(to) = to {
-        for program in PROGRAMS {
-            fs::copy(built.join(program), to.join(program))
-                .with_context(|| format!("copying {program} to {}", to.display()))?;
-        }
+        put(&built, to)?;
     }
     println!("{} are in {}", PROGRAMS.join(", "), to.unwrap_or(&built).display());
+    Ok(())
+}
+
+/// Copies what users run into a directory, which need not be there yet.
+fn put(built: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("making {}", to.display()))?;
+    for program in PROGRAMS {
+        fs::copy(built.join(program), to.join(program))
+            .with_context(|| format!("copying {program} to {}", to.display()))?;
+    }
     Ok(())
 }
 
@@ -150,4 +157,25 @@ fn with_tool(tool: &std::path::Path) -> Result<std::ffi::OsString> {
     let own = tool.parent().context("a tool is in a directory")?.to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::join_paths(std::iter::once(own).chain(std::env::split_paths(&path))).context("a PATH")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_put_where_nothing_was_yet_and_over_what_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let (built, to) = (directory.path().join("built"), directory.path().join("not/there"));
+        fs::create_dir(&built).unwrap();
+        for text in ["old", "new"] {
+            for program in PROGRAMS {
+                fs::write(built.join(program), text).unwrap();
+            }
+            put(&built, &to).unwrap();
+            for program in PROGRAMS {
+                assert_eq!(fs::read_to_string(to.join(program)).unwrap(), text);
+            }
+        }
+    }
 }
