@@ -288,7 +288,7 @@ fn breaks_off(listener: TcpListener, length: Option<usize>) -> JoinHandle<()> {
             });
             let builder = auto::Builder::new(TokioExecutor::new());
             tokio::spawn(async move {
-                builder.serve_connection(TokioIo::new(stream), service).await.map_err(drop)
+                let _ = builder.serve_connection(TokioIo::new(stream), service).await;
             });
         }
     })
