@@ -9,15 +9,14 @@ mod app;
 #[allow(dead_code, reason = "the tests of bytes use the rest of it")]
 mod world;
 
-use std::{convert::Infallible, io, net::SocketAddr, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use app::{App, app};
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
 use http::{Method, Request, Response, StatusCode, Version};
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{BodyExt, Full};
 use hyper::{
-    body::{Frame, Incoming},
+    body::Incoming,
     client::conn::{http1, http2},
     service::service_fn,
 };
@@ -269,29 +268,53 @@ async fn a_request_that_crosses_the_end_of_an_idle_connection_is_made_once() {
     }
 }
 
-/// Serves every connection by an answer that breaks off after its first byte, whose head says that it is so long.
-fn breaks_off(listener: TcpListener, length: Option<usize>) -> JoinHandle<()> {
+/// Serves one request of every connection by the first byte of an answer whose head says that it is so long, and ends. As what a
+/// killed server had sent, all of that is there before the end.
+fn breaks_off(listener: TcpListener, version: Version, length: Option<usize>) -> JoinHandle<()> {
+    let answer = if version == Version::HTTP_2 { in_frames(length) } else { in_lines(length) };
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let service = service_fn(move |_| async move {
-                let breaks = stream::once(async {
-                    // What came before is sent.
-                    tokio::task::yield_now().await;
-                    Err(io::Error::other("as asked"))
-                });
-                let frames = stream::iter([Ok(Frame::data(Bytes::from_static(b"{")))]).chain(breaks);
-                let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
-                if let Some(length) = length {
-                    response.headers_mut().insert("content-length", length.into());
-                }
-                Ok::<_, Infallible>(response)
-            });
-            let builder = auto::Builder::new(TokioExecutor::new());
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let answer = answer.clone();
             tokio::spawn(async move {
-                let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+                if version == Version::HTTP_2 {
+                    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+                }
+                take(&mut stream, b"body").await;
+                stream.write_all(&answer).await.unwrap();
+                stream.shutdown().await.unwrap();
+                // Closed with something unread it would be reset, and what it has sent with it.
+                let _ = stream.read_to_end(&mut vec![]).await;
             });
         }
     })
+}
+
+fn in_lines(length: Option<usize>) -> Vec<u8> {
+    match length {
+        Some(length) => format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{{").into_bytes(),
+        None => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n".to_vec(),
+    }
+}
+
+/// The types of frames (RFC 9113, section 6) and a flag of theirs.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const END_HEADERS: u8 = 4;
+
+/// Of the first stream.
+fn in_frames(length: Option<usize>) -> Vec<u8> {
+    // `:status: 200` by its number, `content-length` with the number of its name (RFC 7541, appendix A: 8 and 28).
+    let mut fields = vec![0x80 | 8];
+    if let Some(length) = length.map(|length| length.to_string()) {
+        fields.extend([0x0f, 28 - 0x0f, u8::try_from(length.len()).unwrap()]);
+        fields.extend(length.as_bytes());
+    }
+    [frame(HEADERS, END_HEADERS, 1, &fields), frame(DATA, 0, 1, b"{")].concat()
+}
+
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    [&[0, 0, u8::try_from(payload.len()).unwrap(), kind, flags, 0, 0, 0, stream], payload].concat()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -307,7 +330,7 @@ async fn a_short_answer_that_breaks_off_is_asked_for_elsewhere_if_its_request_ma
             ] {
                 let case = format!("{version:?} {method} {length:?}");
                 let mut service = Service::new(policies.clone(), Limits::default()).await;
-                let (_api, _web) = (service.api(), breaks_off(service.web.take().unwrap(), length));
+                let (_api, _web) = (service.api(), breaks_off(service.web.take().unwrap(), version, length));
                 let mut broken = 0;
                 for path in ["/1", "/2"] {
                     let mut client = Client::new(version, service.at).await;
@@ -326,10 +349,15 @@ async fn a_short_answer_that_breaks_off_is_asked_for_elsewhere_if_its_request_ma
     }
 }
 
-/// Reads a request with its body.
+/// Reads a request of HTTP/1.1 with its body.
 async fn take_request(stream: &mut TcpStream) {
+    take(stream, b"\r\n\r\nbody").await;
+}
+
+/// Reads until these bytes have come.
+async fn take(stream: &mut TcpStream, until: &[u8]) {
     let mut said = vec![];
-    while !said.ends_with(b"\r\n\r\nbody") {
+    while !said.windows(until.len()).any(|it| it == until) {
         assert!(in_time(stream.read_buf(&mut said)).await.unwrap() > 0, "ends before");
     }
 }
