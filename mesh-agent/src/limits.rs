@@ -62,6 +62,9 @@ pub struct Limits {
     /// How long a connection of HTTP/1.1 to a backend is idle before a thread that has none takes it from the one that used it last,
     /// though it is woken by that: 100 ms. A server that serves one connection at a time would not see another.
     pub lent_after_idle: Duration,
+    /// How long the rest of a short answer is waited for after its head, if its request may be made again: 100 ms. As a rule
+    /// both come at once.
+    pub short_answer: Duration,
 }
 
 impl Limits {
@@ -104,6 +107,7 @@ impl Default for Limits {
             endpoint_attempts: 3,
             unsafe_after_idle: Duration::from_secs(1),
             lent_after_idle: Duration::from_millis(100),
+            short_answer: Duration::from_millis(100),
         }
     }
 }

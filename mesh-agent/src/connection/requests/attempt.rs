@@ -24,9 +24,6 @@ use super::{
 };
 use crate::{balance::Attempt, refusal::Refusal};
 
-/// How long a short answer is waited for after its head: as a rule both come at once.
-const SOON: Duration = Duration::from_millis(100);
-
 /// What is the same for all attempts at the endpoints of one service.
 #[derive(Clone, Copy)]
 pub(super) struct Sending<'a> {
@@ -95,7 +92,7 @@ impl Sending<'_> {
             return Tried::Late;
         };
         let answered = match sent {
-            Ok(answered) if may_again => whole_if_short(answered, endpoint).await,
+            Ok(answered) if may_again => self.whole_if_short(answered, endpoint).await,
             other => other,
         };
         match answered {
@@ -124,6 +121,24 @@ impl Sending<'_> {
                 Tried::Broke(refusal)
             }
         }
+    }
+
+    /// Waits for the rest of an answer that is short and comes soon: what breaks off before any of it has been passed on can be asked
+    /// for once more.
+    async fn whole_if_short(
+        self,
+        (mut response, mut used): (Response<Coming>, Used),
+        endpoint: &Endpoint,
+    ) -> Result<(Response<Coming>, Used), Unanswered> {
+        let soon = self.asker.node.limits().short_answer;
+        let coming = response.body_mut();
+        if coming.is_short()
+            && let Ok(Err(error)) = tokio::time::timeout(soon, coming.gather(&mut used)).await
+        {
+            let from = SocketAddr::new(endpoint.address, endpoint.port);
+            return Err(Unanswered::Broke(broke(from, &error)));
+        }
+        Ok((response, used))
     }
 
     /// Whether it may be sent again although somebody may have done what it asks.
@@ -161,22 +176,6 @@ impl Sending<'_> {
             self.asker.node.inner.connector.metrics.ejected(self.service, cause);
         }
     }
-}
-
-/// Waits for the rest of an answer that is short and comes soon: what breaks off before any of it has been passed on can be asked
-/// for once more.
-async fn whole_if_short(
-    (mut response, mut used): (Response<Coming>, Used),
-    endpoint: &Endpoint,
-) -> Result<(Response<Coming>, Used), Unanswered> {
-    let coming = response.body_mut();
-    if coming.is_short()
-        && let Ok(Err(error)) = tokio::time::timeout(SOON, coming.gather(&mut used)).await
-    {
-        let from = SocketAddr::new(endpoint.address, endpoint.port);
-        return Err(Unanswered::Broke(broke(from, &error)));
-    }
-    Ok((response, used))
 }
 
 pub(super) fn late() -> Declined {
